@@ -1,0 +1,37 @@
+"""The only folder that names jax, tensorflow or torch.
+
+`jax.py`, `tensorflow.py` and `torch.py` hold the same names; the one of the
+active Keras backend is re-exported here:
+
+- `GROUPED_MATMUL`: implementations of the grouped matmul by name, best first.
+  Each takes `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when
+  the arguments, the device or the execution mode are not for it.
+- `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
+  axis in descending order, ties to the lower index.
+- `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
+
+`reference.py` needs `keras.ops` alone and always comes last.
+"""
+
+import keras
+
+from keras_moe.backend import reference
+
+if keras.config.backend() == "jax":
+    from keras_moe.backend import jax as native
+elif keras.config.backend() == "tensorflow":
+    from keras_moe.backend import tensorflow as native
+elif keras.config.backend() == "torch":
+    from keras_moe.backend import torch as native
+else:
+    raise ImportError(
+        "keras_moe runs on the Keras backends 'jax', 'tensorflow' and 'torch'. "
+        f"Received: KERAS_BACKEND={keras.config.backend()!r}"
+    )
+
+GROUPED_MATMUL = {
+    **native.GROUPED_MATMUL,
+    "reference": reference.grouped_matmul,
+}
+top_k_indices = native.top_k_indices
+is_symbolic = native.is_symbolic

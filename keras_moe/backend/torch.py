@@ -1,0 +1,116 @@
+"""PyTorch kernels.
+
+`grouped_mm` is PyTorch's own grouped matmul, used where its rules for dtype,
+alignment and device allow. `expert_loop` is one product per group, written in
+place into the result.
+"""
+
+import torch
+
+
+def top_k_indices(scores, k):
+    # `torch.topk` promises nothing about ties.
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].to(torch.int32)
+
+
+def is_symbolic(tensor):
+    return tensor.device.type == "meta"
+
+
+def _clear_rows_of_no_group(out, ends):
+    if out.device.type == "cpu":
+        out[int(ends[-1]) :] = 0
+        return out
+    # Reading the count would make the device wait.
+    row = torch.arange(out.shape[0], device=out.device)
+    return out.masked_fill_((row >= ends[-1])[:, None], 0)
+
+
+class _GroupedMM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lhs, rhs, ends):
+        ctx.save_for_backward(lhs, rhs, ends)
+        out = torch.nn.functional.grouped_mm(lhs, rhs, offs=ends)
+        return _clear_rows_of_no_group(out, ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        lhs, rhs, ends = ctx.saved_tensors
+        grad = grad.contiguous()  # an expanded gradient is refused
+        d_lhs = d_rhs = None
+        if ctx.needs_input_grad[0]:
+            d_lhs = torch.nn.functional.grouped_mm(
+                grad, rhs.transpose(1, 2), offs=ends
+            )
+            d_lhs = _clear_rows_of_no_group(d_lhs, ends)
+        if ctx.needs_input_grad[1]:
+            d_rhs = torch.nn.functional.grouped_mm(lhs.t(), grad, offs=ends)
+        return d_lhs, d_rhs, None
+
+
+def grouped_mm(lhs, rhs, group_sizes):
+    alignment = 16 // lhs.element_size()
+    if lhs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"dtype {lhs.dtype}")
+    if rhs.shape[1] % alignment or rhs.shape[2] % alignment:
+        raise NotImplementedError("rows are not multiples of 16 bytes")
+    if lhs.shape[0] == 0:
+        raise NotImplementedError("no rows")
+    if lhs.device.type == "cuda":
+        if lhs.dtype != torch.bfloat16:
+            raise NotImplementedError(f"dtype {lhs.dtype} on CUDA")
+        if torch.cuda.get_device_capability(lhs.device) < (8, 0):
+            raise NotImplementedError("CUDA compute capability below 8.0")
+    elif lhs.device.type != "cpu":
+        raise NotImplementedError(f"device {lhs.device.type}")
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("torch.compile")
+    ends = torch.cumsum(group_sizes, 0, dtype=torch.int32)
+    return _GroupedMM.apply(lhs.contiguous(), rhs.contiguous(), ends)
+
+
+def _slices(sizes):
+    start = 0
+    for group, size in enumerate(sizes):
+        if size:
+            yield group, slice(start, start + size)
+        start += size
+
+
+def _matmul_rows(lhs, rhs, sizes):
+    out = lhs.new_empty((lhs.shape[0], rhs.shape[2]))
+    for group, rows in _slices(sizes):
+        torch.mm(lhs[rows], rhs[group], out=out[rows])
+    out[sum(sizes) :] = 0
+    return out
+
+
+class _ExpertLoop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lhs, rhs, sizes):
+        ctx.save_for_backward(lhs, rhs)
+        ctx.sizes = sizes
+        return _matmul_rows(lhs, rhs, sizes)
+
+    @staticmethod
+    def backward(ctx, grad):
+        lhs, rhs = ctx.saved_tensors
+        d_lhs = d_rhs = None
+        if ctx.needs_input_grad[0]:
+            d_lhs = _matmul_rows(grad, rhs.transpose(1, 2), ctx.sizes)
+        if ctx.needs_input_grad[1]:
+            d_rhs = torch.zeros_like(rhs)
+            for group, rows in _slices(ctx.sizes):
+                torch.mm(lhs[rows].t(), grad[rows], out=d_rhs[group])
+        return d_lhs, d_rhs, None
+
+
+@torch.compiler.disable  # the sizes of the slices are data
+def expert_loop(lhs, rhs, group_sizes):
+    if lhs.device.type == "meta":
+        raise NotImplementedError("meta tensors have no group sizes")
+    return _ExpertLoop.apply(lhs, rhs, group_sizes.tolist())
+
+
+GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}

@@ -1,0 +1,159 @@
+import keras
+from keras import ops
+
+from keras_moe.experts import per_expert
+from keras_moe.ops.grouped_matmul import check_implementation
+from keras_moe.ops.grouped_matmul import grouped_matmul
+
+
+class Experts(keras.layers.Layer):
+    """Base class of expert banks: rows grouped by expert in, rows out.
+
+    A subclass makes its weights in `build(rows_shape)`, with a first axis of
+    `num_experts` (`add_bank` does that), and computes in
+    `call(rows, group_sizes, training=None)`. The first `group_sizes[0]` rows
+    are those of expert 0, and so on; rows after the last group (masked and
+    dropped tokens) may give anything, it is not used.
+
+    Args:
+        num_experts: int. Number of experts in the bank.
+        kernel_initializer: Initializer of each expert's kernels, each of them
+            drawn on its own as a matrix. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of each expert's biases. Defaults to
+            `"zeros"`.
+        kernel_regularizer: Regularizer of each expert's kernels, summed over
+            the experts. Defaults to `None`.
+        bias_regularizer: Regularizer of each expert's biases. Defaults to
+            `None`.
+        kernel_constraint: Constraint of each expert's kernels. Defaults to
+            `None`.
+        bias_constraint: Constraint of each expert's biases. Defaults to
+            `None`.
+        implementation: Name of the grouped matmul to use, one of
+            `keras_moe.ops.grouped_matmul_implementations()`. `None` takes the
+            first that can run. Defaults to `None`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If `num_experts` is not a positive int, or
+            `implementation` is not known on the backend.
+
+    Example:
+
+    ```python
+    class LinearExperts(keras_moe.experts.Experts):
+        def build(self, rows_shape):
+            width = rows_shape[-1]
+            self.kernel = self.add_bank("kernel", (width, width))
+
+        def call(self, rows, group_sizes, training=None):
+            return self.grouped_dense(rows, group_sizes, self.kernel)
+    ```
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        implementation=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not isinstance(num_experts, int) or num_experts < 1:
+            raise ValueError(
+                "`num_experts` must be a positive int. "
+                f"Received: num_experts={num_experts!r}"
+            )
+        check_implementation(implementation)
+        self.num_experts = num_experts
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+        self.implementation = implementation
+        self._num_banks = 0
+
+    def add_bank(self, name, shape, kind="kernel"):
+        """Adds the weights of all experts as one variable.
+
+        Args:
+            name: str. Name of the variable.
+            shape: tuple. Shape of one expert's weights.
+            kind: `"kernel"` or `"bias"`. Whose initializer, regularizer and
+                constraint apply. Defaults to `"kernel"`.
+
+        Returns:
+            A variable of shape `(num_experts,) + shape`.
+        """
+        initializer = getattr(self, f"{kind}_initializer")
+        regularizer = getattr(self, f"{kind}_regularizer")
+        constraint = getattr(self, f"{kind}_constraint")
+        self._num_banks += 1
+        return self.add_weight(
+            name=name,
+            shape=(self.num_experts, *shape),
+            initializer=per_expert.PerExpertInitializer(
+                initializer, stream=self._num_banks
+            ),
+            regularizer=regularizer
+            and per_expert.PerExpertRegularizer(regularizer),
+            constraint=constraint
+            and per_expert.PerExpertConstraint(constraint),
+        )
+
+    def grouped_dense(self, rows, group_sizes, kernel, bias=None):
+        """`rows @ kernel[expert] + bias[expert]`.
+
+        Args:
+            rows: `(N, D)`, grouped by expert.
+            group_sizes: `(E,)` int32.
+            kernel: `(E, D, F)`.
+            bias: `(E, F)`, or `None`.
+
+        Returns:
+            `(N, F)`.
+        """
+        out = grouped_matmul(rows, kernel, group_sizes, self.implementation)
+        if bias is not None:
+            # A product with ones rather than a gather of the bias: its
+            # gradient is a grouped sum, not a scatter-add.
+            ones = ops.ones((ops.shape(rows)[0], 1), rows.dtype)
+            out = out + grouped_matmul(
+                ones, ops.expand_dims(bias, 1), group_sizes
+            )
+        return out
+
+    def compute_output_shape(self, rows_shape, group_sizes_shape=None):
+        return tuple(rows_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(
+                self.kernel_regularizer
+            ),
+            "bias_regularizer": keras.regularizers.serialize(
+                self.bias_regularizer
+            ),
+            "kernel_constraint": keras.constraints.serialize(
+                self.kernel_constraint
+            ),
+            "bias_constraint": keras.constraints.serialize(
+                self.bias_constraint
+            ),
+            "implementation": self.implementation,
+        }

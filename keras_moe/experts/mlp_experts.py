@@ -1,0 +1,78 @@
+import keras
+
+from keras_moe.experts.feed_forward_experts import FeedForwardExperts
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MLPExperts(FeedForwardExperts):
+    """A bank of two-layer feed-forward networks.
+
+    ```
+    hidden = activation(x @ up_kernel[e] + up_bias[e])
+    y      = hidden @ down_kernel[e] + down_bias[e]
+    ```
+
+    for a row `x` of expert `e`. Only the chosen expert is computed for a row.
+
+    Args:
+        num_experts: int. Number of experts in the bank.
+        intermediate_dim: int. Width of each expert's hidden layer.
+        activation: Any Keras activation. Defaults to `"relu"`.
+        use_bias: bool. Whether both layers have a bias. Defaults to `True`.
+        dropout: float. Rate of the dropout of the hidden layer, in training.
+            Defaults to `0.0`.
+        seed: int, or `None`. Seed of the dropout. Defaults to `None`.
+        **kwargs: Arguments of `keras_moe.experts.Experts`: initializers,
+            regularizers, constraints, `implementation`.
+
+    Call arguments:
+        rows: Tensor of shape `(N, D)`, the rows of expert 0 first.
+        group_sizes: int32 tensor of shape `(E,)`. Rows of each expert.
+        training: bool. Whether to apply dropout.
+
+    Input shape:
+        `(N, D)`
+
+    Output shape:
+        `(N, D)`
+
+    Weights:
+        `up_kernel` `(E, D, F)`, `up_bias` `(E, F)`, `down_kernel` `(E, F, D)`,
+        `down_bias` `(E, D)`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> experts = keras_moe.experts.MLPExperts(2, intermediate_dim=16)
+    >>> rows = keras.ops.ones((5, 4))
+    >>> tuple(experts(rows, keras.ops.array([3, 2], "int32")).shape)
+    (5, 4)
+
+    Reference:
+
+    - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        activation="relu",
+        use_bias=True,
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts, intermediate_dim, activation, use_bias, **kwargs
+        )
+
+    def build_hidden(self, input_dim):
+        self.up_kernel, self.up_bias = self.add_dense(
+            "up", input_dim, self.intermediate_dim
+        )
+
+    def hidden(self, rows, group_sizes):
+        return self.activation(
+            self.grouped_dense(rows, group_sizes, self.up_kernel, self.up_bias)
+        )

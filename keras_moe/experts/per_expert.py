@@ -1,0 +1,59 @@
+"""Initializers, regularizers and constraints for banks of expert weights.
+
+A bank holds the weights of all experts in one variable, `(E, ...)`. Keras would
+take its first axis for a part of the kernel: fans would be too large by a
+factor of `E`, norms would run over several experts, and two draws of one
+seeded initializer would be equal.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class PerExpertInitializer(keras.initializers.Initializer):
+    """Draws each expert's weights on their own, from a seed of their own."""
+
+    def __init__(self, initializer, stream):
+        self.initializer = initializer
+        # Two banks of one layer may share one seeded initializer.
+        self.stream = stream
+
+    def __call__(self, shape, dtype=None):
+        return ops.stack(
+            [draw(shape[1:], dtype=dtype) for draw in self._draws(shape[0])]
+        )
+
+    def _draws(self, num_experts):
+        seed = getattr(self.initializer, "seed", None)
+        if not isinstance(seed, int):
+            # Without a seed, or with a generator that advances by itself.
+            return [self.initializer] * num_experts
+        seeds = np.random.SeedSequence([seed, self.stream])
+        config = self.initializer.get_config()
+        return [
+            self.initializer.from_config({**config, "seed": int(s) >> 1})
+            for s in seeds.generate_state(num_experts)
+        ]
+
+
+class PerExpertRegularizer(keras.regularizers.Regularizer):
+    """The sum of the regularizer's value for each expert."""
+
+    def __init__(self, regularizer):
+        self.regularizer = regularizer
+
+    def __call__(self, bank):
+        return sum(self.regularizer(bank[e]) for e in range(bank.shape[0]))
+
+
+class PerExpertConstraint(keras.constraints.Constraint):
+    """Constrains each expert's weights on their own."""
+
+    def __init__(self, constraint):
+        self.constraint = constraint
+
+    def __call__(self, bank):
+        return ops.stack(
+            [self.constraint(bank[e]) for e in range(bank.shape[0])]
+        )

@@ -1,0 +1,91 @@
+from keras import ops
+
+from keras_moe import backend
+
+
+def grouped_matmul_implementations():
+    """Names that `implementation=` takes on this backend, best first."""
+    return tuple(backend.GROUPED_MATMUL)
+
+
+def check_implementation(implementation):
+    if implementation is not None and (
+        implementation not in backend.GROUPED_MATMUL
+    ):
+        raise ValueError(
+            "`implementation` must be None or, on this backend, one of "
+            f"{grouped_matmul_implementations()}. "
+            f"Received: implementation={implementation!r}"
+        )
+
+
+def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
+    """Matrix product of rows sorted by group with one matrix per group.
+
+    `out[i] = lhs[i] @ rhs[g]` where `g` is the group of row `i`: the first
+    `group_sizes[0]` rows belong to group 0, the next `group_sizes[1]` to group
+    1 and so on. Groups may be empty. Rows after the last group give zero, and
+    neither they nor a NaN in one group touch another group's result or
+    gradient. Gradients are defined for `lhs` and `rhs`.
+
+    Args:
+        lhs: `(N, D)`, float32, bfloat16, float16 or float64.
+        rhs: `(E, D, F)`, same dtype. `E`, `D` and `F` must be static.
+        group_sizes: `(E,)` int32, with a sum of at most `N` (not checked).
+        implementation: `None` takes the first of
+            `grouped_matmul_implementations()` that can run here. A name forces
+            that one, and raises `NotImplementedError` where it cannot.
+
+    Returns:
+        `(N, F)`, in the dtype of `lhs`.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, or `implementation` is not
+            known on this backend.
+
+    Example:
+
+    >>> lhs = keras.ops.ones((3, 2))
+    >>> rhs = keras.ops.stack([keras.ops.ones((2, 1)), keras.ops.zeros((2, 1))])
+    >>> out = keras_moe.ops.grouped_matmul(lhs, rhs, [1, 2])
+    >>> keras.ops.convert_to_numpy(out)[:, 0].tolist()
+    [2.0, 0.0, 0.0]
+    """
+    check_implementation(implementation)
+    lhs, rhs = ops.convert_to_tensor(lhs), ops.convert_to_tensor(rhs)
+    group_sizes = ops.convert_to_tensor(group_sizes, dtype="int32")
+    _check_operands(lhs, rhs, group_sizes)
+    if implementation is not None:
+        return backend.GROUPED_MATMUL[implementation](lhs, rhs, group_sizes)
+    for candidate in backend.GROUPED_MATMUL.values():
+        try:
+            return candidate(lhs, rhs, group_sizes)
+        except NotImplementedError:
+            continue  # not for these arguments here; the reference always is
+    raise NotImplementedError("No implementation of `grouped_matmul` can run.")
+
+
+def _check_operands(lhs, rhs, group_sizes):
+    shapes = (
+        f"lhs.shape={tuple(lhs.shape)}, rhs.shape={tuple(rhs.shape)}, "
+        f"group_sizes.shape={tuple(group_sizes.shape)}"
+    )
+    if (
+        len(lhs.shape) != 2
+        or len(rhs.shape) != 3
+        or len(group_sizes.shape) != 1
+    ):
+        raise ValueError(
+            "`lhs` must be of shape (N, D), `rhs` of shape (E, D, F) and "
+            f"`group_sizes` of shape (E,). Received: {shapes}"
+        )
+    if lhs.shape[1] != rhs.shape[1] or rhs.shape[0] != group_sizes.shape[0]:
+        raise ValueError(
+            "`lhs` and `rhs` must agree on D, `rhs` and `group_sizes` on E. "
+            f"Received: {shapes}"
+        )
+    if lhs.dtype != rhs.dtype:
+        raise ValueError(
+            "`lhs` and `rhs` must have the same dtype. "
+            f"Received: lhs.dtype={lhs.dtype}, rhs.dtype={rhs.dtype}"
+        )
