@@ -8,6 +8,9 @@ active Keras backend is re-exported here:
   the arguments, the device or the execution mode are not for it.
 - `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
   axis in descending order, ties to the lower index.
+- `with_gradient(forward, backward, inputs, constants)`: `forward(*inputs,
+  *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
+  for each of the inputs.
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
 
 `reference.py` needs `keras.ops` alone and always comes last.
@@ -34,4 +37,5 @@ GROUPED_MATMUL = {
     "reference": reference.grouped_matmul,
 }
 top_k_indices = native.top_k_indices
+with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic

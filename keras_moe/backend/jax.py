@@ -18,6 +18,24 @@ def top_k_indices(scores, k):
     return lax.top_k(scores, k)[1]
 
 
+def with_gradient(forward, backward, inputs, constants):
+    # Everything is an argument: rematerialization forbids closing over traced
+    # arrays.
+    @jax.custom_vjp
+    def call(inputs, constants):
+        return forward(*inputs, *constants)
+
+    def call_forward(inputs, constants):
+        return forward(*inputs, *constants), (inputs, constants)
+
+    def call_backward(residuals, grad):
+        inputs, constants = residuals
+        return backward(grad, *inputs, *constants), None
+
+    call.defvjp(call_forward, call_backward)
+    return call(inputs, constants)
+
+
 def is_symbolic(tensor):
     return isinstance(tensor, jax.core.Tracer)
 

@@ -18,6 +18,17 @@ def top_k_indices(scores, k):
     return tf.math.top_k(scores, k).indices
 
 
+def with_gradient(forward, backward, inputs, constants):
+    @tf.custom_gradient
+    def call(*inputs):
+        def gradients(grad):
+            return backward(grad, *inputs, *constants)
+
+        return forward(*inputs, *constants), gradients
+
+    return call(*inputs)
+
+
 def is_symbolic(tensor):
     return not tf.executing_eagerly()
 
@@ -88,6 +99,8 @@ def _loop_groups(lhs, grad, starts, ends):
 def expert_loop(lhs, rhs, group_sizes):
     if _compiles_with_xla():
         raise NotImplementedError("XLA needs static shapes")
+    # A variable read inside of a custom gradient would be asked for there.
+    lhs, rhs = tf.convert_to_tensor(lhs), tf.convert_to_tensor(rhs)
     group_sizes = _refuse_xla(group_sizes)
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
@@ -201,6 +214,7 @@ def _block_groups(lhs, grad, blocks):
 
 
 def row_blocks(lhs, rhs, group_sizes):
+    lhs, rhs = tf.convert_to_tensor(lhs), tf.convert_to_tensor(rhs)
     size = block_size(lhs.shape[0], rhs.shape[0])
     blocks = _Blocks(tf.shape(lhs)[0], group_sizes, size)
 

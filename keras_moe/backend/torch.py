@@ -14,6 +14,23 @@ def top_k_indices(scores, k):
     return order[..., :k].to(torch.int32)
 
 
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, constants, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.backward, ctx.constants = backward, constants
+        return forward(*inputs, *constants)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        return None, None, None, *ctx.backward(grad, *inputs, *ctx.constants)
+
+
+def with_gradient(forward, backward, inputs, constants):
+    return _WithGradient.apply(forward, backward, constants, *inputs)
+
+
 def is_symbolic(tensor):
     return tensor.device.type == "meta"
 

@@ -13,7 +13,7 @@ class Experts(keras.layers.Layer):
     `num_experts` (`add_bank` does that), and computes in
     `call(rows, group_sizes, training=None)`. The first `group_sizes[0]` rows
     are those of expert 0, and so on; rows after the last group (masked and
-    dropped tokens) may give anything, it is not used.
+    dropped tokens) may give anything finite, it is not used.
 
     Args:
         num_experts: int. Number of experts in the bank.

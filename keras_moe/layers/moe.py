@@ -5,6 +5,11 @@ from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
 from keras_moe.experts import Experts
+from keras_moe.layers.parts import agreed_num_experts
+from keras_moe.layers.parts import default_name
+from keras_moe.layers.parts import num_experts_of
+from keras_moe.layers.parts import resolve_part
+from keras_moe.layers.parts import serialize_part
 from keras_moe.layers.routing_statistics import RoutingStatistics
 from keras_moe.ops.capacity import expert_capacity
 from keras_moe.ops.dispatch import DROP_POLICIES
@@ -130,9 +135,9 @@ class MoE(keras.layers.Layer):
         name=None,
         **kwargs,
     ):
-        super().__init__(name=name or _default_name(), **kwargs)
-        num_experts = _num_experts(num_experts, router, experts)
-        self.router = _resolve(
+        super().__init__(name=name or default_name(), **kwargs)
+        num_experts = num_experts_of(num_experts, router, experts)
+        self.router = resolve_part(
             routers_lib.get,
             "router",
             router,
@@ -144,7 +149,7 @@ class MoE(keras.layers.Layer):
                 "`intermediate_dim` must be given if `experts` is a name. "
                 f"Received: intermediate_dim=None, experts={experts!r}"
             )
-        self.experts = _resolve(
+        self.experts = resolve_part(
             experts_lib.get,
             "experts",
             experts,
@@ -155,7 +160,7 @@ class MoE(keras.layers.Layer):
             },
             {"intermediate_dim": intermediate_dim, "activation": activation},
         )
-        self.num_experts = _agreed_num_experts(
+        self.num_experts = agreed_num_experts(
             num_experts, self.router, self.experts
         )
         self.shared_experts = experts_lib.get(shared_experts)
@@ -306,13 +311,14 @@ class MoE(keras.layers.Layer):
             shared = ops.sum(rows, axis=0)
         else:
             shared = self.shared_experts(tokens)
+        shared = ops.cast(shared, self.compute_dtype)
         if self.shared_experts_gate:
             gate = ops.matmul(tokens, self.shared_gate_kernel)
             shared = ops.sigmoid(gate) * shared
         if mask is not None:
             keep = ops.expand_dims(mask, -1)
             shared = ops.where(keep, shared, ops.zeros_like(shared))
-        return ops.cast(shared, self.compute_dtype)
+        return shared
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
@@ -320,9 +326,9 @@ class MoE(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
-            "router": _serialize_part(self.router),
-            "experts": _serialize_part(self.experts),
-            "shared_experts": _serialize_part(self.shared_experts),
+            "router": serialize_part(self.router),
+            "experts": serialize_part(self.experts),
+            "shared_experts": serialize_part(self.shared_experts),
             "shared_experts_gate": self.shared_experts_gate,
             "losses": [
                 keras.saving.serialize_keras_object(loss)
@@ -333,74 +339,3 @@ class MoE(keras.layers.Layer):
             "drop_policy": self.drop_policy,
             "statistics": self._statistics_detail,
         }
-
-
-def _default_name():
-    """`"moe"`, `"moe_1"`, ...: Keras would make it `"mo_e"`."""
-    number = keras.backend.get_uid("moe") - 1
-    return f"moe_{number}" if number else "moe"
-
-
-def _num_experts(num_experts, router, experts):
-    """`num_experts`, or what a part handed in as an object says."""
-    for part in (router, experts):
-        if num_experts is None and not isinstance(part, (str, dict)):
-            num_experts = getattr(part, "num_experts", None)
-    if num_experts is None and (
-        isinstance(router, str) or isinstance(experts, str)
-    ):
-        raise ValueError(
-            "`num_experts` must be given if both `router` and `experts` are "
-            f"names. Received: num_experts=None, router={router!r}, "
-            f"experts={experts!r}"
-        )
-    return num_experts
-
-
-def _resolve(get, name, identifier, defaults, choices):
-    """The part, with `choices` the arguments that only a name may have."""
-    given = {k: v for k, v in choices.items() if v is not None}
-    if isinstance(identifier, str):
-        return get(identifier, **defaults, **given)
-    if given:
-        raise ValueError(
-            f"{', '.join(f'`{key}`' for key in given)} can only be given if "
-            f"`{name}` is a name, not an object. Received: {given}, "
-            f"{name}={identifier!r}"
-        )
-    part = get(identifier)
-    if not isinstance(part, keras.layers.Layer):
-        raise ValueError(
-            f"`{name}` must be a name or a layer. Received: {name}={part!r}"
-        )
-    return part
-
-
-def _agreed_num_experts(num_experts, router, experts):
-    for name, part in (("router", router), ("experts", experts)):
-        if getattr(part, "num_experts", None) is None:
-            raise ValueError(
-                f"`{name}` must have an attribute `num_experts`. "
-                f"Received: {name}={part!r}"
-            )
-    numbers = {router.num_experts, experts.num_experts}
-    if num_experts is not None:
-        numbers.add(num_experts)
-    if len(numbers) > 1:
-        raise ValueError(
-            "`num_experts`, `router` and `experts` must agree on the number "
-            f"of experts. Received: num_experts={num_experts}, "
-            f"router.num_experts={router.num_experts}, "
-            f"experts.num_experts={experts.num_experts}"
-        )
-    return router.num_experts
-
-
-def _serialize_part(layer):
-    if layer is None:
-        return None
-    config = keras.saving.serialize_keras_object(layer)
-    # Otherwise the part would be built on its own as it is loaded, and its
-    # variables would lose the name of this layer from their paths.
-    config.pop("build_config", None)
-    return config

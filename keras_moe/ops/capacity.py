@@ -38,7 +38,8 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     if capacity_factor is None or math.isinf(capacity_factor):
         return None
     share = top_k * capacity_factor / num_experts
-    if isinstance(num_tokens, int):
+    if not ops.is_tensor(num_tokens):
         return math.ceil(num_tokens * share - 1e-6)
+    # Only TensorFlow has sizes that are tensors, so float64 is at hand.
     rows = ops.cast(num_tokens, "float64") * share
     return ops.cast(ops.ceil(rows - 1e-6), "int32")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from keras_moe.ops.routing import assigned
+from keras_moe import backend
 
 DROP_POLICIES = ("position", "weight")
 
@@ -21,9 +21,8 @@ class DispatchPlan(NamedTuple):
         choices: `(N,)` int32. The choice that each row carries out, counted
             with the first choices of all tokens first: `k * T + t`.
         positions: `(T, K)` int32. The row of each choice.
-        kept: `(T, K)` bool, or `None` if every choice has been kept. The
-            others (masked, or dropped for lack of capacity) have their rows
-            after those of all experts.
+        kept: `(T, K)` bool, or `None` if nothing was masked or dropped. The
+            rows of other choices come after those of all experts.
     """
 
     choices: Any
@@ -63,9 +62,11 @@ def dispatch(
             f"Received: drop_policy={drop_policy!r}"
         )
     num_tokens, top_k = ops.shape(routing.expert_indices)
-    kept = assigned(routing, mask)
     experts = _by_choice(routing.expert_indices)  # (N,)
-    if kept is not None:
+    kept = None
+    if mask is not None:
+        kept = ops.expand_dims(mask, -1)
+        kept = ops.broadcast_to(kept, (num_tokens, top_k))
         experts = ops.where(_by_choice(kept), experts, num_experts)
     if capacity is not None:
         weights = None
@@ -79,7 +80,10 @@ def dispatch(
     positions = ops.transpose(ops.reshape(row_of_choice, (top_k, num_tokens)))
     plan = DispatchPlan(choices, positions, kept)
     group_sizes = _count(experts, num_experts)
-    return _to_rows(tokens, plan), group_sizes, plan
+    rows = backend.with_gradient(
+        _to_rows, _to_rows_gradient, (tokens,), (plan,)
+    )
+    return rows, group_sizes, plan
 
 
 def combine(rows, plan, expert_weights):
@@ -94,50 +98,47 @@ def combine(rows, plan, expert_weights):
         `(T, D)`, in the dtype of `rows`. Tokens of which nothing was kept give
         zero.
     """
+    return backend.with_gradient(
+        _weighted_sum,
+        _weighted_sum_gradients,
+        (rows, expert_weights),
+        (plan,),
+    )
 
-    @ops.custom_gradient
-    def weighted_sum(rows, weights):
-        def gathered():  # (T, K, D), made anew in the backward pass
-            return ops.cast(_at_positions(rows, plan), weights.dtype)
 
-        out = ops.einsum("tk,tkd->td", weights, gathered())
+def _weighted_sum(rows, weights, plan):
+    gathered = ops.cast(_at_positions(rows, plan), weights.dtype)  # (T, K, D)
+    return ops.cast(ops.einsum("tk,tkd->td", weights, gathered), rows.dtype)
 
-        def gradient(*args, upstream=None):
-            d_out = args[0] if upstream is None else upstream
-            d_out = ops.cast(d_out, weights.dtype)
-            token = _token_of_row(plan)
-            kept_weights = weights
-            if plan.kept is not None:
-                kept_weights = ops.where(
-                    plan.kept, weights, ops.zeros_like(weights)
-                )
-            row_weights = ops.take(_by_choice(kept_weights), plan.choices)
-            d_rows = ops.expand_dims(row_weights, -1) * ops.take(
-                d_out, token, axis=0
-            )
-            d_weights = ops.einsum("td,tkd->tk", d_out, gathered())
-            return ops.cast(d_rows, rows.dtype), d_weights
 
-        return ops.cast(out, rows.dtype), gradient
-
-    return weighted_sum(rows, expert_weights)
+def _weighted_sum_gradients(d_out, rows, weights, plan):
+    # Gathered anew: (T, K, D) is too much to keep for the backward pass.
+    gathered = ops.cast(_at_positions(rows, plan), weights.dtype)
+    d_out = ops.cast(d_out, weights.dtype)
+    d_weights = ops.einsum("td,tkd->tk", d_out, gathered)
+    if plan.kept is not None:
+        weights = ops.where(plan.kept, weights, ops.zeros_like(weights))
+    row_weights = ops.take(_by_choice(weights), plan.choices)
+    d_rows = ops.take(d_out, _token_of_row(plan), axis=0)
+    d_rows = ops.expand_dims(row_weights, -1) * d_rows
+    return ops.cast(d_rows, rows.dtype), d_weights
 
 
 def _to_rows(tokens, plan):
-    @ops.custom_gradient
-    def gather(tokens):
-        def gradient(*args, upstream=None):
-            d_rows = args[0] if upstream is None else upstream
-            return ops.sum(_at_positions(d_rows, plan), axis=1)
+    return ops.take(tokens, _token_of_row(plan), axis=0)
 
-        return ops.take(tokens, _token_of_row(plan), axis=0), gradient
 
-    return gather(tokens)
+def _to_rows_gradient(d_rows, tokens, plan):
+    return (ops.sum(_at_positions(d_rows, plan), axis=1),)
 
 
 def _at_positions(rows, plan):
     """`(N, D)` -> `(T, K, D)`, zero where a choice has not been kept."""
-    gathered = ops.take(rows, plan.positions, axis=0)
+    # Flat, since JAX's `take` gets the shape wrong where there is no row.
+    gathered = ops.take(rows, ops.reshape(plan.positions, (-1,)), axis=0)
+    gathered = ops.reshape(
+        gathered, (*ops.shape(plan.positions), rows.shape[-1])
+    )
     if plan.kept is None:
         return gathered
     kept = ops.expand_dims(plan.kept, -1)

@@ -1,0 +1,84 @@
+"""How `MoE` gets its parts from its arguments, and saves them."""
+
+import keras
+
+
+def default_name():
+    """`"moe"`, `"moe_1"`, ...: Keras would make it `"mo_e"`."""
+    number = keras.backend.get_uid("moe") - 1
+    return f"moe_{number}" if number else "moe"
+
+
+def num_experts_of(num_experts, router, experts):
+    """`num_experts`, or what a part handed in as an object says."""
+    for part in (router, experts):
+        if num_experts is None and not isinstance(part, (str, dict)):
+            num_experts = getattr(part, "num_experts", None)
+    if num_experts is None and (
+        isinstance(router, str) or isinstance(experts, str)
+    ):
+        raise ValueError(
+            "`num_experts` must be given if both `router` and `experts` are "
+            f"names. Received: num_experts=None, router={router!r}, "
+            f"experts={experts!r}"
+        )
+    return num_experts
+
+
+def resolve_part(get, name, identifier, defaults, choices):
+    """The router or the experts, from a name, a config or an object.
+
+    Args:
+        get: `routers.get` or `experts.get`.
+        name: str. Name of the argument, for errors.
+        identifier: What was given for it.
+        defaults: dict. Arguments for a part made from a name.
+        choices: dict. More of them, that the user may not give with an object.
+    """
+    given = {k: v for k, v in choices.items() if v is not None}
+    if isinstance(identifier, str):
+        return get(identifier, **defaults, **given)
+    if given:
+        raise ValueError(
+            f"{', '.join(f'`{key}`' for key in given)} can only be given if "
+            f"`{name}` is a name, not an object. Received: {given}, "
+            f"{name}={identifier!r}"
+        )
+    part = get(identifier)
+    if not isinstance(part, keras.layers.Layer):
+        raise ValueError(
+            f"`{name}` must be a name or a layer. Received: {name}={part!r}"
+        )
+    return part
+
+
+def agreed_num_experts(num_experts, router, experts):
+    """The number of experts, if all that say one say the same."""
+    for name, part in (("router", router), ("experts", experts)):
+        if getattr(part, "num_experts", None) is None:
+            raise ValueError(
+                f"`{name}` must have an attribute `num_experts`. "
+                f"Received: {name}={part!r}"
+            )
+    numbers = {router.num_experts, experts.num_experts}
+    if num_experts is not None:
+        numbers.add(num_experts)
+    if len(numbers) > 1:
+        raise ValueError(
+            "`num_experts`, `router` and `experts` must agree on the number "
+            f"of experts. Received: num_experts={num_experts}, "
+            f"router.num_experts={router.num_experts}, "
+            f"experts.num_experts={experts.num_experts}"
+        )
+    return router.num_experts
+
+
+def serialize_part(layer):
+    """The config of a part, or `None`."""
+    if layer is None:
+        return None
+    config = keras.saving.serialize_keras_object(layer)
+    # Otherwise the part would be built on its own as it is loaded, and its
+    # variables would lose the name of this layer from their paths.
+    config.pop("build_config", None)
+    return config

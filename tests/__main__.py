@@ -1,0 +1,43 @@
+"""Runs the tests once per backend: `python -m tests [--backends a,b] [args]`.
+
+Each backend gets one pytest process, since Keras chooses its backend at import
+and importing the frameworks takes longer than most tests. All further arguments
+go to pytest.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+BACKENDS = ("jax", "torch", "tensorflow")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests")
+    parser.add_argument(
+        "--backends",
+        default=",".join(BACKENDS),
+        help="comma-separated; default: all three",
+    )
+    arguments, pytest_arguments = parser.parse_known_args()
+    backends = arguments.backends.split(",")
+    unknown = set(backends) - set(BACKENDS)
+    if unknown:
+        parser.error(f"--backends must be of {BACKENDS}. Received: {unknown}")
+    failed = []
+    for backend in backends:
+        print(f"\n===== {backend} =====", flush=True)
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *pytest_arguments],
+            env={**os.environ, "KERAS_BACKEND": backend},
+        ).returncode
+        if status:  # 5, no test collected, too
+            failed.append(backend)
+    print(f"\nBackends run: {', '.join(backends)}. ", end="")
+    print(f"Failed: {', '.join(failed) or 'none'}.", flush=True)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Two or four simulated CPU devices, so that distribution is tested too."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Read when jax is imported, by keras.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+
+import keras  # noqa: E402
+
+if keras.config.backend() == "tensorflow":
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )

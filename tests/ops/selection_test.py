@@ -1,0 +1,30 @@
+import numpy as np
+from keras import ops
+
+from keras_moe.ops import top_k_indices
+from tests.test_case import TestCase
+
+
+class TopKIndicesTest(TestCase):
+    def indices(self, scores, k):
+        return ops.convert_to_numpy(top_k_indices(ops.array(scores), k))
+
+    def test_ties_go_to_the_lower_index(self):
+        # Enough columns for the unstable algorithms to show themselves.
+        scores = np.zeros((3, 300), "float32")
+        scores[1, 200:] = 1.0
+        scores[2, ::2] = -1.0
+        indices = self.indices(scores, 5)
+        self.assertAllEqual(
+            indices,
+            [[0, 1, 2, 3, 4], [200, 201, 202, 203, 204], [1, 3, 5, 7, 9]],
+        )
+        self.assertEqual(indices.dtype, "int32")
+
+    def test_nan_is_the_smallest(self):
+        nan = float("nan")
+        scores = [[nan, 1.0, nan, 2.0], [nan, nan, nan, nan]]
+        self.assertAllEqual(self.indices(scores, 2), [[3, 1], [0, 1]])
+
+    def test_no_token(self):
+        self.assertEqual(self.indices(np.ones((0, 4)), 2).shape, (0, 2))
