@@ -199,18 +199,19 @@ class FitTest(TestCase):
         self.assertGreater(loads[0.0], 0.7)
         self.assertLess(loads[1.0], 0.4)
 
-    @parameterized.parameters(True, False)
-    def test_jit_compile(self, jit_compile):
-        if jit_compile and keras.config.backend() == "torch":
-            return  # torch.compile takes minutes
+    @pytest.mark.large  # a minute of compilation on torch
+    @pytest.mark.filterwarnings("ignore")  # torch.compile has many to give
+    def test_jit_compile(self):
         results = []
-        for jit in (jit_compile, "auto"):
+        for jit_compile in (True, False):
             keras.utils.set_random_seed(1)
             layer = make(capacity_factor=1.0, name="moe", experts="mlp")
             head = keras.layers.Dense(1, kernel_initializer="ones")
             x = keras.Input((None, 5))
             model = keras.Model(x, head(layer(x)))
-            model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
+            model.compile(
+                keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile
+            )
             history = model.fit(
                 *data(), batch_size=8, shuffle=False, epochs=2, verbose=0
             ).history
@@ -222,7 +223,7 @@ class FitTest(TestCase):
         for name, values in history.items():
             self.assertAllClose(values, other_history[name], atol=1e-5)
         for one, other in zip(weights, other_weights, strict=True):
-            self.assertAllClose(one, other, atol=1e-5)
+            self.assertAllClose(one, other, atol=1e-5, rtol=1e-5)
 
     @parameterized.parameters("mixed_bfloat16", "mixed_float16")
     def test_mixed_precision(self, policy):
