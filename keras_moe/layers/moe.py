@@ -226,8 +226,7 @@ class MoE(keras.layers.Layer):
             self._capacity(routing, training),
             self.drop_policy,
         )
-        rows, group_sizes = self.exchange(rows, group_sizes)
-        rows = self.experts(rows, group_sizes, training=training)  # (N, D)
+        rows = self.exchange(rows, group_sizes, training)  # (N, D)
         if rows.shape[-1] != inputs.shape[-1]:
             raise ValueError(
                 "`experts` must keep the width of their rows. Received rows "
@@ -264,12 +263,13 @@ class MoE(keras.layers.Layer):
         tokens, mask = self._tokens(ops.convert_to_tensor(inputs), mask)
         return self.router(tokens, mask=mask, training=training)
 
-    def exchange(self, rows, group_sizes):
-        """Where rows will travel to the devices that own their experts.
+    def exchange(self, rows, group_sizes, training=None):
+        """Takes rows to their experts and brings back what these make of them.
 
-        One device owns all experts so far: the identity.
+        The seam for expert parallelism: here rows will travel to the devices
+        that own their experts. So far one device owns them all.
         """
-        return rows, group_sizes
+        return self.experts(rows, group_sizes, training=training)
 
     def _tokens(self, inputs, mask):
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
