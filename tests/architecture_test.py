@@ -23,7 +23,10 @@ ALLOWED = {
     "models": {"layers", "metrics", "callbacks", "analysis", "conversion"},
 }
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
-EVERYWHERE = {"keras", "numpy", "typing", "math", "functools"}
+EVERYWHERE = {
+    *("keras", "numpy"),
+    *("fractions", "functools", "inspect", "math", "typing"),
+}
 
 
 def allowed(folder):

@@ -31,7 +31,7 @@ def print_report(summary):
         ("active parameters", "active_parameters", "{:,}"),
         ("total parameters", "total_parameters", "{:,}"),
         ("training time", "training_seconds", "{:.0f} s"),
-        ("a usual epoch", "median_epoch_seconds", "{:.2f} s"),
+        ("median epoch", "median_epoch_seconds", "{:.2f} s"),
     ):
         values = form.format(moe[key]), form.format(dense[key])
         print("{:24}{:>12}{:>14}".format(label, *values))
@@ -45,7 +45,7 @@ def print_report(summary):
     )
     print(
         f"Training the MoE took {times:.1f} times as long as its dense twin "
-        f"({epochs:.1f} times for\na usual epoch, without the compilation), "
+        f"({epochs:.1f} times for\nthe median epoch), "
         f"with {parameters:.1f} times the parameters."
     )
 
@@ -67,11 +67,13 @@ def print_report(summary):
     dropped = max(layer["training_dropped_fraction"] for layer in layers)
     print(f"Tokens dropped: {dropped:.1%}, as no capacity limit is set.")
 
-    print(f"\nHow much tells the expert, of {np.log2(num_experts):.1f} bits")
+    print(
+        "\nWhat a patch's place in the image and its digit tell of its experts"
+    )
     for layer in layers:
         print(
-            f"block {layer['block']}: the place {layer['place_bits']:.2f}, the "
-            f"digit {layer['digit_bits']:.2f}; it {sorts_by(layer)}"
+            f"block {layer['block']}: place {layer['place_bits']:.2f} bits, "
+            f"digit {layer['digit_bits']:.2f} bits: {sorts_by(layer)}"
         )
 
 
@@ -148,7 +150,7 @@ def _draw_experts(figure, half, images, labels, layer, experts):
     bars.set_yticks(range(num_experts))
     bars.tick_params(axis="y", labelsize=13, length=0)
     bars.set_ylabel("expert", fontsize=13)
-    bars.set_title("share of all patches,\n% (dotted: even)", fontsize=11)
+    bars.set_title("load, %\n(dotted: even)", fontsize=11)
     bars.spines[["top", "right"]].set_visible(False)
 
     shares = np.zeros((num_experts, 10))
@@ -182,9 +184,7 @@ def _draw_experts(figure, half, images, labels, layer, experts):
     heat.set_xticks(range(10))
     heat.tick_params(axis="x", labelsize=13)
     heat.set_yticks([])
-    heat.set_title(
-        "which digits its patches are from,\n% (even: 10)", fontsize=11
-    )
+    heat.set_title("digits its patches come from,\n% (even: 10)", fontsize=11)
     heat.text(
         0.5,
         1.115,

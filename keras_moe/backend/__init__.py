@@ -36,6 +36,13 @@ GROUPED_MATMUL = {
     **native.GROUPED_MATMUL,
     "reference": reference.grouped_matmul,
 }
+# The names on all backends.
+KNOWN_GROUPED_MATMULS = (
+    "row_blocks",
+    "expert_loop",
+    "grouped_mm",
+    "reference",
+)
 top_k_indices = native.top_k_indices
 with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from keras_moe.backend import reference
+
 
 def top_k_indices(scores, k):
     return lax.top_k(scores, k)[1]
@@ -173,6 +175,9 @@ _row_blocks_compiled = jax.jit(_row_blocks)
 
 
 def row_blocks(lhs, rhs, group_sizes):
+    if not isinstance(lhs.shape[0], int):
+        # Keras infers shapes with symbolic sizes; only the shape counts then.
+        return reference.grouped_matmul(lhs, rhs, group_sizes)
     if lhs.shape[0] == 0:  # no block of at least one row exists
         return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
     return _row_blocks_compiled(lhs, rhs, group_sizes)

@@ -4,10 +4,15 @@ It gathers the weights of every row, `(N, D, F)` in all: the same products as
 the fast implementations, so right everywhere, and cheap only for few rows.
 """
 
+import keras
 from keras import ops
 
 
 def grouped_matmul(lhs, rhs, group_sizes):
+    dtype = lhs.dtype
+    if keras.backend.standardize_dtype(dtype) in ("bfloat16", "float16"):
+        # The gradient of `take` would add up in half precision.
+        lhs, rhs = ops.cast(lhs, "float32"), ops.cast(rhs, "float32")
     ends = ops.cumsum(group_sizes)
     row = ops.arange(ops.shape(lhs)[0], dtype="int32")
     group = ops.searchsorted(ends, row, side="right")
@@ -17,4 +22,5 @@ def grouped_matmul(lhs, rhs, group_sizes):
     # not even a NaN in one reaches the gradient of `rhs`.
     lhs = ops.where(in_a_group, lhs, ops.zeros_like(lhs))
     out = ops.einsum("nd,ndf->nf", lhs, ops.take(rhs, group, axis=0))
-    return ops.where(in_a_group, out, ops.zeros_like(out))
+    out = ops.where(in_a_group, out, ops.zeros_like(out))
+    return ops.cast(out, dtype)

@@ -215,6 +215,15 @@ def _block_groups(lhs, grad, blocks):
 
 def row_blocks(lhs, rhs, group_sizes):
     lhs, rhs = tf.convert_to_tensor(lhs), tf.convert_to_tensor(rhs)
+    if not lhs.shape[0]:
+        # There may be no row, of which XLA cannot gather.
+        num_rows = tf.shape(lhs)[0]
+        lhs = tf.pad(lhs, ((0, 1), (0, 0)))
+        return _row_blocks(lhs, rhs, group_sizes)[:num_rows]
+    return _row_blocks(lhs, rhs, group_sizes)
+
+
+def _row_blocks(lhs, rhs, group_sizes):
     size = block_size(lhs.shape[0], rhs.shape[0])
     blocks = _Blocks(tf.shape(lhs)[0], group_sizes, size)
 

@@ -6,6 +6,7 @@ place into the result.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def top_k_indices(scores, k):
@@ -58,7 +59,9 @@ class _GroupedMM(torch.autograd.Function):
         out = _product(lhs, rhs, ends)
         return _clear_rows_of_no_group(out, ends)
 
+    # Its own gradient leaves rows of no group uninitialized.
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs, ends = ctx.saved_tensors
         grad = grad.contiguous()  # an expanded gradient is refused
@@ -115,6 +118,7 @@ class _ExpertLoop(torch.autograd.Function):
         return _matmul_rows(lhs, rhs, sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs = ctx.saved_tensors
         d_lhs = d_rhs = None

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.experts import per_expert
 from keras_moe.ops.grouped_matmul import check_implementation
 from keras_moe.ops.grouped_matmul import grouped_matmul
@@ -18,7 +19,9 @@ class Experts(keras.layers.Layer):
     Args:
         num_experts: int. Number of experts in the bank.
         kernel_initializer: Initializer of each expert's kernels, each of them
-            drawn on its own as a matrix. Defaults to `"glorot_uniform"`.
+            drawn on its own as a matrix. One with a `seed` gets a seed of its
+            own for each expert; a function is called once for each, and should
+            not give the same twice. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of each expert's biases. Defaults to
             `"zeros"`.
         kernel_regularizer: Regularizer of each expert's kernels, summed over
@@ -69,7 +72,9 @@ class Experts(keras.layers.Layer):
                 "`num_experts` must be a positive int. "
                 f"Received: num_experts={num_experts!r}"
             )
-        check_implementation(implementation)
+        # A model may be loaded on another backend than it was made for, and
+        # be told another implementation before it runs.
+        check_implementation(implementation, backend.KNOWN_GROUPED_MATMULS)
         self.num_experts = num_experts
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -125,6 +130,7 @@ class Experts(keras.layers.Layer):
             # A product with ones rather than a gather of the bias: its
             # gradient is a grouped sum, not a scatter-add.
             ones = ops.ones((ops.shape(rows)[0], 1), rows.dtype)
+            # Not by the forced implementation, whose rules one column breaks.
             out = out + grouped_matmul(
                 ones, ops.expand_dims(bias, 1), group_sizes
             )

@@ -29,8 +29,13 @@ class PerExpertInitializer(keras.initializers.Initializer):
         if not isinstance(seed, int):
             # Without a seed, or with a generator that advances by itself.
             return [self.initializer] * num_experts
-        seeds = np.random.SeedSequence([seed, self.stream])
         config = self.initializer.get_config()
+        if "seed" not in config:
+            raise ValueError(
+                "An initializer with a `seed` must take it in its config, so "
+                f"that each expert can have its own. Received: {config}"
+            )
+        seeds = np.random.SeedSequence([seed, self.stream])
         return [
             self.initializer.from_config({**config, "seed": int(s) >> 1})
             for s in seeds.generate_state(num_experts)

@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 from keras import ops
 
@@ -31,9 +33,13 @@ class MoE(keras.layers.Layer):
     Only the chosen experts are computed: the cost is that of `top_k` experts
     per token, however many there are. In training the balancing losses are
     added to the model's loss, and what the router does is counted and shown in
-    the logs of `fit` (`<name>_load_0` ..., `<name>_dropped_fraction`,
-    `<name>_routing_entropy`, `<name>_dead_experts`); see `statistics`. Nothing
+    the logs of `fit` (`moe_load_0` ..., `moe_dropped_fraction`,
+    `moe_routing_entropy`, `moe_dead_experts`, where `moe` is the path of the
+    layer with `_` for `/`); see `statistics`. Nothing
     of that happens in inference.
+
+    A frozen layer (`trainable=False`) still adds its losses, whose gradient
+    reaches the layers before it, and still counts.
 
     Masked tokens give zero. They reach no expert, take no capacity and count
     in no loss and no statistic.
@@ -73,7 +79,8 @@ class MoE(keras.layers.Layer):
             `"position"`.
         statistics: `"per_expert"` logs the load of every expert, `"summary"`
             the smallest and the largest, `"auto"` the former up to 8 experts,
-            `None` counts nothing. Defaults to `"auto"`.
+            `None` counts nothing (and has no variables for it, so weights do
+            not fit the other kinds). Defaults to `"auto"`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -141,7 +148,11 @@ class MoE(keras.layers.Layer):
             routers_lib.get,
             "router",
             router,
-            {"num_experts": num_experts, "name": "router"},
+            {
+                "num_experts": num_experts,
+                "name": "router",
+                "dtype": self.dtype_policy,
+            },
             {"top_k": top_k},
         )
         if isinstance(experts, str) and intermediate_dim is None:
@@ -163,7 +174,14 @@ class MoE(keras.layers.Layer):
         self.num_experts = agreed_num_experts(
             num_experts, self.router, self.experts
         )
-        self.shared_experts = experts_lib.get(shared_experts)
+        if isinstance(shared_experts, dict):
+            shared_experts = experts_lib.get(shared_experts)
+        if not isinstance(shared_experts, (keras.layers.Layer, type(None))):
+            raise ValueError(
+                "`shared_experts` must be a layer or None. "
+                f"Received: shared_experts={shared_experts!r}"
+            )
+        self.shared_experts = shared_experts
         if shared_experts_gate and shared_experts is None:
             raise ValueError(
                 "`shared_experts_gate` needs `shared_experts`. "
@@ -175,10 +193,12 @@ class MoE(keras.layers.Layer):
             ("capacity_factor", capacity_factor),
             ("eval_capacity_factor", eval_capacity_factor),
         ):
-            if factor is not None and not factor > 0:
+            if factor is not None and (
+                not isinstance(factor, (int, float)) or not factor > 0
+            ):
                 raise ValueError(
                     f"`{name}` must be positive or None. "
-                    f"Received: {name}={factor}"
+                    f"Received: {name}={factor!r}"
                 )
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
@@ -192,7 +212,7 @@ class MoE(keras.layers.Layer):
         self.statistics = None
         if statistics is not None:
             self.statistics = RoutingStatistics(
-                self.num_experts, self.name, statistics, name="statistics"
+                self.num_experts, statistics, name="statistics"
             )
         self.supports_masking = True
 
@@ -203,6 +223,7 @@ class MoE(keras.layers.Layer):
                 f"static dim. Received: input_shape={tuple(input_shape)}"
             )
         dim = input_shape[-1]
+        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: dim})
         for layer in (self.router, self.experts, self.shared_experts):
             if layer is not None and not layer.built:
                 layer.build((None, dim))
@@ -240,9 +261,7 @@ class MoE(keras.layers.Layer):
             for loss in self.routing_losses:
                 # In half precision TensorFlow cannot add it to the others.
                 self.add_loss(ops.cast(loss(routing, mask), "float32"))
-        if self.statistics is not None:
-            self.statistics.recording = bool(training)
-            if training:
+            if self.statistics is not None:
                 self.statistics.record(routing, group_sizes, mask)
         return ops.reshape(outputs, ops.shape(inputs))
 
@@ -272,6 +291,7 @@ class MoE(keras.layers.Layer):
         return self.experts(rows, group_sizes, training=training)
 
     def _tokens(self, inputs, mask):
+        inputs = ops.cast(inputs, self.compute_dtype)
         tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
         if mask is None:
             return tokens, None
@@ -310,7 +330,14 @@ class MoE(keras.layers.Layer):
             rows = ops.reshape(rows, (copies, num_tokens, tokens.shape[-1]))
             shared = ops.sum(rows, axis=0)
         else:
-            shared = self.shared_experts(tokens)
+            takes_mask = inspect.signature(self.shared_experts.call).parameters
+            masks = {"mask": mask} if "mask" in takes_mask else {}
+            shared = self.shared_experts(tokens, **masks)
+        if shared.shape[-1] != tokens.shape[-1]:
+            raise ValueError(
+                "`shared_experts` must keep the width of the tokens. Received "
+                f"width {tokens.shape[-1]}, returned {shared.shape[-1]}"
+            )
         shared = ops.cast(shared, self.compute_dtype)
         if self.shared_experts_gate:
             gate = ops.matmul(tokens, self.shared_gate_kernel)

@@ -21,12 +21,11 @@ class RoutingStatistics(keras.layers.Layer):
 
     Args:
         num_experts: int.
-        prefix: str. Prefix of the entries in the logs.
         detail: `"per_expert"` logs the load of every expert, `"summary"` the
             smallest and the largest, `"auto"` the former up to 8 experts.
     """
 
-    def __init__(self, num_experts, prefix, detail="auto", **kwargs):
+    def __init__(self, num_experts, detail="auto", **kwargs):
         super().__init__(dtype="float32", **kwargs)
         if detail not in DETAILS:
             raise ValueError(
@@ -37,16 +36,18 @@ class RoutingStatistics(keras.layers.Layer):
         if detail == "auto":
             few = num_experts <= MAX_EXPERTS_SHOWN
             detail = "per_expert" if few else "summary"
-        self.prefix = prefix
         self.detail = detail
         self.metric = _RoutingMetric(
-            self._log_entries, self.reset, name=f"{prefix}_routing"
+            self._log_entries, self.reset, name="routing"
         )
-        # Whether the last call, or the one being traced, was in training.
-        self.recording = False
+        # Whether a step that ran, or was traced, since the last reset did
+        # record: one of `evaluate` does not.
+        self._recorded = False
         self._last_counts = None
 
     def build(self):
+        # The path of the layer that this belongs to, since names repeat.
+        self.prefix = "_".join(self.path.split("/")[:-1])
         self.expert_counts = self._add_counter(
             "expert_counts", self.num_experts
         )
@@ -85,7 +86,7 @@ class RoutingStatistics(keras.layers.Layer):
             group_sizes: `(E,)` int32. Rows of each expert after dropping.
             mask: `(T,)` bool, or `None`.
         """
-        self.recording = True
+        self._recorded = True
         counts = expert_counts(routing, self.num_experts, mask)
         processed = ops.sum(ops.cast(group_sizes, "float32"))
         num_tokens = ops.cast(ops.shape(routing.probs)[0], "float32")
@@ -109,6 +110,7 @@ class RoutingStatistics(keras.layers.Layer):
             return
         if self._has_tokens():
             self._last_counts = self._read()
+        self._recorded = False
         for counter in self._counters():
             counter.assign(ops.zeros(counter.shape, "float32"))
 
@@ -126,6 +128,11 @@ class RoutingStatistics(keras.layers.Layer):
             are uniform); `dead_experts`, the number of experts that got no
             token. `None` before any training step.
         """
+        if self.built and not self._readable():
+            raise RuntimeError(
+                "On JAX the counts cannot be read while a step of `fit` runs. "
+                "In a callback, reading `self.model` first makes them readable."
+            )
         counts = self._last_counts
         if self.built and self._has_tokens():
             counts = self._read()
@@ -148,22 +155,18 @@ class RoutingStatistics(keras.layers.Layer):
         if not self.built:
             return {}
         counters = self._counters()
+        recorded = self._recorded
         # While it runs, the JAX trainer takes the values out of the variables:
         # its steps show NaN, and the end of the epoch the right numbers.
-        readable = all(counter._value is not None for counter in counters)
-        if readable:
+        if self._readable():
             counts = [ops.convert_to_tensor(counter) for counter in counters]
-            recorded = (
-                self.recording
-                if any(backend.is_symbolic(count) for count in counts)
-                else self._has_tokens()
-            )
+            if not any(backend.is_symbolic(count) for count in counts):
+                recorded = self._has_tokens()
         else:
             counts = [
                 ops.full(counter.shape, float("nan"), "float32")
                 for counter in counters
             ]
-            recorded = self.recording
         if not recorded:
             return {}
         load, dropped, entropy, dead = _summarize(*counts)
@@ -175,6 +178,9 @@ class RoutingStatistics(keras.layers.Layer):
         entries["routing_entropy"] = entropy
         entries["dead_experts"] = dead
         return {f"{self.prefix}_{name}": v for name, v in entries.items()}
+
+    def _readable(self):
+        return all(counter._value is not None for counter in self._counters())
 
     def _read(self):
         return [np.array(ops.convert_to_numpy(c)) for c in self._counters()]
@@ -211,6 +217,7 @@ class _RoutingMetric(keras.metrics.Metric):
 
 def _entropy(probs):
     """Entropy of each token's probabilities, made to sum to one, `(T,)`."""
+    probs = ops.cast(probs, "float32")
     probs = probs / ops.maximum(ops.sum(probs, axis=-1, keepdims=True), 1e-20)
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-20)), axis=-1)
 

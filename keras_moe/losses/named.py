@@ -38,7 +38,7 @@ def get(identifier):
         return _NAMED[identifier]()
     if isinstance(identifier, dict):
         return [keras.saving.deserialize_keras_object(identifier)]
-    if not callable(identifier):
+    if not callable(identifier) or isinstance(identifier, type):
         raise ValueError(
             f"`losses` must be made of {tuple(_NAMED)}, callables "
             f"`(routing, mask) -> scalar`, or be None. Received: {identifier!r}"

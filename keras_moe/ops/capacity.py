@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 from keras import ops
 
@@ -12,8 +13,8 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
 
     `capacity_factor=1` is the share of a perfectly balanced routing; `top_k`
     is part of the formula (GShard and Switch write it for `top_k` 2 and 1).
-    The quotient is reduced by 1e-6 before it is rounded up, since binary
-    fractions would otherwise add a row (`100 * 1.1 / 10` is a little over 11).
+    It is computed in whole numbers, with the fraction that the factor stands
+    for: in binary `100 * 1.1 / 10` is a little over 11 and would give 12.
 
     Args:
         num_tokens: int, or an integer tensor where it is not known statically.
@@ -37,9 +38,9 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     """
     if capacity_factor is None or math.isinf(capacity_factor):
         return None
-    share = top_k * capacity_factor / num_experts
-    if not ops.is_tensor(num_tokens):
-        return math.ceil(num_tokens * share - 1e-6)
-    # Only TensorFlow has sizes that are tensors, so float64 is at hand.
-    rows = ops.cast(num_tokens, "float64") * share
-    return ops.cast(ops.ceil(rows - 1e-6), "int32")
+    factor = Fraction(capacity_factor).limit_denominator(1_000_000)
+    share = factor * top_k / num_experts
+    if not ops.is_tensor(num_tokens):  # an int, or a symbolic size of JAX
+        return -(-num_tokens * share.numerator // share.denominator)
+    rows = ops.cast(num_tokens, "int64") * share.numerator
+    return ops.cast(-(-rows // share.denominator), "int32")

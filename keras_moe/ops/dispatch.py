@@ -7,6 +7,7 @@ no scatter-add, hence no order of summation that changes from run to run.
 from typing import Any
 from typing import NamedTuple
 
+import keras
 from keras import ops
 
 from keras_moe import backend
@@ -107,21 +108,31 @@ def combine(rows, plan, expert_weights):
 
 
 def _weighted_sum(rows, weights, plan):
-    gathered = ops.cast(_at_positions(rows, plan), weights.dtype)  # (T, K, D)
+    dtype = _sum_dtype(rows, weights)
+    gathered = ops.cast(_at_positions(rows, plan), dtype)  # (T, K, D)
+    weights = ops.cast(weights, dtype)
     return ops.cast(ops.einsum("tk,tkd->td", weights, gathered), rows.dtype)
 
 
 def _weighted_sum_gradients(d_out, rows, weights, plan):
     # Gathered anew: (T, K, D) is too much to keep for the backward pass.
-    gathered = ops.cast(_at_positions(rows, plan), weights.dtype)
-    d_out = ops.cast(d_out, weights.dtype)
+    dtype = _sum_dtype(rows, weights)
+    gathered = ops.cast(_at_positions(rows, plan), dtype)
+    d_out = ops.cast(d_out, dtype)
     d_weights = ops.einsum("td,tkd->tk", d_out, gathered)
+    d_weights = ops.cast(d_weights, weights.dtype)
+    weights = ops.cast(weights, dtype)
     if plan.kept is not None:
         weights = ops.where(plan.kept, weights, ops.zeros_like(weights))
     row_weights = ops.take(_by_choice(weights), plan.choices)
     d_rows = ops.take(d_out, _token_of_row(plan), axis=0)
     d_rows = ops.expand_dims(row_weights, -1) * d_rows
     return ops.cast(d_rows, rows.dtype), d_weights
+
+
+def _sum_dtype(rows, weights):
+    dtypes = map(keras.backend.standardize_dtype, (rows.dtype, weights.dtype))
+    return "float64" if "float64" in dtypes else "float32"
 
 
 def _to_rows(tokens, plan):

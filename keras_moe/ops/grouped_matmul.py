@@ -8,10 +8,9 @@ def grouped_matmul_implementations():
     return tuple(backend.GROUPED_MATMUL)
 
 
-def check_implementation(implementation):
-    if implementation is not None and (
-        implementation not in backend.GROUPED_MATMUL
-    ):
+def check_implementation(implementation, names):
+    """Raises if `implementation` is neither `None` nor one of the names."""
+    if implementation is not None and implementation not in names:
         raise ValueError(
             "`implementation` must be None or, on this backend, one of "
             f"{grouped_matmul_implementations()}. "
@@ -51,7 +50,7 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     >>> keras.ops.convert_to_numpy(out)[:, 0].tolist()
     [2.0, 0.0, 0.0]
     """
-    check_implementation(implementation)
+    check_implementation(implementation, backend.GROUPED_MATMUL)
     lhs, rhs = ops.convert_to_tensor(lhs), ops.convert_to_tensor(rhs)
     group_sizes = ops.convert_to_tensor(group_sizes, dtype="int32")
     _check_operands(lhs, rhs, group_sizes)

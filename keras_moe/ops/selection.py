@@ -19,4 +19,6 @@ def top_k_indices(scores, k):
     scores = ops.stop_gradient(scores)
     lowest = ops.full_like(scores, float("-inf"))
     scores = ops.where(ops.isnan(scores), lowest, scores)
+    # XLA sorts -0 below 0, the others take them for a tie.
+    scores = ops.where(ops.equal(scores, 0), ops.zeros_like(scores), scores)
     return ops.cast(backend.top_k_indices(scores, k), "int32")

@@ -16,7 +16,7 @@ class TopKRouter(Router):
     logits  = (tokens * jitter) @ kernel + bias     jitter only in training
     logits  = logits / temperature + noise          noise only in training
     probs   = score_activation(logits)
-    indices = top_k(probs)                          ties to the lower index
+    indices = top_k(logits)                         ties to the lower index
     weights = probs[indices]                        or, after the selection,
                                                     activation(logits[indices])
     weights = weights / sum(weights)                if normalize_weights
@@ -194,7 +194,8 @@ class TopKRouter(Router):
                 dtype=self.compute_dtype,
                 seed=self.seed_generator,
             )
-        logits = ops.matmul(tokens, self.kernel)
+        # On torch `ops.matmul` would make float32 of float64.
+        logits = ops.einsum("td,de->te", tokens, self.kernel)
         if self.bias is not None:
             logits = logits + self.bias
         logits = logits / self.temperature

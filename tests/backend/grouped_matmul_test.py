@@ -131,7 +131,7 @@ class GroupedMatmulTest(TestCase):
     @parameterized.named_parameters(
         (f"{i}_{name}", i, *GROUPS[name])
         for i in grouped_matmul_implementations()
-        for name in ("uneven", "rows_of_no_group", "many_blocks")
+        for name in ("uneven", "rows_of_no_group", "many_blocks", "no_rows")
     )
     def test_compiled(self, implementation, num_rows, sizes):
         modes = {"jax": [True], "tensorflow": [True, "xla"], "torch": []}
@@ -192,6 +192,36 @@ class GroupedMatmulTest(TestCase):
                 "torch": ["grouped_mm", "expert_loop"],
             }[keras.config.backend()],
         )
+
+    @parameterized.named_parameters(
+        (f"{i}_{d}", i, d)
+        for i in grouped_matmul_implementations()
+        for d in ("bfloat16", "float16")
+    )
+    def test_gradients_do_not_add_up_in_half_precision(self, name, dtype):
+        # 3000 ones are 256 in bfloat16, 2048 in float16, if added in these.
+        ones = np.ones((3000, 8))
+        grad = np.ones((3000, 8))
+        _, _, d_rhs = run(ones, np.ones((1, 8, 8)), (3000,), grad, name, dtype)
+        self.assertAllClose(d_rhs, np.full((1, 8, 8), 3000.0), rtol=4e-3)
+
+    def test_second_gradients_are_refused_or_right(self):
+        if keras.config.backend() != "torch":
+            return  # TensorFlow's are right, JAX's loops raise by themselves
+        import torch
+
+        sizes = (3, 0, 4)
+        lhs, rhs, _ = operands(8, sizes, width=8)
+        for name in grouped_matmul_implementations():
+            x = torch.tensor(lhs, dtype=torch.float32, requires_grad=True)
+            w = torch.tensor(rhs, dtype=torch.float32, requires_grad=True)
+            out = grouped_matmul(x, w, sizes, name)
+            (first,) = torch.autograd.grad(
+                torch.tanh(out).sum(), x, create_graph=True
+            )
+            if name != "reference":
+                with self.assertRaisesRegex(RuntimeError, "twice"):
+                    first.sum().backward()
 
     def test_errors(self):
         lhs, rhs = ops.ones((3, 2)), ops.ones((2, 2, 4))

@@ -154,6 +154,36 @@ class StatisticsTest(TestCase):
             total = history[f"{name}_load_0"][0] + history[f"{name}_load_1"][0]
             self.assertAllClose(total, 1.0)
 
+    def test_equal_names_in_different_layers(self):
+        class Block(keras.layers.Layer):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.moe = MoE(num_experts=2, intermediate_dim=3, name="moe")
+
+            def build(self, input_shape):
+                self.moe.build(input_shape)
+
+            def call(self, x):
+                return self.moe(x)
+
+        model = model_with(Block(name="one"), Block(name="two"))
+        model.compile("sgd", "mse")
+        history = model.fit(*data(), verbose=0).history
+        for name in ("one_moe_load_0", "two_moe_load_0"):
+            self.assertIn(name, history)
+
+    def test_a_second_call_in_inference_hides_nothing(self):
+        # As a target network would be called.
+        layer = MoE(num_experts=2, intermediate_dim=3, name="moe")
+        x = keras.Input((None, 5))
+        y = layer(x, training=True) + layer(x, training=False)
+        model = keras.Model(x, keras.layers.Dense(1)(y))
+        model.compile("sgd", "mse")
+        history = model.fit(*data(), verbose=0).history
+        self.assertAllClose(
+            history["moe_load_0"][0] + history["moe_load_1"][0], 1.0
+        )
+
     def test_inference_changes_no_state(self):
         layer = make()
         layer(inputs(), training=True)
@@ -309,8 +339,10 @@ class FitTest(TestCase):
         model = Model()
         model.compile("sgd", "mse")
         history = model.fit(*data(), epochs=2, verbose=0).history
+        prefix = model.moe.statistics.prefix
+        self.assertEndsWith(prefix, "_moe")
         self.assertAllClose(
-            np.sum([history[f"moe_load_{e}"] for e in range(4)], axis=0),
+            np.sum([history[f"{prefix}_load_{e}"] for e in range(4)], axis=0),
             [1.0, 1.0],
         )
 

@@ -264,6 +264,43 @@ class BehaviourTest(TestCase):
         x = inputs()
         self.assertAllClose(layer(x, training=True), layer(x), atol=1e-6)
 
+    def test_shared_experts_get_the_mask(self):
+        norm = keras.layers.BatchNormalization(momentum=0.0)
+        layer = make(shared_experts=norm)
+        x = inputs()
+        layer(x, mask=ops.array(MASK), training=True)
+        self.assertAllClose(norm.moving_mean, x[MASK].mean(axis=0), atol=1e-6)
+
+    def test_integer_inputs(self):
+        x = np.arange(60).reshape(SHAPE) % 3
+        self.assertAllClose(make()(x), make()(x.astype("float32")))
+
+    def test_inside_a_users_layer(self):
+        # On JAX, Keras infers its shapes with symbolic sizes.
+        class Block(keras.layers.Layer):
+            def __init__(self, moe):
+                super().__init__()
+                self.moe = moe
+
+            def build(self, input_shape):
+                self.moe.build(input_shape)
+
+            def call(self, x, mask=None):
+                return x + self.moe(x, mask=mask)
+
+        for kwargs in (
+            {},
+            {"capacity_factor": 1.25, "drop_policy": "weight"},
+            {"shared_experts_gate": True},
+        ):
+            for shape in ((5,), (4, 5), (None, 5), (None, None, 5)):
+                if "shared_experts_gate" in kwargs:
+                    kwargs["shared_experts"] = GLUExperts(2, 3)
+                x = keras.Input(shape)
+                moe = MoE(num_experts=4, intermediate_dim=3, **kwargs)
+                model = keras.Model(x, Block(moe)(x))
+                self.assertEqual(model.output_shape, (None, *shape))
+
     def test_route(self):
         layer = make()
         routing = layer.route(inputs())
@@ -442,6 +479,26 @@ class ConfigTest(TestCase):
             },
             "must be a name or a layer",
         ),
+        (
+            {"num_experts": 4, "intermediate_dim": 2, "shared_experts": 1},
+            "shared_experts=1",
+        ),
+        (
+            {
+                "num_experts": 4,
+                "intermediate_dim": 2,
+                "capacity_factor": "1.25",
+            },
+            "capacity_factor='1.25'",
+        ),
+        (
+            {
+                "num_experts": 4,
+                "intermediate_dim": 2,
+                "losses": keras_moe.losses.RouterZLoss,
+            },
+            "RouterZLoss",
+        ),
     )
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
@@ -469,6 +526,35 @@ class ConfigTest(TestCase):
             layer = MoE(num_experts=4, intermediate_dim=2)
             with self.assertRaisesRegex(ValueError, "input_shape="):
                 layer.build(shape)
+        with self.assertRaisesRegex(ValueError, "expected axis -1"):
+            make()(keras.Input((4, 6)))
+        with self.assertRaisesRegex(ValueError, "width 5, returned 1"):
+            make(shared_experts=keras.layers.Dense(1))(inputs())
+
+    def test_float64(self):
+        layer = MoE(num_experts=4, intermediate_dim=3, dtype="float64")
+        self.assertEqual(layer.router.compute_dtype, "float64")
+        if keras.config.backend() == "jax":
+            return  # which has no float64 unless it is told to
+        x = inputs().astype("float64")
+        out = layer(x)
+        self.assertEqual(keras.backend.standardize_dtype(out.dtype), "float64")
+        wanted, *_ = token_loop.moe(
+            x.reshape(-1, 5), weights_of(layer), 2, "silu"
+        )
+        self.assert_relative(out, wanted.reshape(SHAPE), 1e-12)
+
+    def test_an_implementation_of_another_backend(self):
+        # It can be loaded, says so when it runs, and can be told another.
+        for name in ("row_blocks", "grouped_mm"):
+            if name not in keras_moe.ops.grouped_matmul_implementations():
+                break
+        experts = GLUExperts(4, 4, implementation=name)
+        layer = MoE(experts=experts)
+        with self.assertRaisesRegex(ValueError, f"implementation='{name}'"):
+            layer(inputs())
+        layer.experts.implementation = None
+        self.assertEqual(tuple(layer(inputs()).shape), SHAPE)
 
 
 @keras.saving.register_keras_serializable("keras_moe_tests")
@@ -524,7 +610,8 @@ class OwnPartsTest(TestCase):
         self.assertAllClose(layer(x), wanted.reshape(SHAPE), atol=1e-6)
         model.compile("sgd", "mse")
         history = model.fit(x, x[..., :1], verbose=0).history
-        self.assertAllClose(history[f"{layer.name}_load_0"], [1 / 3])
+        load = history[f"{layer.statistics.prefix}_load_0"]
+        self.assertAllClose(load, [1 / 3])
         path = os.path.join(self.get_temp_dir(), "model.keras")
         model.save(path)
         loaded = keras.models.load_model(path)

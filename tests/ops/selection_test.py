@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 from keras import ops
 
@@ -20,6 +21,25 @@ class TopKIndicesTest(TestCase):
             [[0, 1, 2, 3, 4], [200, 201, 202, 203, 204], [1, 3, 5, 7, 9]],
         )
         self.assertEqual(indices.dtype, "int32")
+
+    def test_zeros_tie_whatever_their_sign(self):
+        scores = np.array([[-0.0, 0.0, -0.0, 0.0]], "float32")
+        for run in (top_k_indices, *self.compiled()):
+            self.assertAllEqual(run(ops.array(scores), 3), [[0, 1, 2]])
+
+    def compiled(self):
+        if keras.config.backend() == "jax":
+            import jax
+
+            return [jax.jit(top_k_indices, static_argnums=1)]
+        if keras.config.backend() == "tensorflow":
+            import tensorflow as tf
+
+            return [
+                tf.function(top_k_indices, jit_compile=True),
+                tf.function(top_k_indices),
+            ]
+        return []
 
     def test_nan_is_the_smallest(self):
         nan = float("nan")
