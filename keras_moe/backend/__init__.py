@@ -12,6 +12,10 @@ active Keras backend is re-exported here:
   *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
   for each of the inputs.
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
+- `all_reduce_sum(tensor)`: its sum over the replicas that train together.
+- `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
+  a list of pairs that may be used in slices, of ints if they are known. `None`
+  where no slice may depend on data, since all shapes have to be static.
 
 `reference.py` needs `keras.ops` alone and always comes last.
 """
@@ -46,3 +50,5 @@ KNOWN_GROUPED_MATMULS = (
 top_k_indices = native.top_k_indices
 with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic
+all_reduce_sum = native.all_reduce_sum
+slice_bounds = native.slice_bounds

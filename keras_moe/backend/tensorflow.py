@@ -33,6 +33,13 @@ def is_symbolic(tensor):
     return not tf.executing_eagerly()
 
 
+def all_reduce_sum(tensor):
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensor
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+
+
 def _compiles_with_xla():
     return not tf.executing_eagerly() and (
         control_flow_util.GraphOrParentsInXlaContext(
@@ -43,6 +50,18 @@ def _compiles_with_xla():
 
 def _refuse_xla(group_sizes):
     return tf.strings.to_number(tf.strings.as_string(group_sizes), tf.int32)
+
+
+def slice_bounds(group_sizes):
+    if _compiles_with_xla():
+        return None
+    if tf.executing_eagerly():
+        ends = tf.cumsum(group_sizes).numpy().tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    group_sizes = _refuse_xla(group_sizes)
+    ends = tf.cumsum(group_sizes)
+    starts = ends - group_sizes
+    return list(zip(tf.unstack(starts), tf.unstack(ends), strict=True))
 
 
 def _loop(num_steps, body, state):

@@ -36,6 +36,24 @@ def is_symbolic(tensor):
     return tensor.device.type == "meta"
 
 
+def all_reduce_sum(tensor):
+    if not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):
+        return tensor
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+@torch.compiler.disable  # the sizes of the slices are data
+def slice_bounds(group_sizes):
+    if is_symbolic(group_sizes):
+        return None
+    ends = torch.cumsum(group_sizes, 0).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
 def _clear_rows_of_no_group(out, ends):
     if out.device.type == "cpu":
         out[int(ends[-1]) :] = 0

@@ -28,6 +28,9 @@ class Experts(keras.layers.Layer):
             the experts. Defaults to `None`.
         bias_regularizer: Regularizer of each expert's biases. Defaults to
             `None`.
+        bank_regularizer: Regularizer of the kernels of all experts at once: it
+            is called with each whole bank, `(E, D, F)`, and can so keep experts
+            from being alike. Defaults to `None`.
         kernel_constraint: Constraint of each expert's kernels. Defaults to
             `None`.
         bias_constraint: Constraint of each expert's biases. Defaults to
@@ -61,6 +64,7 @@ class Experts(keras.layers.Layer):
         bias_initializer="zeros",
         kernel_regularizer=None,
         bias_regularizer=None,
+        bank_regularizer=None,
         kernel_constraint=None,
         bias_constraint=None,
         implementation=None,
@@ -80,6 +84,7 @@ class Experts(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.bank_regularizer = keras.regularizers.get(bank_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
         self.implementation = implementation
@@ -92,14 +97,18 @@ class Experts(keras.layers.Layer):
             name: str. Name of the variable.
             shape: tuple. Shape of one expert's weights.
             kind: `"kernel"` or `"bias"`. Whose initializer, regularizer and
-                constraint apply. Defaults to `"kernel"`.
+                constraint apply. A subclass may have more kinds: of `"a"` the
+                attribute `a_initializer`, and if there are any
+                `a_regularizer` and `a_constraint`. `bank_regularizer` applies
+                to all kinds but `"bias"`. Defaults to `"kernel"`.
 
         Returns:
             A variable of shape `(num_experts,) + shape`.
         """
         initializer = getattr(self, f"{kind}_initializer")
-        regularizer = getattr(self, f"{kind}_regularizer")
-        constraint = getattr(self, f"{kind}_constraint")
+        regularizer = getattr(self, f"{kind}_regularizer", None)
+        constraint = getattr(self, f"{kind}_constraint", None)
+        of_bank = None if kind == "bias" else self.bank_regularizer
         self._num_banks += 1
         return self.add_weight(
             name=name,
@@ -107,8 +116,8 @@ class Experts(keras.layers.Layer):
             initializer=per_expert.PerExpertInitializer(
                 initializer, stream=self._num_banks
             ),
-            regularizer=regularizer
-            and per_expert.PerExpertRegularizer(regularizer),
+            regularizer=(regularizer or of_bank)
+            and per_expert.PerExpertRegularizer(regularizer, of_bank),
             constraint=constraint
             and per_expert.PerExpertConstraint(constraint),
         )
@@ -154,6 +163,9 @@ class Experts(keras.layers.Layer):
             ),
             "bias_regularizer": keras.regularizers.serialize(
                 self.bias_regularizer
+            ),
+            "bank_regularizer": keras.regularizers.serialize(
+                self.bank_regularizer
             ),
             "kernel_constraint": keras.constraints.serialize(
                 self.kernel_constraint

@@ -1,4 +1,5 @@
 import keras
+from keras import ops
 
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 
@@ -10,17 +11,30 @@ class GLUExperts(FeedForwardExperts):
     ```
     gate = x @ gate_kernel[e] + gate_bias[e]
     up   = x @ up_kernel[e] + up_bias[e]
+    gate = minimum(gate, limit)
+    up   = clip(up, -limit, limit) + up_shift
     y    = (activation(gate) * up) @ down_kernel[e] + down_bias[e]
     ```
 
     for a row `x` of expert `e`. Only the chosen expert is computed for a row.
 
+    The experts of gpt-oss are `activation="quick_gelu"`, `limit=7.0`,
+    `up_shift=1.0`, `use_bias=True`, those of DeepSeek-V4 have a `limit` alone.
+    Some models store gate and up in one matrix, side by side or with their
+    columns in turn. That is a matter of loading: here they are two variables.
+
     Args:
         num_experts: int. Number of experts in the bank.
         intermediate_dim: int. Width of each expert's hidden layer.
-        activation: Any Keras activation. Defaults to `"silu"`.
+        activation: Any Keras activation, `"quick_gelu"` or `"relu_squared"`.
+            Defaults to `"silu"`.
         use_bias: bool. Whether the three layers have a bias. Defaults to
             `False`.
+        limit: float, or `None`. What the gate is bounded by from above, and
+            the other factor from both sides. Defaults to `None`.
+        up_shift: float. Added to the other factor. Defaults to `0.0`.
+        output_dim: int, or `None` for the width of the input. Defaults to
+            `None`.
         dropout: float. Rate of the dropout of the hidden layer, in training.
             Defaults to `0.0`.
         seed: int, or `None`. Seed of the dropout. Defaults to `None`.
@@ -36,12 +50,12 @@ class GLUExperts(FeedForwardExperts):
         `(N, D)`
 
     Output shape:
-        `(N, D)`
+        `(N, D)`, or `(N, output_dim)`.
 
     Weights:
         `gate_kernel` and `up_kernel` `(E, D, F)`, `down_kernel` `(E, F, D)`,
         and with `use_bias` `gate_bias`, `up_bias` `(E, F)`, `down_bias`
-        `(E, D)`.
+        `(E, D)`, the `down` ones with `output_dim` for `D`.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -56,6 +70,8 @@ class GLUExperts(FeedForwardExperts):
     Reference:
 
     - [Shazeer, 2020](https://arxiv.org/abs/2002.05202), equation 6
+    - [OpenAI, 2025](https://arxiv.org/abs/2508.10925), gpt-oss (`limit`,
+      `up_shift`)
     """
 
     def __init__(
@@ -64,23 +80,39 @@ class GLUExperts(FeedForwardExperts):
         intermediate_dim,
         activation="silu",
         use_bias=False,
+        limit=None,
+        up_shift=0.0,
         **kwargs,
     ):
         super().__init__(
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
+        if limit is not None and (
+            not isinstance(limit, (int, float)) or not limit > 0
+        ):
+            raise ValueError(
+                f"`limit` must be positive or None. Received: limit={limit!r}"
+            )
+        self.limit = limit
+        self.up_shift = up_shift
 
     def build_hidden(self, input_dim):
-        self.gate_kernel, self.gate_bias = self.add_dense(
-            "gate", input_dim, self.intermediate_dim
-        )
-        self.up_kernel, self.up_bias = self.add_dense(
-            "up", input_dim, self.intermediate_dim
-        )
+        self.add_dense("gate", input_dim, self.intermediate_dim)
+        self.add_dense("up", input_dim, self.intermediate_dim)
 
     def hidden(self, rows, group_sizes):
-        gate = self.grouped_dense(
-            rows, group_sizes, self.gate_kernel, self.gate_bias
-        )
-        up = self.grouped_dense(rows, group_sizes, self.up_kernel, self.up_bias)
+        gate = self.dense("gate", rows, group_sizes)
+        up = self.dense("up", rows, group_sizes)
+        if self.limit is not None:
+            gate = ops.minimum(gate, ops.cast(self.limit, gate.dtype))
+            up = ops.clip(up, -self.limit, self.limit)
+        if self.up_shift:
+            up = up + self.up_shift
         return self.activation(gate) * up
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "limit": self.limit,
+            "up_shift": self.up_shift,
+        }

@@ -17,8 +17,11 @@ class MLPExperts(FeedForwardExperts):
     Args:
         num_experts: int. Number of experts in the bank.
         intermediate_dim: int. Width of each expert's hidden layer.
-        activation: Any Keras activation. Defaults to `"relu"`.
+        activation: Any Keras activation, `"quick_gelu"` or `"relu_squared"`
+            (Nemotron). Defaults to `"relu"`.
         use_bias: bool. Whether both layers have a bias. Defaults to `True`.
+        output_dim: int, or `None` for the width of the input. Defaults to
+            `None`.
         dropout: float. Rate of the dropout of the hidden layer, in training.
             Defaults to `0.0`.
         seed: int, or `None`. Seed of the dropout. Defaults to `None`.
@@ -34,11 +37,11 @@ class MLPExperts(FeedForwardExperts):
         `(N, D)`
 
     Output shape:
-        `(N, D)`
+        `(N, D)`, or `(N, output_dim)`.
 
     Weights:
         `up_kernel` `(E, D, F)`, `up_bias` `(E, F)`, `down_kernel` `(E, F, D)`,
-        `down_bias` `(E, D)`.
+        `down_bias` `(E, D)`, the last two with `output_dim` for `D`.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -68,11 +71,7 @@ class MLPExperts(FeedForwardExperts):
         )
 
     def build_hidden(self, input_dim):
-        self.up_kernel, self.up_bias = self.add_dense(
-            "up", input_dim, self.intermediate_dim
-        )
+        self.add_dense("up", input_dim, self.intermediate_dim)
 
     def hidden(self, rows, group_sizes):
-        return self.activation(
-            self.grouped_dense(rows, group_sizes, self.up_kernel, self.up_bias)
-        )
+        return self.activation(self.dense("up", rows, group_sizes))

@@ -43,13 +43,17 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
 
 class PerExpertRegularizer(keras.regularizers.Regularizer):
-    """The sum of the regularizer's value for each expert."""
+    """A regularizer's value for each expert, summed, plus another's for all."""
 
-    def __init__(self, regularizer):
+    def __init__(self, regularizer, of_bank=None):
         self.regularizer = regularizer
+        self.of_bank = of_bank
 
     def __call__(self, bank):
-        return sum(self.regularizer(bank[e]) for e in range(bank.shape[0]))
+        values = [] if self.of_bank is None else [self.of_bank(bank)]
+        if self.regularizer is not None:
+            values += [self.regularizer(bank[e]) for e in range(bank.shape[0])]
+        return sum(values)
 
 
 class PerExpertConstraint(keras.constraints.Constraint):

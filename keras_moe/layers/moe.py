@@ -1,4 +1,4 @@
-import inspect
+import math
 
 import keras
 from keras import ops
@@ -6,17 +6,33 @@ from keras import ops
 from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
-from keras_moe.experts import Experts
+from keras_moe.layers.flatten import clear_masked
+from keras_moe.layers.flatten import flatten_context
+from keras_moe.layers.flatten import match_rank
+from keras_moe.layers.flatten import routed_positions
+from keras_moe.layers.flatten import to_tokens
 from keras_moe.layers.parts import agreed_num_experts
+from keras_moe.layers.parts import capacity_of
+from keras_moe.layers.parts import check_causal
+from keras_moe.layers.parts import check_choice
+from keras_moe.layers.parts import check_layer
 from keras_moe.layers.parts import default_name
 from keras_moe.layers.parts import num_experts_of
 from keras_moe.layers.parts import resolve_part
 from keras_moe.layers.parts import serialize_part
 from keras_moe.layers.routing_statistics import RoutingStatistics
-from keras_moe.ops.capacity import expert_capacity
-from keras_moe.ops.dispatch import DROP_POLICIES
+from keras_moe.layers.shapes import check_width
+from keras_moe.layers.shapes import output_shape
+from keras_moe.layers.shapes import shape_behind
+from keras_moe.layers.shapes import tokens_shape
+from keras_moe.layers.shared_experts import add_shared_gate
+from keras_moe.layers.shared_experts import check_shared_experts
+from keras_moe.layers.shared_experts import join
+from keras_moe.losses import RoutingLoss
 from keras_moe.ops.dispatch import combine
 from keras_moe.ops.dispatch import dispatch
+from keras_moe.ops.dispatch import normalize_kept_weights
+from keras_moe.ops.dispatch import row_weights
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -56,15 +72,22 @@ class MoE(keras.layers.Layer):
             the router has by default, 2 for `"top_k"`.
         activation: Activation of the experts, if `experts` is a name. Defaults
             to what the experts have by default, `"silu"` for `"glu"`.
-        router: `"top_k"`, `"switch"` or a router layer. Defaults to `"top_k"`.
-        experts: `"glu"`, `"mlp"` or a layer with `num_experts` that is called
-            as `experts(rows, group_sizes)`. Defaults to `"glu"`.
+        router: A name of `keras_moe.routers.get` or a router layer. Defaults
+            to `"top_k"`.
+        experts: A name of `keras_moe.experts.get` or a layer with
+            `num_experts` that is called as `experts(rows, group_sizes)`.
+            Defaults to `"glu"`.
         shared_experts: A layer that all tokens go through, or `None`. With
             `keras_moe.experts` each token goes through every expert of the
             bank, and the results are summed. Defaults to `None`.
-        shared_experts_gate: bool. Whether the shared experts' output is
-            multiplied by `sigmoid(tokens @ shared_gate_kernel)`, one number a
-            token (Qwen2-MoE). Defaults to `False`.
+        shared_experts_mode: How they join the routed output. Defaults to
+            `"add"`.
+            - `"add"`: `routed + shared` (DeepSeek).
+            - `"gate"`: `routed + sigmoid(tokens @ shared_gate_kernel) *
+              shared`, one number a token (Qwen2-MoE).
+            - `"average"`: `(routed + shared) / 2` (Cohere).
+            - `"residual"`: both weighted by a learned softmax over the two
+              (DeepSpeed's residual MoE).
         losses: `"default"` for `LoadBalancingLoss(1e-2)` and
             `RouterZLoss(1e-3)`, `None` for none, a loss, or a list of losses.
             Defaults to `"default"`.
@@ -74,9 +97,26 @@ class MoE(keras.layers.Layer):
             and gives zero. `None` drops nothing. Defaults to `None`.
         eval_capacity_factor: float, or `None`. The same in inference, infinity
             to drop nothing. `None` is `capacity_factor`. Defaults to `None`.
-        drop_policy: `"position"` drops later choices, among them later tokens,
-            `"weight"` those with the smallest weight. Defaults to
-            `"position"`.
+        drop_policy: Who stays, as in `Capacity`. Defaults to `"position"`.
+        capacity: A `Capacity`, for all else there is to say about it; in the
+            place of the three arguments above. Defaults to `None`.
+        weights_on: `"output"` multiplies the experts' outputs by the weights,
+            `"input"` their inputs (Llama 4). Defaults to `"output"`.
+        pre_experts: A layer between the tokens and the experts, which neither
+            the router nor the shared experts see: a projection to fewer
+            dimensions (latent experts), a normalization. Defaults to `None`.
+        post_experts: A layer behind the experts, on the sum of their outputs:
+            the projection back, a scale. Defaults to `None`.
+        route_per: `"token"`, or `"example"` to send whole examples to experts
+            that need them whole (convolutions, recurrent layers, attention;
+            `keras_moe.experts.LayerExperts`). The router then sees the mean
+            over the positions that are not masked, the experts zeros at those
+            that are. Defaults to `"token"`.
+        causal: bool. Whether the layer stands in a model where a token may not
+            depend on later ones. Then routers and drop policies that look ahead
+            are refused. Defaults to `False`.
+        return_routing: bool. Whether to return `(outputs, routing)`. Defaults
+            to `False`.
         statistics: `"per_expert"` logs the load of every expert, `"summary"`
             the smallest and the largest, `"auto"` the former up to 8 experts,
             `None` counts nothing (and has no variables for it, so weights do
@@ -89,12 +129,17 @@ class MoE(keras.layers.Layer):
             `False` tokens are masked.
         training: bool. Whether to add losses, count, and apply noise and
             dropout.
+        context: What the router takes besides the tokens: ids (token ids for a
+            hash router, task ids for a task router) of shape `(batch, ...)` or
+            of its first axes, or numbers with one more axis. `None` for most
+            routers.
 
     Input shape:
         `(batch, ..., dim)`, of rank 2 or more.
 
     Output shape:
-        Same as the input.
+        Same as the input, but for the last axis if the experts' outputs are
+        wider or narrower. With `route_per="example"` that of the experts.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -115,12 +160,25 @@ class MoE(keras.layers.Layer):
     >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)
 
+    Latent experts, which cost half as much to send rows to and to compute:
+
+    >>> layer = keras_moe.layers.MoE(
+    ...     num_experts=8,
+    ...     intermediate_dim=32,
+    ...     pre_experts=keras.layers.Dense(8, use_bias=False),
+    ...     post_experts=keras.layers.Dense(16, use_bias=False),
+    ... )
+    >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+    (2, 5, 16)
+
     Reference:
 
     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equation 1
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
     - [Dai et al., 2024](https://arxiv.org/abs/2401.06066), equation 9
       (shared experts)
+    - [Rajbhandari et al., 2022](https://arxiv.org/abs/2201.05596), section
+      4.1 (residual MoE)
     """
 
     def __init__(
@@ -132,11 +190,18 @@ class MoE(keras.layers.Layer):
         router="top_k",
         experts="glu",
         shared_experts=None,
-        shared_experts_gate=False,
+        shared_experts_mode="add",
         losses="default",
         capacity_factor=None,
         eval_capacity_factor=None,
-        drop_policy="position",
+        drop_policy=None,
+        capacity=None,
+        weights_on="output",
+        pre_experts=None,
+        post_experts=None,
+        route_per="token",
+        causal=False,
+        return_routing=False,
         statistics="auto",
         *,
         name=None,
@@ -144,15 +209,12 @@ class MoE(keras.layers.Layer):
     ):
         super().__init__(name=name or default_name(), **kwargs)
         num_experts = num_experts_of(num_experts, router, experts)
+        defaults = {"num_experts": num_experts, "dtype": self.dtype_policy}
         self.router = resolve_part(
             routers_lib.get,
             "router",
             router,
-            {
-                "num_experts": num_experts,
-                "name": "router",
-                "dtype": self.dtype_policy,
-            },
+            {**defaults, "name": "router"},
             {"top_k": top_k},
         )
         if isinstance(experts, str) and intermediate_dim is None:
@@ -164,11 +226,7 @@ class MoE(keras.layers.Layer):
             experts_lib.get,
             "experts",
             experts,
-            {
-                "num_experts": num_experts,
-                "name": "experts",
-                "dtype": self.dtype_policy,
-            },
+            {**defaults, "name": "experts"},
             {"intermediate_dim": intermediate_dim, "activation": activation},
         )
         self.num_experts = agreed_num_experts(
@@ -176,38 +234,24 @@ class MoE(keras.layers.Layer):
         )
         if isinstance(shared_experts, dict):
             shared_experts = experts_lib.get(shared_experts)
-        if not isinstance(shared_experts, (keras.layers.Layer, type(None))):
-            raise ValueError(
-                "`shared_experts` must be a layer or None. "
-                f"Received: shared_experts={shared_experts!r}"
-            )
+        check_shared_experts(shared_experts, shared_experts_mode)
         self.shared_experts = shared_experts
-        if shared_experts_gate and shared_experts is None:
-            raise ValueError(
-                "`shared_experts_gate` needs `shared_experts`. "
-                "Received: shared_experts_gate=True, shared_experts=None"
-            )
-        self.shared_experts_gate = shared_experts_gate
+        self.shared_experts_mode = shared_experts_mode
         self.routing_losses = losses_lib.get(losses)
-        for name, factor in (
-            ("capacity_factor", capacity_factor),
-            ("eval_capacity_factor", eval_capacity_factor),
-        ):
-            if factor is not None and (
-                not isinstance(factor, (int, float)) or not factor > 0
-            ):
-                raise ValueError(
-                    f"`{name}` must be positive or None. "
-                    f"Received: {name}={factor!r}"
-                )
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        if drop_policy not in DROP_POLICIES:
-            raise ValueError(
-                f"`drop_policy` must be one of {DROP_POLICIES}. "
-                f"Received: drop_policy={drop_policy!r}"
-            )
-        self.drop_policy = drop_policy
+        self.capacity = capacity_of(
+            capacity, capacity_factor, eval_capacity_factor, drop_policy
+        )
+        if self.capacity.drop_policy == "random":
+            self.seed_generator = keras.random.SeedGenerator(self.capacity.seed)
+        check_choice("weights_on", weights_on, ("output", "input"))
+        self.weights_on = weights_on
+        self.pre_experts = check_layer("pre_experts", pre_experts)
+        self.post_experts = check_layer("post_experts", post_experts)
+        check_choice("route_per", route_per, ("token", "example"))
+        self.route_per = route_per
+        check_causal(causal, self.router, self.capacity)
+        self.causal = causal
+        self.return_routing = return_routing
         self._statistics_detail = statistics
         self.statistics = None
         if statistics is not None:
@@ -217,138 +261,177 @@ class MoE(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        if len(input_shape) < 2 or input_shape[-1] is None:
+        rank = 2 if self.route_per == "token" else 3
+        if len(input_shape) < rank or input_shape[-1] is None:
             raise ValueError(
                 "The input of MoE must be of shape (batch, ..., dim) with a "
-                f"static dim. Received: input_shape={tuple(input_shape)}"
+                f"static dim, and of rank {rank} or more with "
+                f"`route_per={self.route_per!r}`. "
+                f"Received: input_shape={tuple(input_shape)}"
             )
         dim = input_shape[-1]
-        self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: dim})
-        for layer in (self.router, self.experts, self.shared_experts):
+        self.input_spec = keras.layers.InputSpec(min_ndim=rank, axes={-1: dim})
+        tokens = tokens_shape(self, input_shape)
+        rows = shape_behind(self.pre_experts, tokens)
+        outputs = shape_behind(self.experts, rows)
+        for layer, shape in (
+            (self.router, (None, dim)),
+            (self.pre_experts, tokens),
+            (self.experts, rows),
+            (self.shared_experts, tokens),
+            (self.post_experts, outputs),
+        ):
             if layer is not None and not layer.built:
-                layer.build((None, dim))
-        if self.shared_experts_gate:
-            self.shared_gate_kernel = self.add_weight(
-                name="shared_gate_kernel",
-                shape=(dim, 1),
-                initializer="glorot_uniform",
-            )
+                layer.build(shape)
+        self.shared_gate_kernel = add_shared_gate(self, dim)
         if self.statistics is not None and not self.statistics.built:
             self.statistics.build()
 
-    def call(self, inputs, mask=None, training=None):
-        tokens, mask = self._tokens(inputs, mask)  # (T, D), (T,)
-        routing = self.router(tokens, mask=mask, training=training)
-        rows, group_sizes, plan = dispatch(
-            tokens,
+    def call(self, inputs, mask=None, training=None, context=None):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        features, tokens, mask = to_tokens(inputs, mask, self.route_per)
+        positions = routed_positions(inputs, self.route_per)
+        context = flatten_context(context, positions)
+        routing = self._route(features, mask, training, context, positions[0])
+        rows, group_sizes, plan, largest = self._dispatch(
+            tokens if self.pre_experts is None else self.pre_experts(tokens),
             routing,
-            self.num_experts,
             mask,
-            self._capacity(routing, training),
-            self.drop_policy,
+            training,
+            positions[0],
         )
-        rows = self.exchange(rows, group_sizes, training)  # (N, D)
-        if rows.shape[-1] != inputs.shape[-1]:
-            raise ValueError(
-                "`experts` must keep the width of their rows. Received rows "
-                f"of width {inputs.shape[-1]}, returned {rows.shape[-1]}"
-            )
-        outputs = combine(rows, plan, routing.expert_weights)
+        weights = routing.expert_weights
+        if self.capacity.normalize_kept_weights:
+            weights = normalize_kept_weights(plan, weights)
+        if self.weights_on == "input":
+            rows = rows * match_rank(row_weights(plan, weights), rows)
+            exists = routing.expert_indices < self.num_experts
+            weights = ops.cast(exists, weights.dtype)
+        rows = self.exchange(rows, group_sizes, training, largest)  # (N, ...)
+        check_width(self, rows, inputs.shape)
+        outputs = combine(rows, plan, weights)
+        if self.post_experts is not None:
+            outputs = clear_masked(self.post_experts(outputs), mask)
         outputs = ops.cast(outputs, self.compute_dtype)
         if self.shared_experts is not None:
-            outputs = outputs + self._shared_output(tokens, mask, training)
+            outputs = join(self, outputs, tokens, features, mask, training)
         if training:
-            for loss in self.routing_losses:
-                # In half precision TensorFlow cannot add it to the others.
-                self.add_loss(ops.cast(loss(routing, mask), "float32"))
+            self._add_losses(routing, mask, positions[0], context)
             if self.statistics is not None:
                 self.statistics.record(routing, group_sizes, mask)
-        return ops.reshape(outputs, ops.shape(inputs))
+        outputs = ops.reshape(outputs, (*positions, *ops.shape(outputs)[1:]))
+        return (outputs, routing) if self.return_routing else outputs
 
-    def route(self, inputs, mask=None, training=False):
+    def route(self, inputs, mask=None, training=False, context=None):
         """The routing decisions of the layer for the given inputs.
 
         Args:
             inputs: Tensor of shape `(batch, ..., dim)`.
             mask: Boolean tensor of shape `(batch, ...)`, or `None`.
             training: bool. Whether the router applies noise.
+            context: What the router takes besides, or `None`.
 
         Returns:
             A `keras_moe.routers.Routing` of the `T` tokens in the order of
             `reshape(inputs, (-1, dim))`. Nothing is counted, no loss is added.
         """
+        inputs = ops.convert_to_tensor(inputs)
         if not self.built:
             self.build(inputs.shape)
-        tokens, mask = self._tokens(ops.convert_to_tensor(inputs), mask)
-        return self.router(tokens, mask=mask, training=training)
+        inputs = ops.cast(inputs, self.compute_dtype)
+        features, _, mask = to_tokens(inputs, mask, self.route_per)
+        positions = routed_positions(inputs, self.route_per)
+        context = flatten_context(context, positions)
+        return self._route(features, mask, training, context, positions[0])
 
-    def exchange(self, rows, group_sizes, training=None):
+    def exchange(self, rows, group_sizes, training=None, max_group_size=None):
         """Takes rows to their experts and brings back what these make of them.
 
         The seam for expert parallelism: here rows will travel to the devices
         that own their experts. So far one device owns them all.
         """
-        return self.experts(rows, group_sizes, training=training)
+        kwargs = {}
+        if getattr(self.experts, "uses_max_group_size", False):
+            kwargs["max_group_size"] = max_group_size
+        return self.experts(rows, group_sizes, training=training, **kwargs)
 
-    def _tokens(self, inputs, mask):
-        inputs = ops.cast(inputs, self.compute_dtype)
-        tokens = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        if mask is None:
-            return tokens, None
-        positions = ops.shape(inputs)[:-1]
-        mask = ops.cast(mask, "bool")
-        if len(mask.shape) > len(positions):
+    def _route(self, features, mask, training, context, num_sequences):
+        kwargs = {}
+        if getattr(self.router, "uses_context", False):
+            kwargs["context"] = context
+        elif context is not None:
             raise ValueError(
-                "`mask` must have the shape of the inputs without their last "
-                "axis, or of their first axes. Received: "
-                f"mask.shape={tuple(mask.shape)}, "
-                f"inputs.shape={tuple(inputs.shape)}"
+                "`context` is for routers that use it. Received a context and "
+                f"router={self.router!r}"
             )
-        missing = len(positions) - len(mask.shape)
-        mask = ops.reshape(mask, tuple(ops.shape(mask)) + (1,) * missing)
-        mask = ops.reshape(ops.broadcast_to(mask, positions), (-1,))
-        # Whatever padding holds, NaN included, it must reach no gradient.
-        keep = ops.expand_dims(mask, -1)
-        return ops.where(keep, tokens, ops.zeros_like(tokens)), mask
+        if getattr(self.router, "looks_ahead", False):
+            kwargs["num_sequences"] = num_sequences
+        return self.router(features, mask=mask, training=training, **kwargs)
 
-    def _capacity(self, routing, training):
-        factor = self.capacity_factor
-        if not training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
+    def _dispatch(self, tokens, routing, mask, training, num_sequences):
         num_tokens, top_k = ops.shape(routing.expert_indices)
-        return expert_capacity(num_tokens, self.num_experts, top_k, factor)
+        groups = self.capacity.groups(num_sequences)
+        capacity = self.capacity.of(
+            num_tokens, self.num_experts, top_k, training, groups
+        )
+        largest = num_tokens * top_k
+        if getattr(self.router, "distinct_choices", False):
+            largest = num_tokens
+        if capacity is not None:
+            largest = capacity * groups
+        max_rows = None
+        if hasattr(self.router, "max_rows"):
+            max_rows = self.router.max_rows(num_tokens, num_sequences)
+        return *dispatch(
+            tokens,
+            routing,
+            self.num_experts,
+            mask,
+            capacity,
+            self.capacity.drop_policy,
+            groups,
+            max_rows,
+            self.seed_generator
+            if training and self.capacity.drop_policy == "random"
+            else None,
+        ), largest
 
-    def _shared_output(self, tokens, mask, training):
-        if isinstance(self.shared_experts, Experts):
-            copies = self.shared_experts.num_experts
-            num_tokens = ops.shape(tokens)[0]
-            rows = self.shared_experts(
-                ops.tile(tokens, (copies, 1)),
-                ops.full((copies,), num_tokens, "int32"),
-                training=training,
-            )
-            rows = ops.reshape(rows, (copies, num_tokens, tokens.shape[-1]))
-            shared = ops.sum(rows, axis=0)
-        else:
-            takes_mask = inspect.signature(self.shared_experts.call).parameters
-            masks = {"mask": mask} if "mask" in takes_mask else {}
-            shared = self.shared_experts(tokens, **masks)
-        if shared.shape[-1] != tokens.shape[-1]:
-            raise ValueError(
-                "`shared_experts` must keep the width of the tokens. Received "
-                f"width {tokens.shape[-1]}, returned {shared.shape[-1]}"
-            )
-        shared = ops.cast(shared, self.compute_dtype)
-        if self.shared_experts_gate:
-            gate = ops.matmul(tokens, self.shared_gate_kernel)
-            shared = ops.sigmoid(gate) * shared
-        if mask is not None:
-            keep = ops.expand_dims(mask, -1)
-            shared = ops.where(keep, shared, ops.zeros_like(shared))
-        return shared
+    def _add_losses(self, routing, mask, num_sequences, context):
+        for loss in self.routing_losses:
+            more = ()
+            if isinstance(loss, RoutingLoss):
+                more = (num_sequences, context)
+            # In half precision TensorFlow cannot add it to the others.
+            self.add_loss(ops.cast(loss(routing, mask, *more), "float32"))
+
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, context=None
+    ):
+        outputs = keras.KerasTensor(
+            output_shape(self, inputs.shape), dtype=self.compute_dtype
+        )
+        if not self.return_routing:
+            return outputs
+        kwargs = {}
+        positions = routed_positions(inputs, self.route_per)
+        num_tokens = None if None in positions else math.prod(positions)
+        if getattr(self.router, "uses_context", False):
+            kwargs["context"] = context
+        if getattr(self.router, "looks_ahead", False):
+            kwargs["num_sequences"] = positions[0]
+        tokens = keras.KerasTensor(
+            (num_tokens, inputs.shape[-1]), dtype=self.compute_dtype
+        )
+        routing = self.router.compute_output_spec(
+            tokens, training=training, **kwargs
+        )
+        return outputs, routing
 
     def compute_output_shape(self, input_shape):
-        return tuple(input_shape)
+        return output_shape(self, input_shape)
+
+    def compute_mask(self, inputs, previous_mask):
+        return previous_mask if self.route_per == "token" else None
 
     def get_config(self):
         return {
@@ -356,13 +439,17 @@ class MoE(keras.layers.Layer):
             "router": serialize_part(self.router),
             "experts": serialize_part(self.experts),
             "shared_experts": serialize_part(self.shared_experts),
-            "shared_experts_gate": self.shared_experts_gate,
+            "shared_experts_mode": self.shared_experts_mode,
             "losses": [
                 keras.saving.serialize_keras_object(loss)
                 for loss in self.routing_losses
             ],
-            "capacity_factor": self.capacity_factor,
-            "eval_capacity_factor": self.eval_capacity_factor,
-            "drop_policy": self.drop_policy,
+            "capacity": keras.saving.serialize_keras_object(self.capacity),
+            "weights_on": self.weights_on,
+            "pre_experts": serialize_part(self.pre_experts),
+            "post_experts": serialize_part(self.post_experts),
+            "route_per": self.route_per,
+            "causal": self.causal,
+            "return_routing": self.return_routing,
             "statistics": self._statistics_detail,
         }

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_moe.layers.capacity import Capacity
+
 
 def default_name():
     """`"moe"`, `"moe_1"`, ...: Keras would make it `"mo_e"`."""
@@ -82,3 +84,69 @@ def serialize_part(layer):
     # variables would lose the name of this layer from their paths.
     config.pop("build_config", None)
     return config
+
+
+def check_choice(name, value, known):
+    if value not in known:
+        raise ValueError(
+            f"`{name}` must be one of {known}. Received: {name}={value!r}"
+        )
+
+
+def check_layer(name, layer):
+    """A layer, from itself or its config; `None` stays `None`."""
+    if isinstance(layer, dict):
+        layer = keras.saving.deserialize_keras_object(layer)
+    if layer is not None and not isinstance(layer, keras.layers.Layer):
+        raise ValueError(
+            f"`{name}` must be a layer or None. Received: {name}={layer!r}"
+        )
+    return layer
+
+
+def capacity_of(capacity, capacity_factor, eval_capacity_factor, drop_policy):
+    """A `Capacity`, from itself, its config or the arguments in its place."""
+    if capacity is None:
+        return Capacity(
+            capacity_factor,
+            eval_capacity_factor,
+            drop_policy="position" if drop_policy is None else drop_policy,
+        )
+    given = {
+        "capacity_factor": capacity_factor,
+        "eval_capacity_factor": eval_capacity_factor,
+        "drop_policy": drop_policy,
+    }
+    given = {k: v for k, v in given.items() if v is not None}
+    if given:
+        raise ValueError(
+            "`capacity` stands in the place of "
+            f"{', '.join(f'`{key}`' for key in given)}. Received both: {given}"
+        )
+    if isinstance(capacity, dict):
+        capacity = keras.saving.deserialize_keras_object(capacity)
+    if not isinstance(capacity, Capacity):
+        raise ValueError(
+            "`capacity` must be a keras_moe.layers.Capacity or None. "
+            f"Received: capacity={capacity!r}"
+        )
+    return capacity
+
+
+def check_causal(causal, router, capacity):
+    if not causal or getattr(router, "allow_lookahead", False):
+        return
+    looks_ahead = None
+    if getattr(router, "looks_ahead", False):
+        looks_ahead = f"router={router!r}"
+    elif capacity.drops and capacity.drop_policy in ("priority", "weight"):
+        looks_ahead = f"drop_policy={capacity.drop_policy!r}"
+    if looks_ahead is not None:
+        raise ValueError(
+            "In a causal layer what a token gets must not depend on later "
+            "tokens, as it does where tokens compete for their experts by "
+            "score: in training a model could read ahead, in generation it "
+            "would be missing. Use another router or drop policy, or give the "
+            "router `allow_lookahead=True` where whole sequences are scored. "
+            f"Received: causal=True, {looks_ahead}"
+        )

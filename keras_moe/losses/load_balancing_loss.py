@@ -1,13 +1,20 @@
 import keras
 from keras import ops
 
-from keras_moe.losses.routing_loss import RoutingLoss
-from keras_moe.ops.masking import masked_mean
-from keras_moe.ops.routing import expert_counts
+from keras_moe import backend
+from keras_moe.losses.grouped_loss import GroupedLoss
+from keras_moe.losses.grouped_loss import check_one_of
+from keras_moe.ops.assignments import ASSIGNMENTS
+from keras_moe.ops.assignments import SCORES
+from keras_moe.ops.assignments import assigned_experts
+from keras_moe.ops.assignments import counts_by_expert
+from keras_moe.ops.assignments import expert_scores
+from keras_moe.ops.masking import group_means
+from keras_moe.ops.masking import token_counts
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class LoadBalancingLoss(RoutingLoss):
+class LoadBalancingLoss(GroupedLoss):
     """The load balancing loss of GShard and the Switch Transformer.
 
     ```
@@ -17,21 +24,50 @@ class LoadBalancingLoss(RoutingLoss):
     ```
 
     At perfect balance the loss is 1, whatever `top_k`: all `top_k` choices
-    count in `f`, divided by `top_k`. (HF transformers does not divide: its
-    value is `top_k` times as large, and its coefficient must be multiplied by
-    `top_k` here.) Assignments count before any is dropped for lack of
-    capacity. Probabilities that do not sum to one, as sigmoid scores do not,
-    are divided by their sum first. The gradient flows through `P` alone.
+    count in `f`, divided by their number. Assignments count before any is
+    dropped for lack of capacity. The gradient flows through `P` alone.
+
+    What others compute is a matter of the arguments:
+
+    - GShard, the Switch Transformer, V-MoE, Tutel: `assignments="first"`,
+      the first two with `per=` their groups.
+    - HF transformers, flaxformer: `normalize_by_top_k=False`, in HF with
+      `assignments="logits"` and `scores="softmax"`. At balance this is
+      `top_k`.
+    - Megatron: `assignments="logits"`.
+    - DeepSeek-V2 and V3, sequence-wise: `per="sequence"`.
+    - Qwen, global-batch: `per="global"`.
 
     Without a token the loss is 0.
 
     Args:
         weight: float. Factor of the loss. Defaults to `1e-2`.
+        per: The tokens that are to be balanced among themselves: `"batch"` for
+            all, `"sequence"` for those of each sequence, an int for a number
+            of sequences, `"global"` for those of all replicas, whose
+            assignments are summed while `P` stays that of the replica. The
+            loss is the mean of those of all groups that have a token. Defaults
+            to `"batch"`.
+        normalize_by_top_k: bool. If `False`, `f` is the number of assignments
+            by that of tokens. Defaults to `True`.
+        assignments: `"all"` counts every choice of the router, `"first"` only
+            the first of each token, `"logits"` as many largest logits as the
+            router chooses experts, whatever it chose. Defaults to `"all"`.
+        scores: Where `P` comes from: `"router"` takes the probabilities of the
+            router, divided by their sum where that is not 1, as of sigmoid
+            scores, `"softmax"` the softmax of its logits, `"raw"` the
+            probabilities of the router as they are. Defaults to `"router"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
+        num_sequences: int. The tokens are that many sequences of equal length.
+            Defaults to `1`.
+
+    Raises:
+        ValueError: If an argument is out of range, or the sequences do not
+            make up whole groups.
 
     Example:
 
@@ -44,20 +80,60 @@ class LoadBalancingLoss(RoutingLoss):
     ... )
     >>> float(keras_moe.losses.LoadBalancingLoss(weight=1.0)(routing))
     1.0
+    >>> loss = keras_moe.losses.LoadBalancingLoss(weight=1.0, per="sequence")
+    >>> float(loss(routing, num_sequences=2))  # each has one token
+    2.0
 
     Reference:
 
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), equations 4 to 6
+    - [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), equations 17 to 20
+      (sequence-wise)
+    - [Qiu et al., 2025](https://arxiv.org/abs/2501.11873), section 3
+      (global-batch)
     """
 
-    def __init__(self, weight=1e-2):
-        super().__init__(weight)
+    def __init__(
+        self,
+        weight=1e-2,
+        per="batch",
+        normalize_by_top_k=True,
+        assignments="all",
+        scores="router",
+    ):
+        super().__init__(weight, "batch" if per == "global" else per)
+        check_one_of("assignments", assignments, ASSIGNMENTS)
+        check_one_of("scores", scores, SCORES)
+        self.per = per
+        self.normalize_by_top_k = normalize_by_top_k
+        self.assignments = assignments
+        self.scores = scores
 
-    def call(self, routing, mask=None):
+    def num_groups(self, num_sequences):
+        if self.per == "global":
+            return 1
+        return super().num_groups(num_sequences)
+
+    def group_losses(self, routing, mask, groups):
         num_experts = routing.probs.shape[-1]
-        counts = expert_counts(routing, num_experts, mask)  # (E,)
-        share = counts / ops.maximum(ops.sum(counts), 1.0)
-        probs = ops.cast(routing.probs, "float32")
-        total = ops.sum(probs, axis=-1, keepdims=True)
-        probs = masked_mean(probs / ops.maximum(total, 1e-20), mask)
-        return num_experts * ops.sum(ops.stop_gradient(share) * probs)
+        experts = assigned_experts(routing, self.assignments)
+        counts = counts_by_expert(experts, num_experts, mask, groups)  # (G, E)
+        tokens = token_counts(mask, groups)  # (G,)
+        if self.per == "global":
+            counts = backend.all_reduce_sum(counts)
+            tokens = backend.all_reduce_sum(tokens)
+        total = ops.expand_dims(tokens, -1)
+        if self.normalize_by_top_k:
+            total = ops.sum(counts, axis=-1, keepdims=True)
+        share = ops.stop_gradient(counts / ops.maximum(total, 1.0))
+        scores = expert_scores(routing, self.scores, mask)
+        scores = group_means(scores, mask, groups)  # (G, E)
+        return num_experts * ops.sum(share * scores, axis=-1)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "normalize_by_top_k": self.normalize_by_top_k,
+            "assignments": self.assignments,
+            "scores": self.scores,
+        }

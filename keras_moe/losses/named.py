@@ -1,11 +1,19 @@
 import keras
 
+from keras_moe.losses.entropy_loss import EntropyLoss
+from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
+from keras_moe.losses.load_loss import LoadLoss
+from keras_moe.losses.mutual_information_loss import MutualInformationLoss
 from keras_moe.losses.router_z_loss import RouterZLoss
 
 _NAMED = {
     "load_balancing": lambda: [LoadBalancingLoss()],
     "router_z": lambda: [RouterZLoss()],
+    "importance": lambda: [ImportanceLoss()],
+    "load": lambda: [LoadLoss()],
+    "entropy": lambda: [EntropyLoss()],
+    "mutual_information": lambda: [MutualInformationLoss()],
     "default": lambda: [LoadBalancingLoss(), RouterZLoss()],
 }
 
@@ -14,9 +22,10 @@ def get(identifier):
     """A list of losses from a name, a config, a loss or a list of these.
 
     Args:
-        identifier: `"load_balancing"`, `"router_z"`, `"default"` for both with
-            their default weights, `None` for none, a config dict of
-            `keras.saving.serialize_keras_object`, a callable
+        identifier: `"load_balancing"`, `"router_z"`, `"importance"`, `"load"`,
+            `"entropy"` or `"mutual_information"` for that loss as it is by
+            default, `"default"` for the first two, `None` for none, a config
+            dict of `keras.saving.serialize_keras_object`, a callable
             `(routing, mask) -> scalar`, or a list of these.
 
     Returns:

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_moe.losses.routing_loss import RoutingLoss
 from keras_moe.ops.masking import masked_mean
+from keras_moe.ops.masking import zero_masked
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -42,5 +43,5 @@ class RouterZLoss(RoutingLoss):
         super().__init__(weight)
 
     def call(self, routing, mask=None):
-        logits = ops.cast(routing.logits, "float32")
+        logits = zero_masked(ops.cast(routing.logits, "float32"), mask)
         return masked_mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)

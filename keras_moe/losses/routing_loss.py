@@ -5,12 +5,21 @@ class RoutingLoss:
     as a function, the loss returns that times its weight, which is what `MoE`
     adds to the model's loss in training.
 
+    A subclass that needs to know which tokens belong together sets
+    `uses_sequences = True` and takes `num_sequences` in `call`: the `T` tokens
+    are that many sequences of equal length, one after the other. One with
+    `uses_context = True` takes `context`, what `MoE` was called with:
+    `(T, ...)` or `None`.
+
     Args:
         weight: float. Factor of the loss, not negative.
 
     Raises:
         ValueError: If `weight` is negative.
     """
+
+    uses_sequences = False
+    uses_context = False
 
     def __init__(self, weight):
         if not weight >= 0:
@@ -19,8 +28,13 @@ class RoutingLoss:
             )
         self.weight = weight
 
-    def __call__(self, routing, mask=None):
-        return self.weight * self.call(routing, mask)
+    def __call__(self, routing, mask=None, num_sequences=1, context=None):
+        kwargs = {}
+        if self.uses_sequences:
+            kwargs["num_sequences"] = num_sequences
+        if self.uses_context:
+            kwargs["context"] = context
+        return self.weight * self.call(routing, mask, **kwargs)
 
     def call(self, routing, mask=None):
         raise NotImplementedError(

@@ -13,10 +13,16 @@ from keras_moe.ops.capacity import expert_capacity as expert_capacity
 from keras_moe.ops.dispatch import DispatchPlan as DispatchPlan
 from keras_moe.ops.dispatch import combine as combine
 from keras_moe.ops.dispatch import dispatch as dispatch
+from keras_moe.ops.dispatch import (
+    normalize_kept_weights as normalize_kept_weights,
+)
+from keras_moe.ops.dispatch import row_weights as row_weights
 from keras_moe.ops.grouped_matmul import grouped_matmul as grouped_matmul
 from keras_moe.ops.grouped_matmul import (
     grouped_matmul_implementations as grouped_matmul_implementations,
 )
+from keras_moe.ops.groups import num_groups as num_groups
+from keras_moe.ops.groups import to_groups as to_groups
 from keras_moe.ops.masking import masked_mean as masked_mean
 from keras_moe.ops.routing import Routing as Routing
 from keras_moe.ops.routing import expert_counts as expert_counts

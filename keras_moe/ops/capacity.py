@@ -4,17 +4,32 @@ from fractions import Fraction
 from keras import ops
 
 
-def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
+def expert_capacity(
+    num_tokens, num_experts, top_k, capacity_factor, rule="ceil", multiple_of=1
+):
     """Number of rows each expert takes at most.
 
-    ```
-    ceil(num_tokens * top_k * capacity_factor / num_experts)
-    ```
+    With `N` tokens, `E` experts, `K = top_k` and the factor `c`:
 
-    `capacity_factor=1` is the share of a perfectly balanced routing; `top_k`
-    is part of the formula (GShard and Switch write it for `top_k` 2 and 1).
-    It is computed in whole numbers, with the fraction that the factor stands
-    for: in binary `100 * 1.1 / 10` is a little over 11 and would give 12.
+    | rule | capacity | as in |
+    |---|---|---|
+    | `"ceil"` | `ceil(N K c / E)` | GShard, Switch, Megatron |
+    | `"floor"` | `floor(N K c / E)`, may be 0 | MegaBlocks |
+    | `"v_moe"` | `ceil(N K c / E)`, up to a multiple of 4 | V-MoE |
+    | `"deepspeed"` | `max(ceil(N K c / E), 4)` | DeepSpeed |
+    | `"mesh"` | `max(min(N, floor(N c / E)), 4)` | Mesh TF, ST-MoE |
+    | `"flaxformer"` | `max(round(N c / E), 4)` | flaxformer |
+    | `"lingvo"` | `floor(N c / E)`, from 1 up to a multiple of 4 | lingvo |
+    | `"tutel"` | `K floor(c ceil(N / E))` | Tutel |
+    | `"maxtext"` | `floor(max(c ceil(N K / E), c))` | MaxText |
+    | `"fastmoe"` | `floor(ceil(c N) K / E)` | FastMoE |
+
+    Three of them leave `K` out; `round` takes halves to the even number.
+
+    `capacity_factor=1` is the share of a perfectly balanced routing where the
+    rule includes `K`. Everything is computed in whole numbers, with the
+    fraction that the factor stands for: in binary `100 * 1.1 / 10` is a little
+    over 11 and would give 12.
 
     Args:
         num_tokens: int, or an integer tensor where it is not known statically.
@@ -22,6 +37,9 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
         num_experts: int.
         top_k: int. Experts per token.
         capacity_factor: float, or `None` or infinity for no limit.
+        rule: str. One of the rules above. Defaults to `"ceil"`.
+        multiple_of: int. The result is raised to a multiple of it. Defaults to
+            `1`.
 
     Returns:
         int, an int32 tensor if `num_tokens` is one, or `None` for no limit.
@@ -36,11 +54,66 @@ def expert_capacity(num_tokens, num_experts, top_k, capacity_factor):
     - [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), section 2.2
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), equation 3
     """
+    if rule not in CAPACITY_RULES:
+        raise ValueError(
+            f"`rule` must be one of {CAPACITY_RULES}. Received: rule={rule!r}"
+        )
     if capacity_factor is None or math.isinf(capacity_factor):
         return None
     factor = Fraction(capacity_factor).limit_denominator(1_000_000)
-    share = factor * top_k / num_experts
-    if not ops.is_tensor(num_tokens):  # an int, or a symbolic size of JAX
-        return -(-num_tokens * share.numerator // share.denominator)
-    rows = ops.cast(num_tokens, "int64") * share.numerator
-    return ops.cast(-(-rows // share.denominator), "int32")
+    if not isinstance(num_tokens, int):  # a tensor, or a symbolic size of JAX
+        num_tokens = ops.cast(num_tokens, "int64")
+    capacity = _RULES[rule](num_tokens, num_experts, top_k, factor)
+    capacity = _round_up(capacity, multiple_of)
+    if isinstance(num_tokens, int):
+        return capacity
+    return ops.cast(capacity, "int32")
+
+
+def _floor(n, fraction):
+    return n * fraction.numerator // fraction.denominator
+
+
+def _ceil(n, fraction):
+    return -(-n * fraction.numerator // fraction.denominator)
+
+
+def _round(n, fraction):
+    """To the nearest, halves to the even one."""
+    twice = 2 * n * fraction.numerator + fraction.denominator
+    up = twice // (2 * fraction.denominator)
+    is_half = _equal(twice, up * 2 * fraction.denominator)
+    return up - is_half * (up % 2)
+
+
+def _round_up(n, multiple):
+    return n if multiple == 1 else -(-n // multiple) * multiple
+
+
+def _equal(a, b):
+    return int(a == b) if isinstance(a, int) else ops.cast(a == b, a.dtype)
+
+
+def _max(a, b):
+    return max(a, b) if isinstance(a, int) else ops.maximum(a, b)
+
+
+def _min(a, b):
+    return min(a, b) if isinstance(a, int) else ops.minimum(a, b)
+
+
+_RULES = {
+    "ceil": lambda n, e, k, c: _ceil(n, c * k / e),
+    "floor": lambda n, e, k, c: _floor(n, c * k / e),
+    "v_moe": lambda n, e, k, c: _round_up(_ceil(n, c * k / e), 4),
+    "deepspeed": lambda n, e, k, c: _max(_ceil(n, c * k / e), 4),
+    "mesh": lambda n, e, k, c: _max(_min(_floor(n, c / e), n), 4),
+    "flaxformer": lambda n, e, k, c: _max(_round(n, c / e), 4),
+    "lingvo": lambda n, e, k, c: _round_up(_max(_floor(n, c / e), 1), 4),
+    "tutel": lambda n, e, k, c: k * _floor(-(-n // e), c),
+    "maxtext": lambda n, e, k, c: _max(
+        _floor(-(-n * k // e), c), math.floor(c)
+    ),
+    "fastmoe": lambda n, e, k, c: _ceil(n, c) * k // e,
+}
+CAPACITY_RULES = tuple(_RULES)

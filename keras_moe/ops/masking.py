@@ -1,5 +1,7 @@
 from keras import ops
 
+from keras_moe.ops.groups import to_groups
+
 
 def masked_mean(values, mask=None):
     """Mean over the first axis, the tokens; 0 where there is no token.
@@ -16,6 +18,53 @@ def masked_mean(values, mask=None):
         count = ops.cast(ops.shape(values)[0], values.dtype)
     else:
         count = ops.sum(ops.cast(mask, values.dtype))
-        mask = ops.reshape(mask, (-1,) + (1,) * (len(values.shape) - 1))
-        values = ops.where(mask, values, ops.zeros_like(values))
+        values = zero_masked(values, mask)
     return ops.sum(values, axis=0) / ops.maximum(count, 1.0)
+
+
+def zero_masked(values, mask=None):
+    """`values` with zeros for the masked tokens.
+
+    To be applied to the input of a computation: a NaN that is only cut from
+    its output comes back in the gradient.
+
+    Args:
+        values: `(T, ...)`.
+        mask: `(T,)` bool, or `None`.
+
+    Returns:
+        `(T, ...)`.
+    """
+    if mask is None:
+        return values
+    mask = ops.reshape(mask, (-1,) + (1,) * (len(values.shape) - 1))
+    return ops.where(mask, values, ops.zeros_like(values))
+
+
+def token_counts(mask, groups):
+    """Number of tokens of each group that are not masked.
+
+    Args:
+        mask: `(T,)` bool.
+        groups: `G`, an int or an integer tensor.
+
+    Returns:
+        `(G,)` float32.
+    """
+    return ops.sum(to_groups(ops.cast(mask, "float32"), groups), axis=1)
+
+
+def group_means(values, mask, groups):
+    """Mean over the tokens of each group; 0 where there is no token.
+
+    Args:
+        values: `(T, ...)` float32.
+        mask: `(T,)` bool. `False` tokens do not count, NaN included.
+        groups: `G`, an int or an integer tensor.
+
+    Returns:
+        `(G, ...)`.
+    """
+    totals = ops.sum(to_groups(zero_masked(values, mask), groups), axis=1)
+    counts = ops.maximum(token_counts(mask, groups), 1.0)
+    return totals / ops.reshape(counts, (-1,) + (1,) * (len(values.shape) - 1))

@@ -22,3 +22,31 @@ def top_k_indices(scores, k):
     # XLA sorts -0 below 0, the others take them for a tie.
     scores = ops.where(ops.equal(scores, 0), ops.zeros_like(scores), scores)
     return ops.cast(backend.top_k_indices(scores, k), "int32")
+
+
+def limit_to_groups(scores, num_groups, top_k_groups, group_score=2):
+    """The scores, with `-inf` outside the best groups of experts.
+
+    Groups are `E / num_groups` experts next to each other; those with the
+    largest sum of their `group_score` best scores are kept.
+
+    Args:
+        scores: `(T, E)`.
+        num_groups: int, a divisor of `E`.
+        top_k_groups: int. Groups kept for each token.
+        group_score: int. How many scores of a group count: 1 takes its best
+            (DeepSeek-V2), 2 the sum of its two best (DeepSeek-V3).
+
+    Returns:
+        `(T, E)`, without a gradient.
+    """
+    scores = ops.stop_gradient(scores)
+    num_experts = scores.shape[-1]
+    grouped = ops.reshape(scores, (-1, num_groups, num_experts // num_groups))
+    best = backend.top_k_indices(grouped, group_score)  # (T, G, group_score)
+    best = ops.take_along_axis(grouped, ops.cast(best, "int32"), axis=-1)
+    kept = top_k_indices(ops.sum(best, axis=-1), top_k_groups)
+    kept = ops.max(ops.one_hot(kept, num_groups, dtype="int32"), axis=1)
+    kept = ops.expand_dims(ops.cast(kept, "bool"), -1)  # (T, G, 1)
+    lowest = ops.full_like(grouped, float("-inf"))
+    return ops.reshape(ops.where(kept, grouped, lowest), (-1, num_experts))

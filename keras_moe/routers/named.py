@@ -1,33 +1,105 @@
 import keras
 
+from keras_moe.routers.dense_router import DenseRouter
+from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
+from keras_moe.routers.gshard_router import GShardRouter
+from keras_moe.routers.noisy_top_k_router import NoisyTopKRouter
 from keras_moe.routers.top_k_router import TopKRouter
 
 
-def _top_k(num_experts, top_k=2, **kwargs):
-    return TopKRouter(num_experts, top_k, **kwargs)
+def _v_moe(num_experts=32, **kwargs):
+    kwargs = {
+        "noise_stddev": 1.0 / num_experts,
+        "score_after_selection": False,
+        "normalize_weights": False,
+        "load_threshold": "shared",
+        **kwargs,
+    }
+    return NoisyTopKRouter(num_experts, **kwargs)
 
 
-def _switch(num_experts, **kwargs):
-    kwargs = {"top_k": 1, "jitter": 1e-2, **kwargs}
-    return TopKRouter(num_experts, **kwargs)
-
-
-_NAMED = {"top_k": _top_k, "switch": _switch}
+# Class and arguments by name; `get` documents them.
+_NAMED = {
+    "top_k": (TopKRouter, {}),
+    "switch": (TopKRouter, {"top_k": 1, "jitter": 1e-2}),
+    "noisy_top_k": (NoisyTopKRouter, {"top_k": 4}),
+    "gshard": (GShardRouter, {"top_k": 2, "threshold": 0.5}),
+    "glam": (GShardRouter, {"num_experts": 64, "top_k": 2, "threshold": 0.5}),
+    "st_moe": (GShardRouter, {"top_k": 2, "threshold": 0.2}),
+    "expert_choice": (ExpertChoiceRouter, {"capacity_factor": 2.0}),
+    "mixtral": (
+        TopKRouter,
+        {"num_experts": 8, "top_k": 2, "score_after_selection": True},
+    ),
+    "deepseek_v3": (
+        TopKRouter,
+        {
+            "num_experts": 256,
+            "top_k": 8,
+            "score_activation": "sigmoid",
+            "weight_scale": 2.5,
+            "num_expert_groups": 8,
+            "top_k_groups": 4,
+            "group_score": 2,
+            "expert_bias": True,
+            "bias_update_rate": 1e-3,
+        },
+    ),
+    "kimi_k2": (
+        TopKRouter,
+        {
+            "num_experts": 384,
+            "top_k": 8,
+            "score_activation": "sigmoid",
+            "weight_scale": 2.827,
+            "expert_bias": True,
+            "bias_update_rate": 1e-3,
+        },
+    ),
+    "v_moe": (_v_moe, {"top_k": 2}),
+    "jacobs": (DenseRouter, {}),
+}
 
 
 def get(identifier, **kwargs):
     """A router from its name, its config or itself.
 
+    A name is that of a router, or of a published system whose router it then
+    is, with the published numbers:
+
+    | name | router | numbers | source |
+    |---|---|---|---|
+    | `"top_k"` | `TopKRouter` | its defaults | |
+    | `"jacobs"` | `DenseRouter` | all experts | Jacobs et al., 1991 |
+    | `"noisy_top_k"` | `NoisyTopKRouter` | 4 experts, learned noise | \
+Shazeer et al., 2017, section 2.1 |
+    | `"gshard"` | `GShardRouter` | 2 experts, threshold 0.5 | Lepikhin et \
+al., 2020, algorithm 1 |
+    | `"switch"` | `TopKRouter` | 1 expert, jitter 0.01 | Fedus et al., 2021, \
+sections 2.1 and 2.4 |
+    | `"glam"` | `GShardRouter` | 2 of 64, as GShard | Du et al., 2021, \
+section 4 |
+    | `"v_moe"` | `NoisyTopKRouter` | 2 of 32, noise 1 / experts, weights not \
+normalized | Riquelme et al., 2021, appendix A |
+    | `"st_moe"` | `GShardRouter` | 2 experts, threshold 0.2 | Zoph et al., \
+2022, appendix C |
+    | `"expert_choice"` | `ExpertChoiceRouter` | capacity factor 2 | Zhou et \
+al., 2022, section 4 |
+    | `"mixtral"` | `TopKRouter` | 2 of 8, softmax of the chosen | Jiang et \
+al., 2024, section 2.1 |
+    | `"deepseek_v3"` | `TopKRouter` | 8 of 256 in 4 of 8 groups, sigmoid, \
+expert bias, scale 2.5 | DeepSeek-AI, 2024, sections 2.1.2 and 4.2 |
+    | `"kimi_k2"` | `TopKRouter` | 8 of 384, sigmoid, expert bias, scale \
+2.827 | Kimi Team, 2025, and its released configuration |
+
+    Losses, capacities and shared experts of these systems belong to `MoE`.
+
     Args:
-        identifier: One of
-            - `"top_k"`: `TopKRouter` with its defaults.
-            - `"switch"`: the router of the Switch Transformer: `top_k` 1, the
-              probability as weight, input jitter 0.01 (Fedus et al., 2021,
-              sections 2.1 and 2.4).
-            - a config dict of `keras.saving.serialize_keras_object`.
-            - a router, which is returned as it is.
-        **kwargs: For a name: arguments of the router, `num_experts` among
-            them. They override what the name stands for.
+        identifier: A name of the table, a config dict of
+            `keras.saving.serialize_keras_object`, or a router, which is
+            returned as it is.
+        **kwargs: For a name: arguments of the router. They override what the
+            name stands for; `num_experts` is one where the table has none.
 
     Returns:
         A router layer.
@@ -39,6 +111,8 @@ def get(identifier, **kwargs):
 
     >>> keras_moe.routers.get("switch", num_experts=4).top_k
     1
+    >>> keras_moe.routers.get("deepseek_v3").num_experts
+    256
     """
     if isinstance(identifier, str):
         if identifier not in _NAMED:
@@ -46,7 +120,8 @@ def get(identifier, **kwargs):
                 f"`router` must be one of {tuple(_NAMED)} or a router layer. "
                 f"Received: router={identifier!r}"
             )
-        return _NAMED[identifier](**kwargs)
+        make, defaults = _NAMED[identifier]
+        return make(**{**defaults, **kwargs})
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
     return identifier

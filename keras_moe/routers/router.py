@@ -9,8 +9,25 @@ class Router(keras.layers.Layer):
     Routing decisions do not survive rounding, so routers compute in float32
     under every dtype policy (in float64 under `"float64"`).
 
+    What else a router is or needs, it says in class attributes, which `MoE`
+    reads:
+
+    - `uses_context = True`: `call` also takes `context`, a tensor `(T, ...)` or
+      `None`: what `MoE` was given as `context`, for each token. Token ids, task
+      ids, the logits of an earlier layer.
+    - `looks_ahead = True`: what one token gets depends on other tokens, later
+      ones among them. Then `call` also takes `num_sequences`, an int or a
+      scalar tensor: the tokens are that many sequences of equal length, one
+      after the other. A layer that is told to be causal refuses such a router,
+      unless it has `allow_lookahead=True`.
+    - `distinct_choices = True`: no token is ever sent twice to one expert. Some
+      experts need less memory if they can rely on it.
+
     Args:
         num_experts: int. Number of experts to choose from.
+        allow_lookahead: bool. Whether a causal layer may use this router even
+            if it looks ahead, as one may want to when only whole sequences are
+            scored. Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
@@ -34,7 +51,13 @@ class Router(keras.layers.Layer):
     ```
     """
 
-    def __init__(self, num_experts, *, dtype=None, **kwargs):
+    uses_context = False
+    looks_ahead = False
+    distinct_choices = False
+
+    def __init__(
+        self, num_experts, *, allow_lookahead=False, dtype=None, **kwargs
+    ):
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
@@ -44,10 +67,23 @@ class Router(keras.layers.Layer):
                 f"Received: num_experts={num_experts!r}"
             )
         self.num_experts = num_experts
+        self.allow_lookahead = allow_lookahead
         self.supports_masking = True
+
+    def max_rows(self, num_tokens, num_sequences):
+        """Upper bound of the choices that exist, where that is known.
+
+        `None` stands for `T * K`. A router whose `K` is large, but which makes
+        far fewer choices, saves the memory of the rest with it.
+        """
+        return None
 
     def compute_mask(self, inputs, previous_mask):
         return None  # a Routing has no positions to mask
 
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "allow_lookahead": self.allow_lookahead,
+        }

@@ -1,72 +1,119 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
+from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
+from keras_moe.ops.selection import limit_to_groups
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.router import Router
+from keras_moe.routers.checks import check_at_least
+from keras_moe.routers.checks import check_int
+from keras_moe.routers.checks import check_one_of
+from keras_moe.routers.checks import check_rate
+from keras_moe.routers.expert_bias import BIAS_KINDS
+from keras_moe.routers.expert_bias import add_expert_bias
+from keras_moe.routers.expert_bias import update_expert_bias
+from keras_moe.routers.linear_router import LinearRouter
+
+LEARNED_SCALES = (None, "expert", "global")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class TopKRouter(Router):
+class TopKRouter(LinearRouter):
     """Sends each token to its `top_k` best experts.
 
     ```
     logits  = (tokens * jitter) @ kernel + bias     jitter only in training
-    logits  = logits / temperature + noise          noise only in training
-    probs   = score_activation(logits)
-    indices = top_k(logits)                         ties to the lower index
+    logits  = logits / temperature
+    logits  = logit_softcap * tanh(logits / logit_softcap)
+    noisy   = logits + noise                        noise only in training
+    probs   = score_activation(noisy)               or of logits
+    ranked  = probs + expert_bias                   in the best groups only
+    indices = top_k(ranked)                         ties to the lower index
     weights = probs[indices]                        or, after the selection,
-                                                    activation(logits[indices])
-    weights = weights / sum(weights)                if normalize_weights
+                                                    activation(noisy[indices])
+    weights = weights / norm(weights)               if normalize_weights
     weights = weights * weight_scale
     ```
 
     Gradients reach the kernel through the weights; the choice itself has none.
     All of it is computed in float32.
 
+    With `expert_bias` the load is balanced without a loss: in each training
+    step the bias of experts with less than the mean load rises by
+    `bias_update_rate`, that of experts with more falls. It takes part in the
+    choice alone, never in the weights. Masked tokens do not count, inference
+    and a router with `trainable=False` leave it as it is.
+
     Args:
         num_experts: int. Number of experts to choose from.
         top_k: int. Experts per token. Defaults to `2`.
-        score_activation: `"softmax"` over the experts, or `"sigmoid"` of each.
-            Defaults to `"softmax"`.
-        score_after_selection: bool. If `True`, the weights are the score
-            activation of the `top_k` chosen logits alone, so that softmax
-            weights sum to one. Defaults to `False`.
+        score_activation: `"softmax"` over the experts, or `"sigmoid"` or
+            `"sqrt_softplus"` of each. Defaults to `"softmax"`.
+        score_after_selection: bool. If `True`, the choice is made among the
+            logits, and the weights are the score activation of the `top_k`
+            chosen logits alone, so that softmax weights sum to one. Defaults
+            to `False`.
         normalize_weights: bool. Whether to divide the weights of a token by
-            their sum. Defaults to `True` for `top_k > 1`; refused for
+            their norm. Defaults to `True` for `top_k > 1`; refused for
             `top_k=1`, where the weight would always be one and the router
             would get no gradient.
-        normalize_epsilon: float. Added to that sum. Defaults to `1e-20`.
+        normalize_order: float, at least 1. Order of that norm; 1 is the sum.
+            Defaults to `1`.
+        normalize_epsilon: float. Added to that norm. Defaults to `1e-20`.
         weight_scale: float. Factor of the weights. Defaults to `1.0`.
-        jitter: float. In training the router's inputs, not those of the
-            experts, are multiplied by `uniform(1 - jitter, 1 + jitter)`, one
-            draw an element. Defaults to `0.0`.
+        learned_scale: `"expert"` multiplies the weights by a learned number of
+            the expert, `"global"` by one for all, `None` by none. Both start
+            at 1. Defaults to `None`.
+        num_expert_groups: int. With more than one, the experts are as many
+            groups of equal size, next to each other, and each token chooses
+            within its best groups only. Defaults to `1`.
+        top_k_groups: int. Groups a token chooses from. Defaults to `1`.
+        group_score: int. How many of a group's best scores are summed to rank
+            it: 1 in DeepSeek-V2, 2 in DeepSeek-V3. Defaults to `2`.
+        expert_bias: `True` or `"scores"` adds a bias to the scores that are
+            ranked, `"logits"` ranks logits plus bias. Defaults to `False`.
+        bias_update_rate: float. Step of the bias in training. 0 leaves it as
+            it is. Defaults to `1e-3`.
+        bias_update_centered: bool. Whether the mean of the steps is taken off
+            them, so that the mean of the bias stays. Defaults to `False`.
+        bias_update_steps: int. Calls whose loads are added up for one step of
+            the bias: the `gradient_accumulation_steps` of the optimizer.
+            Defaults to `1`.
+        num_always_on: int. The last so many experts are chosen by every token,
+            besides the `top_k` of the others, and share their normalization.
+            Defaults to `0`.
+        expert_dropout: float. Rate at which an expert is taken out of a token's
+            candidates in training; where too few remain, it counts as the
+            worst. Defaults to `0.0`.
         noise_stddev: float. Standard deviation of the normal noise added to
             the logits in training. Defaults to `0.0`.
-        temperature: float. Divides the logits. Defaults to `1.0`.
-        use_bias: bool. Whether the logits have a bias. Defaults to `False`.
-        kernel_initializer: Initializer of the `(D, E)` kernel. `None` is
-            `VarianceScaling(0.1, "fan_in", "truncated_normal")`, the small
-            initialization of the Switch Transformer. Defaults to `None`.
-        bias_initializer: Initializer of the bias. Defaults to `"zeros"`.
-        kernel_regularizer: Regularizer of the kernel. Defaults to `None`.
-        seed: int, or `None`. Seed of jitter and noise. Defaults to `None`.
-        **kwargs: Arguments of `keras_moe.routers.Router`.
+        gumbel_noise: float. Factor of the Gumbel noise added to the logits in
+            training. With 1 the experts are a sample, without replacement, from
+            the softmax of `logits`, whose sharpness `temperature` sets.
+            Defaults to `0.0`.
+        noisy_weights: bool. Whether the weights, too, come from the noisy
+            logits. Defaults to `True`.
+        logit_softcap: float, or `None`. Bound of the logits, by a tanh.
+            Defaults to `None`.
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
+            `temperature`, `use_bias`, `normalize_inputs`, initializers, `seed`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
         mask: Boolean tensor of shape `(T,)`, or `None`. Each token is routed on
-            its own, so it is ignored here; `MoE` leaves masked tokens out.
-        training: bool. Whether to apply jitter and noise.
+            its own; masked ones do not count for the bias.
+        training: bool. Whether to apply jitter, noise and expert dropout, and
+            update the bias.
 
     Input shape:
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing` with `K = top_k`. Its `probs` are the
-        scores of all experts, with `score_after_selection` too.
+        A `keras_moe.routers.Routing` with `K = top_k + num_always_on`. Its
+        `probs` are the scores of all experts, with `score_after_selection` too.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -83,7 +130,15 @@ class TopKRouter(Router):
     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 2.1
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
       (jitter, float32, initialization)
+    - [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2
+      (groups, expert bias)
+    - [Wang et al., 2024](https://arxiv.org/abs/2408.15664), algorithm 1
+      (update of the bias)
+    - [Csordas et al., 2023](https://arxiv.org/abs/2310.10837), section 5
+      (expert dropout)
     """
+
+    distinct_choices = True
 
     def __init__(
         self,
@@ -92,33 +147,43 @@ class TopKRouter(Router):
         score_activation="softmax",
         score_after_selection=False,
         normalize_weights=None,
+        normalize_order=1,
         normalize_epsilon=1e-20,
         weight_scale=1.0,
-        jitter=0.0,
+        learned_scale=None,
+        num_expert_groups=1,
+        top_k_groups=1,
+        group_score=2,
+        expert_bias=False,
+        bias_update_rate=1e-3,
+        bias_update_centered=False,
+        bias_update_steps=1,
+        num_always_on=0,
+        expert_dropout=0.0,
         noise_stddev=0.0,
-        temperature=1.0,
-        use_bias=False,
-        kernel_initializer=None,
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        seed=None,
+        gumbel_noise=0.0,
+        noisy_weights=True,
+        logit_softcap=None,
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+        check_int("num_always_on", num_always_on, minimum=0)
+        num_candidates = num_experts - num_always_on
+        if not isinstance(top_k, int) or not 1 <= top_k <= num_candidates:
+            always_on = f", num_always_on={num_always_on}" * (num_always_on > 0)
             raise ValueError(
                 "`top_k` must be an int between 1 and `num_experts`. "
                 f"Received: top_k={top_k!r}, num_experts={num_experts}"
+                f"{always_on}"
             )
-        if score_activation not in ("softmax", "sigmoid"):
-            raise ValueError(
-                "`score_activation` must be 'softmax' or 'sigmoid'. "
-                f"Received: score_activation={score_activation!r}"
-            )
+        check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
+        check_one_of("learned_scale", learned_scale, LEARNED_SCALES)
+        check_one_of("expert_bias", expert_bias, BIAS_KINDS)
+        several = top_k + num_always_on > 1
         if normalize_weights is None:
-            normalize_weights = top_k > 1
+            normalize_weights = several
         constant = score_after_selection and score_activation == "softmax"
-        if top_k == 1 and (normalize_weights or constant):
+        if not several and (normalize_weights or constant):
             raise ValueError(
                 "With `top_k=1`, weights normalized after the selection "
                 "(`normalize_weights=True`, or `score_after_selection=True` "
@@ -126,87 +191,160 @@ class TopKRouter(Router):
                 f"gradient. Received: normalize_weights={normalize_weights}, "
                 f"score_after_selection={score_after_selection}"
             )
-        _check("normalize_epsilon", normalize_epsilon, normalize_epsilon >= 0)
-        _check("jitter", jitter, 0 <= jitter < 1)
-        _check("noise_stddev", noise_stddev, noise_stddev >= 0)
-        _check("temperature", temperature, temperature > 0)
+        check_at_least("normalize_order", normalize_order, 1)
+        check_at_least("normalize_epsilon", normalize_epsilon, 0)
+        check_at_least("noise_stddev", noise_stddev, 0)
+        check_at_least("gumbel_noise", gumbel_noise, 0)
+        check_at_least("bias_update_rate", bias_update_rate, 0)
+        check_rate("expert_dropout", expert_dropout)
+        if logit_softcap is not None and not logit_softcap > 0:
+            raise ValueError(
+                "`logit_softcap` must be positive or None. "
+                f"Received: logit_softcap={logit_softcap}"
+            )
+        check_int("bias_update_steps", bias_update_steps, minimum=1)
+        _check_groups(
+            num_candidates, top_k, num_expert_groups, top_k_groups, group_score
+        )
         self.top_k = top_k
         self.score_activation = score_activation
         self.score_after_selection = score_after_selection
         self.normalize_weights = normalize_weights
+        self.normalize_order = normalize_order
         self.normalize_epsilon = normalize_epsilon
         self.weight_scale = weight_scale
-        self.jitter = jitter
+        self.learned_scale = learned_scale
+        self.num_expert_groups = num_expert_groups
+        self.top_k_groups = top_k_groups
+        self.group_score = group_score
+        self.bias_kind = expert_bias
+        self.bias_update_rate = bias_update_rate
+        self.bias_update_centered = bias_update_centered
+        self.bias_update_steps = bias_update_steps
+        self.num_always_on = num_always_on
+        self.expert_dropout = expert_dropout
         self.noise_stddev = noise_stddev
-        self.temperature = temperature
-        self.use_bias = use_bias
-        if kernel_initializer is None:
-            kernel_initializer = keras.initializers.VarianceScaling(
-                0.1, "fan_in", "truncated_normal", seed=seed
-            )
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.seed = seed
-        # A seed generator is state that every call advances: none without use.
-        if jitter > 0 or noise_stddev > 0:
-            self.seed_generator = keras.random.SeedGenerator(seed)
+        self.gumbel_noise = gumbel_noise
+        self.noisy_weights = noisy_weights
+        self.logit_softcap = logit_softcap
+        if noise_stddev > 0 or gumbel_noise > 0 or expert_dropout > 0:
+            self.add_seed_generator()
 
     def build(self, tokens_shape):
-        if len(tokens_shape) != 2 or tokens_shape[-1] is None:
-            raise ValueError(
-                "The tokens of a router must be of shape (T, D) with a static "
-                f"D. Received: tokens_shape={tuple(tokens_shape)}"
+        super().build(tokens_shape)
+        if self.learned_scale is not None:
+            size = self.num_experts if self.learned_scale == "expert" else 1
+            self.scale = self.add_weight(
+                name="scale", shape=(size,), initializer="ones"
             )
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(tokens_shape[-1], self.num_experts),
-            initializer=self.kernel_initializer,
-            regularizer=self.kernel_regularizer,
-        )
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(self.num_experts,),
-                initializer=self.bias_initializer,
-            )
+        if self.bias_kind:
+            add_expert_bias(self)
 
     def call(self, tokens, mask=None, training=None):
-        logits = self._logits(tokens, training)  # (T, E)
-        probs = score(logits, self.score_activation)
-        indices = top_k_indices(logits, self.top_k)  # (T, K)
+        logits = self.logits(tokens, training)  # (T, E)
+        noisy = self.noisy_logits(tokens, logits, training)
+        return self.route(logits, noisy, mask, training)
+
+    def route(self, logits, noisy, mask, training):
+        """A `Routing` from logits without and with noise, `(T, E)`."""
+        weighted = noisy if self.noisy_weights else logits
+        probs = score(weighted, self.score_activation)
+        ranked = probs
+        if weighted is not noisy:
+            ranked = score(noisy, self.score_activation)
+        indices = self.select(noisy, ranked, training)  # (T, K)
+        weights = self.weigh(weighted, probs, indices)
+        routing = Routing(logits, probs, indices, weights)
+        self.balance(routing, mask, training)
+        return routing
+
+    def balance(self, routing, mask, training):
+        """Takes a step of the expert bias, if it is time for one."""
+        if training and self.bias_kind and self.trainable:
+            update_expert_bias(self, routing, mask)
+
+    def logits(self, tokens, training):
+        logits = super().logits(tokens, training)
+        if self.logit_softcap is not None:
+            cap = self.logit_softcap
+            logits = cap * ops.tanh(logits / cap)
+        return logits
+
+    def noisy_logits(self, tokens, logits, training):
+        """The logits that the experts are chosen by, `(T, E)`."""
+        if not training:
+            return logits
+        shape = ops.shape(logits)
+        if self.noise_stddev > 0:
+            logits = logits + keras.random.normal(
+                shape,
+                stddev=self.noise_stddev,
+                dtype=self.compute_dtype,
+                seed=self.seed_generator,
+            )
+        if self.gumbel_noise > 0:
+            logits = logits + self.gumbel_noise * gumbel(
+                shape, self.compute_dtype, self.seed_generator
+            )
+        return logits
+
+    def select(self, logits, probs, training):
+        """The chosen experts, `(T, K)`, best first."""
+        ranked = probs
+        if (
+            self.score_after_selection
+            or self.bias_kind == "logits"
+            or not (self.bias_kind or self.num_expert_groups > 1)
+        ):
+            ranked = logits  # in the same order, with no two rounded to one
+        if self.bias_kind:
+            ranked = ranked + self.expert_bias
+        ranked = ops.stop_gradient(ranked)
+        candidates = self.num_experts - self.num_always_on
+        ranked = ranked[:, :candidates]
+        if training and self.expert_dropout > 0:
+            draws = keras.random.uniform(
+                ops.shape(ranked), seed=self.seed_generator
+            )
+            worst = ops.full_like(ranked, -1e30)
+            ranked = ops.where(draws < self.expert_dropout, worst, ranked)
+        if self.num_expert_groups > 1:
+            ranked = limit_to_groups(
+                ranked,
+                self.num_expert_groups,
+                self.top_k_groups,
+                self.group_score,
+            )
+        indices = top_k_indices(ranked, self.top_k)
+        if self.num_always_on == 0:
+            return indices
+        always = ops.arange(candidates, self.num_experts, dtype="int32")
+        always = ops.tile(
+            ops.expand_dims(always, 0), (ops.shape(indices)[0], 1)
+        )
+        return ops.concatenate([indices, always], axis=-1)
+
+    def weigh(self, logits, probs, indices):
+        """The weights of the chosen experts, `(T, K)`."""
         if self.score_after_selection:
             chosen = ops.take_along_axis(logits, indices, axis=-1)
             weights = score(chosen, self.score_activation)
         else:
             weights = ops.take_along_axis(probs, indices, axis=-1)
         if self.normalize_weights:
-            weights = normalize_weights(weights, self.normalize_epsilon)
-        return Routing(logits, probs, indices, weights * self.weight_scale)
-
-    def _logits(self, tokens, training):
-        if training and self.jitter > 0:
-            tokens = tokens * keras.random.uniform(
-                ops.shape(tokens),
-                1 - self.jitter,
-                1 + self.jitter,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
+            weights = normalize_weights(
+                weights, self.normalize_epsilon, self.normalize_order
             )
-        # On torch `ops.matmul` would make float32 of float64.
-        logits = ops.einsum("td,de->te", tokens, self.kernel)
-        if self.bias is not None:
-            logits = logits + self.bias
-        logits = logits / self.temperature
-        if training and self.noise_stddev > 0:
-            logits = logits + keras.random.normal(
-                ops.shape(logits),
-                stddev=self.noise_stddev,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
+        weights = weights * self.weight_scale
+        if self.learned_scale == "global":
+            weights = weights * self.scale
+        if self.learned_scale == "expert":
+            # The gradient of a take from (E,) would add up in any order.
+            scale = ops.broadcast_to(
+                ops.expand_dims(self.scale, 0), ops.shape(probs)
             )
-        return logits
+            weights = weights * ops.take_along_axis(scale, indices, axis=-1)
+        return weights
 
     def get_config(self):
         return {
@@ -215,35 +353,48 @@ class TopKRouter(Router):
             "score_activation": self.score_activation,
             "score_after_selection": self.score_after_selection,
             "normalize_weights": self.normalize_weights,
+            "normalize_order": self.normalize_order,
             "normalize_epsilon": self.normalize_epsilon,
             "weight_scale": self.weight_scale,
-            "jitter": self.jitter,
+            "learned_scale": self.learned_scale,
+            "num_expert_groups": self.num_expert_groups,
+            "top_k_groups": self.top_k_groups,
+            "group_score": self.group_score,
+            "expert_bias": self.bias_kind,
+            "bias_update_rate": self.bias_update_rate,
+            "bias_update_centered": self.bias_update_centered,
+            "bias_update_steps": self.bias_update_steps,
+            "num_always_on": self.num_always_on,
+            "expert_dropout": self.expert_dropout,
             "noise_stddev": self.noise_stddev,
-            "temperature": self.temperature,
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(
-                self.kernel_initializer
-            ),
-            "bias_initializer": keras.initializers.serialize(
-                self.bias_initializer
-            ),
-            "kernel_regularizer": keras.regularizers.serialize(
-                self.kernel_regularizer
-            ),
-            "seed": self.seed,
+            "gumbel_noise": self.gumbel_noise,
+            "noisy_weights": self.noisy_weights,
+            "logit_softcap": self.logit_softcap,
         }
 
 
-_RANGES = {
-    "normalize_epsilon": "at least 0",
-    "jitter": "at least 0 and below 1",
-    "noise_stddev": "at least 0",
-    "temperature": "positive",
-}
-
-
-def _check(name, value, in_range):
-    if not in_range:
+def _check_groups(num_experts, top_k, num_groups, top_k_groups, group_score):
+    check_int("num_expert_groups", num_groups, minimum=1)
+    if num_groups == 1:
+        return
+    if num_experts % num_groups:
         raise ValueError(
-            f"`{name}` must be {_RANGES[name]}. Received: {name}={value}"
+            "`num_expert_groups` must be a divisor of the number of experts "
+            "to choose from. Received: "
+            f"num_expert_groups={num_groups}, {num_experts} experts"
+        )
+    check_int("top_k_groups", top_k_groups, minimum=1)
+    check_int("group_score", group_score, minimum=1)
+    size = num_experts // num_groups
+    if group_score > size:
+        raise ValueError(
+            f"`group_score` must be at most the size of a group, {size}. "
+            f"Received: group_score={group_score}"
+        )
+    if not top_k <= top_k_groups * size or top_k_groups > num_groups:
+        raise ValueError(
+            "`top_k_groups` must be at most `num_expert_groups`, and as many "
+            "groups must hold `top_k` experts. Received: "
+            f"top_k_groups={top_k_groups}, num_expert_groups={num_groups}, "
+            f"top_k={top_k}, groups of {size} experts"
         )

@@ -51,7 +51,7 @@ class ConfigTest(TestCase):
                 "router": "switch",
                 "experts": "mlp",
                 "intermediate_dim": 8,
-                "shared_experts_gate": True,
+                "shared_experts_mode": "gate",
                 "capacity_factor": 1.25,
                 "eval_capacity_factor": 2.0,
                 "drop_policy": "weight",
@@ -61,7 +61,7 @@ class ConfigTest(TestCase):
         ),
     )
     def test_layer_contract(self, kwargs, num_trainable):
-        if "shared_experts_gate" in kwargs:
+        if "shared_experts_mode" in kwargs:
             kwargs["shared_experts"] = GLUExperts(1, 4, name="shared")
         self.run_layer_test(
             MoE,
@@ -105,7 +105,7 @@ class ConfigTest(TestCase):
             experts=MLPExperts(4, 3, name="experts"),
             capacity_factor=1.0,
             shared_experts=GLUExperts(2, 3, name="shared"),
-            shared_experts_gate=True,
+            shared_experts_mode="gate",
             name="second",
         )
         model = keras.Model(x, second(y))
@@ -180,7 +180,7 @@ class ConfigTest(TestCase):
             {
                 "num_experts": 4,
                 "intermediate_dim": 2,
-                "shared_experts_gate": True,
+                "shared_experts_mode": "gate",
             },
             "needs `shared_experts`",
         ),
@@ -241,7 +241,9 @@ class ConfigTest(TestCase):
                 layer.build(shape)
         with self.assertRaisesRegex(ValueError, "expected axis -1"):
             make()(keras.Input((4, 6)))
-        with self.assertRaisesRegex(ValueError, "width 5, returned 1"):
+        with self.assertRaisesRegex(
+            ValueError, r"shape \(12, 1\) for \(12, 5\)"
+        ):
             make(shared_experts=keras.layers.Dense(1))(inputs())
 
     def test_float64(self):

@@ -234,7 +234,7 @@ class BehaviourTest(TestCase):
     @parameterized.parameters(1, 3)
     def test_shared_experts_are_summed(self, count):
         shared = MLPExperts(count, 3, activation="tanh", name="shared")
-        layer = make(shared_experts=shared, shared_experts_gate=True)
+        layer = make(shared_experts=shared, shared_experts_mode="gate")
         weights = weights_of(layer)
         tokens = inputs().reshape(-1, 5).astype("float64")
         routed, *_ = token_loop.moe(tokens, weights, 2, "silu")
@@ -288,10 +288,10 @@ class BehaviourTest(TestCase):
         for kwargs in (
             {},
             {"capacity_factor": 1.25, "drop_policy": "weight"},
-            {"shared_experts_gate": True},
+            {"shared_experts_mode": "gate"},
         ):
             for shape in ((5,), (4, 5), (None, 5), (None, None, 5)):
-                if "shared_experts_gate" in kwargs:
+                if "shared_experts_mode" in kwargs:
                     kwargs["shared_experts"] = GLUExperts(2, 3)
                 x = keras.Input(shape)
                 moe = MoE(num_experts=4, intermediate_dim=3, **kwargs)

@@ -1,0 +1,249 @@
+import keras
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.experts import layer_copies
+from keras_moe.experts import padded_rows
+from keras_moe.experts.plain_experts import PlainExperts
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class LayerExperts(PlainExperts):
+    """Experts that are copies of any layer or model, or a list of such.
+
+    ```
+    y[rows of e] = layers[e](rows of e)
+    ```
+
+    Rows are whatever the layers take: features `(N, D)`, whole sequences
+    `(N, L, D)` for recurrent and attention layers, images `(N, H, W, C)` for
+    convolutions. The layers run one after the other. For feed-forward experts
+    `GLUExperts` and `MLPExperts` are faster.
+
+    What it costs depends on whether shapes may depend on data:
+
+    - On torch, and on TensorFlow outside of XLA, each layer gets exactly its
+      rows: the cost is that of `N` rows. Eagerly, a layer without rows does
+      not run. In a TensorFlow graph it runs on no rows.
+    - On JAX, and on TensorFlow under XLA, each layer gets `max_group_size`
+      rows, the rest of them zeros: the cost is that of
+      `num_experts * max_group_size` rows. With a capacity that is about
+      `capacity_factor * N`. Without one it is `num_experts * N`, as if every
+      token went through every expert.
+
+    The zeros change no result. They count in no activity regularizer (which
+    must not change for rows of zeros, as those of Keras). Layers with state
+    that training changes, like `BatchNormalization`, are given a `mask` of the
+    shape of the rows without their last axis if they take one; a `Sequential`
+    if all its layers down to that one hand the mask on. Other layers with such
+    state, and layers that call `add_loss`, are refused there.
+
+    No row, no trace: an expert without rows has a gradient of zero, keeps its
+    state and adds no activity loss. As usual in Keras, activity losses are
+    divided by the number of rows that the layer got.
+
+    Args:
+        layer: A layer or model that takes one tensor and returns one, with a
+            row for each row, of which `num_experts` copies are made from its
+            config. Copies have weights of their own, not those of `layer`, and
+            where its config has a seed, in its initializers too, each gets
+            another. Or a list of layers and models, which are taken as they
+            are, weights included; they may differ but for the shape of their
+            output.
+        num_experts: int. Number of copies. With a list, its length or `None`.
+            Defaults to `None`.
+        name, dtype, trainable: As for `keras.layers.Layer`. The layers keep
+            the dtype policy they have; their output is cast to this one's.
+
+    Call arguments:
+        rows: Tensor of shape `(N, ...)`, the rows of expert 0 first.
+        group_sizes: int32 tensor of shape `(E,)`. Rows of each expert.
+        training: bool. Passed on.
+        max_group_size: int, or `None` for `N`. No group has more rows: what
+            exceeds it is lost where shapes must be static.
+
+    Input shape:
+        `(N, ...)`
+
+    Output shape:
+        `(N, ...)`, as the layers give it. Rows of no expert give zero.
+
+    Raises:
+        ValueError: If the arguments do not fit together, if the layers do not
+            give one tensor with a row for each row and of one shape, or if a
+            layer cannot run with static shapes where these are needed.
+
+    Example:
+
+    >>> experts = keras_moe.experts.LayerExperts(
+    ...     keras.layers.Conv1D(6, 3, padding="same"), num_experts=2
+    ... )
+    >>> rows = keras.ops.ones((5, 7, 4))
+    >>> tuple(experts(rows, keras.ops.array([3, 2], "int32")).shape)
+    (5, 7, 6)
+
+    >>> experts = keras_moe.experts.LayerExperts(
+    ...     [keras.layers.Dense(4), keras.layers.Identity()]
+    ... )
+    >>> experts.num_experts
+    2
+
+    Reference:
+
+    - [Jacobs et al., 1991](https://doi.org/10.1162/neco.1991.3.1.79)
+    """
+
+    uses_max_group_size = True
+
+    def __init__(
+        self, layer, num_experts=None, *, name=None, dtype=None, trainable=True
+    ):
+        layers = layer if isinstance(layer, (list, tuple)) else [layer]
+        for part in layers:
+            if not isinstance(part, keras.layers.Layer):
+                raise ValueError(
+                    "`layer` must be a layer or a list of layers. "
+                    f"Received: layer={layer!r}"
+                )
+        given = isinstance(layer, (list, tuple))
+        if given and (
+            not layers or len({id(part) for part in layers}) < len(layers)
+        ):
+            raise ValueError(
+                "A list for `layer` must have at least one layer, all of them "
+                f"different objects. Received: layer={layer!r}"
+            )
+        if given and num_experts not in (None, len(layers)):
+            raise ValueError(
+                "`num_experts` must be the length of the list `layer` or None. "
+                f"Received: num_experts={num_experts}, a list of {len(layers)}"
+            )
+        super().__init__(
+            len(layers) if given else num_experts,
+            name=name,
+            dtype=dtype,
+            trainable=trainable,
+        )
+        template = None if given else layer_copies.config_of(layer)
+        # A function, since Keras would make the dict one of its own.
+        self._template = lambda: template
+        self.layers = list(layers)
+        if not given:
+            self.layers = layer_copies.make_copies(
+                layer, num_experts, self.name
+            )
+
+    def build(self, rows_shape):
+        rows_shape = (None, *rows_shape[1:])
+        shapes = []
+        for layer in self.layers:
+            layer_copies.build(layer, rows_shape, self.compute_dtype)
+            shapes.append(self._output_shape(layer, rows_shape))
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                "The layers must give rows of the same shape. Received: "
+                f"rows_shape={rows_shape}, output shapes={shapes}"
+            )
+
+    def call(self, rows, group_sizes, training=None, max_group_size=None):
+        rows = ops.convert_to_tensor(rows)
+        group_sizes = ops.convert_to_tensor(group_sizes, "int32")
+        bounds = backend.slice_bounds(group_sizes)
+        if bounds is None:
+            return self._call_padded(
+                rows, group_sizes, training, max_group_size
+            )
+        return self._call_sliced(rows, bounds, training)
+
+    def _call_sliced(self, rows, bounds, training):
+        parts, skipped = [], []
+        for layer, (start, stop) in zip(self.layers, bounds, strict=True):
+            if isinstance(stop, int) and start == stop:
+                skipped += layer.trainable_variables
+                continue
+            own = rows[start:stop]
+            kept = layer_copies.state(layer) if training else []
+            parts.append(
+                self._run(layer, own, training, {}, kept, stop > start)
+            )
+        num_left = ops.shape(rows)[0] - bounds[-1][1]
+        if parts:
+            tail = ops.shape(parts[0])[1:]
+        else:
+            tail = self._output_shape(self.layers[0], rows.shape)[1:]
+        parts.append(ops.zeros((num_left, *tail), self.compute_dtype))
+        out = ops.concatenate(parts)
+        return _with_zero_gradients(out, [rows, *skipped]) if skipped else out
+
+    def _call_padded(self, rows, group_sizes, training, size):
+        num_rows = ops.shape(rows)[0]
+        if size is None:
+            size = num_rows
+        if isinstance(size, int) and size == 0:
+            size = 1
+        buffers = padded_rows.to_buffers(rows, group_sizes, size)
+
+        def call(layer, buffer, kwargs, kept, any_rows):
+            return self._run(layer, buffer, training, kwargs, kept, any_rows)
+
+        outs = [
+            padded_rows.run(layer, buffer, real, training, call)
+            for layer, (buffer, real) in zip(self.layers, buffers, strict=True)
+        ]
+        return padded_rows.from_buffers(outs, group_sizes, size, num_rows)
+
+    def _run(self, layer, rows, training, kwargs, kept, any_rows):
+        if layer_copies.takes(layer, "training"):
+            kwargs = {**kwargs, "training": training}
+        # Not what mixed precision shows rounded: assigning would round it.
+        kept = [v for v in kept if _dtype(v.value) == _dtype(v)]
+        before = [ops.convert_to_tensor(v.value) for v in kept]
+        out = layer(rows, **kwargs)
+        if any_rows is not True:
+            for variable, value in zip(kept, before, strict=True):
+                now = ops.convert_to_tensor(variable.value)
+                variable.assign(ops.where(any_rows, now, value))
+        return ops.cast(out, self.compute_dtype)
+
+    def _output_shape(self, layer, rows_shape):
+        return layer_copies.output_shape(
+            layer, tuple(rows_shape), self.compute_dtype
+        )
+
+    def compute_output_shape(self, rows_shape, group_sizes_shape=None):
+        shape = self._output_shape(self.layers[0], (None, *rows_shape[1:]))
+        return (rows_shape[0], *shape[1:])
+
+    def get_config(self):
+        template = self._template()
+        if template is None:
+            template = [layer_copies.config_of(part) for part in self.layers]
+        return {**super().get_config(), "layer": template}
+
+    @classmethod
+    def from_config(cls, config):
+        layer = config["layer"]
+        if isinstance(layer, dict):
+            layer = keras.saving.deserialize_keras_object(layer)
+        elif all(isinstance(part, dict) for part in layer):
+            layer = [
+                keras.saving.deserialize_keras_object(part) for part in layer
+            ]
+        return super().from_config({**config, "layer": layer})
+
+
+def _dtype(x):
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+def _with_zero_gradients(out, others):
+    """`out`, with a gradient of zero, rather than none, for the others."""
+
+    def forward(out, *others):
+        return ops.copy(out)
+
+    def backward(d_out, out, *others):
+        return (d_out, *(ops.zeros_like(other) for other in others))
+
+    others = [ops.convert_to_tensor(other) for other in others]
+    return backend.with_gradient(forward, backward, (out, *others), ())

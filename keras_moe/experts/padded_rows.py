@@ -1,0 +1,106 @@
+"""Running layers on the rows of their experts where shapes must be static.
+
+Each layer gets a buffer of as many rows as a group may have. What is left over
+is zero, and must count nowhere: not in the state of a layer, not in its losses.
+"""
+
+import keras
+from keras import ops
+
+from keras_moe.experts import layer_copies
+from keras_moe.experts.grouped_rows import bounds
+from keras_moe.experts.grouped_rows import spread
+
+
+def to_buffers(rows, group_sizes, size):
+    """Yields a buffer of `size` rows, and which of them are real, a group."""
+    num_rows = ops.shape(rows)[0]
+    # What an index of `num_rows` finds.
+    rows = ops.concatenate(
+        [rows, ops.zeros((1, *ops.shape(rows)[1:]), rows.dtype)]
+    )
+    starts, ends = bounds(group_sizes)
+    slot = ops.arange(size, dtype="int32")
+    for e in range(starts.shape[0]):
+        real = slot < ends[e] - starts[e]
+        row = ops.where(real, starts[e] + slot, num_rows)
+        yield ops.take(rows, row, axis=0), real
+
+
+def from_buffers(buffers, group_sizes, size, num_rows):
+    """The rows of the buffers in their order, zero for rows of nobody."""
+    starts, ends = bounds(group_sizes)
+    num_groups = len(buffers)
+    row = ops.arange(num_rows, dtype="int32")
+    ended = ops.expand_dims(ends, 0) <= ops.expand_dims(row, 1)  # (N, E)
+    group = ops.sum(ops.cast(ended, "int32"), axis=1)
+    group = ops.cast(group, "int32")
+    starts = ops.concatenate([starts, ops.zeros((1,), "int32")])
+    slot = row - ops.take(starts, group)
+    found = ops.logical_and(group < num_groups, slot < size)
+    place = ops.where(found, group * size + slot, num_groups * size)
+    nothing = ops.zeros((1, *ops.shape(buffers[0])[1:]), buffers[0].dtype)
+    return ops.take(ops.concatenate([*buffers, nothing]), place, axis=0)
+
+
+def run(layer, buffer, real, training, call):
+    """`call(layer, buffer, ...)`, with the left over rows out of account."""
+    kept = layer_copies.state(layer) if training else []
+    kwargs = {}
+    if kept:
+        kwargs["mask"] = _mask(layer, buffer, real)
+    regularized = layer_copies.with_activity_regularizer(layer)
+    originals = [part.activity_regularizer for part in regularized]
+    wrapped = [_OfRealRows(original, real) for original in originals]
+    before = len(layer.losses)
+    try:
+        for part, regularizer in zip(regularized, wrapped, strict=True):
+            part.activity_regularizer = regularizer
+        out = call(layer, buffer, kwargs, kept, ops.any(real))
+    finally:
+        for part, original in zip(regularized, originals, strict=True):
+            part.activity_regularizer = original
+    known = sum(regularizer.calls for regularizer in wrapped)
+    if len(layer.losses) - before > known and "mask" not in kwargs:
+        raise ValueError(
+            "A layer that adds losses with `add_loss` cannot be an expert "
+            "where shapes must be static (on JAX, or under XLA): its losses "
+            "would count padding. Give it an `activity_regularizer` instead. "
+            f"Received: layer={layer.name!r}"
+        )
+    return out
+
+
+def _mask(layer, buffer, real):
+    if not layer_copies.hands_on_mask(layer):
+        raise ValueError(
+            "A layer with state that training changes (BatchNormalization) can "
+            "be an expert where shapes must be static (on JAX, or under XLA) "
+            "only if it takes a `mask` and hands it on to where the state is: "
+            "padding would spoil it otherwise. Use a layer without such state, "
+            "like LayerNormalization or GroupNormalization, or freeze it. "
+            f"Received: layer={layer.name!r}"
+        )
+    return ops.broadcast_to(
+        spread(real, buffer)[..., 0], ops.shape(buffer)[:-1]
+    )
+
+
+class _OfRealRows(keras.regularizers.Regularizer):
+    """What the regularizer makes of the real rows.
+
+    Keras divides by the number of rows, here the size of the buffer.
+    """
+
+    def __init__(self, regularizer, real):
+        self.regularizer = regularizer
+        self.real = real
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        keep = spread(self.real, x)
+        value = self.regularizer(ops.where(keep, x, ops.zeros_like(x)))
+        number = ops.sum(ops.cast(self.real, value.dtype))
+        size = ops.cast(ops.shape(x)[0], value.dtype)
+        return value * size / ops.maximum(number, ops.ones_like(number))

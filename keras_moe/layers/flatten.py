@@ -1,0 +1,97 @@
+"""Turning what a layer is called with into one row a token."""
+
+import keras
+from keras import ops
+
+
+def routed_positions(inputs, route_per):
+    """Shape of what is routed: all positions, or the examples alone."""
+    return ops.shape(inputs)[: -1 if route_per == "token" else 1]
+
+
+def to_tokens(inputs, mask, route_per):
+    """`(features, tokens, mask)`: what is routed by, what is sent, `(T,)` bool.
+
+    Per token both are `(T, D)`. Per example what is sent are the inputs, and
+    what is routed by is their mean over the positions that are not masked.
+    """
+    if mask is not None:
+        mask = flatten_mask(mask, ops.shape(inputs)[:-1])
+    dim = inputs.shape[-1]
+    if route_per == "token":
+        tokens = clear_masked(ops.reshape(inputs, (-1, dim)), mask)
+        return tokens, tokens, mask
+    if mask is None:
+        axes = tuple(range(1, len(inputs.shape) - 1))
+        return ops.mean(inputs, axis=axes), inputs, None
+    flat = clear_masked(ops.reshape(inputs, (-1, dim)), mask)
+    mask = ops.reshape(mask, (ops.shape(inputs)[0], -1))  # (B, L)
+    count = ops.sum(ops.cast(mask, flat.dtype), axis=1, keepdims=True)
+    total = ops.sum(ops.reshape(flat, (*ops.shape(mask), dim)), axis=1)
+    features = total / ops.maximum(count, 1.0)
+    return features, ops.reshape(flat, ops.shape(inputs)), ops.any(mask, axis=1)
+
+
+def match_rank(x, like):
+    """`x` with axes of size 1 behind its own, in the dtype of `like`."""
+    missing = (1,) * (len(like.shape) - len(x.shape))
+    return ops.cast(ops.reshape(x, (*ops.shape(x), *missing)), like.dtype)
+
+
+def flatten_mask(mask, positions):
+    """A mask of the positions, or of their first axes, as `(T,)` bool."""
+    mask = ops.cast(mask, "bool")
+    if len(mask.shape) > len(positions):
+        raise ValueError(
+            "`mask` must have the shape of the inputs without their last "
+            "axis, or of their first axes. Received: "
+            f"mask.shape={tuple(mask.shape)}, positions {tuple(positions)}"
+        )
+    return ops.reshape(_spread(mask, positions), (-1,))
+
+
+def flatten_context(context, positions):
+    """A context as one row a token.
+
+    Whole numbers are ids, of the shape of the positions or of their first axes:
+    `(T,)` int32. Other numbers have an axis of features behind that: `(T, C)`.
+    """
+    if context is None:
+        return None
+    context = ops.convert_to_tensor(context)
+    dtype = keras.backend.standardize_dtype(context.dtype)
+    is_ids = dtype == "bool" or "int" in dtype
+    rank = len(context.shape) - (0 if is_ids else 1)
+    if not 1 <= rank <= len(positions):
+        raise ValueError(
+            "`context` must be ids (whole numbers) of the shape of the inputs "
+            "without their last axis, or of their first axes, or numbers with "
+            "one more axis. Received: "
+            f"context.shape={tuple(context.shape)}, dtype={dtype}, positions "
+            f"{tuple(positions)}"
+        )
+    if is_ids:
+        return ops.reshape(
+            _spread(ops.cast(context, "int32"), positions), (-1,)
+        )
+    features = context.shape[-1]
+    return ops.reshape(_spread(context, positions, features), (-1, features))
+
+
+def _spread(x, positions, *features):
+    rank = len(x.shape) - len(features)
+    missing = (1,) * (len(positions) - rank)
+    x = ops.reshape(x, (*ops.shape(x)[:rank], *missing, *features))
+    return ops.broadcast_to(x, (*positions, *features))
+
+
+def clear_masked(x, mask):
+    """`x` with zeros where the mask of its first axes is `False`.
+
+    Whatever padding holds, NaN included, it must reach no gradient.
+    """
+    if mask is None:
+        return x
+    missing = (1,) * (len(x.shape) - len(mask.shape))
+    mask = ops.reshape(mask, (*ops.shape(mask), *missing))
+    return ops.where(mask, x, ops.zeros_like(x))

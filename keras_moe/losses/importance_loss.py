@@ -1,0 +1,101 @@
+import keras
+from keras import ops
+
+from keras_moe.losses.grouped_loss import GroupedLoss
+from keras_moe.losses.grouped_loss import check_one_of
+from keras_moe.ops.assignments import SCORES
+from keras_moe.ops.assignments import expert_scores
+from keras_moe.ops.assignments import sums_by_expert
+from keras_moe.ops.balance import squared_variation
+from keras_moe.ops.masking import group_means
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class ImportanceLoss(GroupedLoss):
+    """Squared coefficient of variation of the experts' importance.
+
+    ```
+    importance[e] = sum over tokens of the weight of expert e
+    loss          = variance(importance) / mean(importance) ** 2
+    ```
+
+    At perfect balance the loss is 0; if one of `E` experts has all the
+    importance it is `E - 1`, or `E` with `ddof=1`. Importance can be equal
+    where the numbers of tokens are not: `LoadLoss` is about these.
+
+    Without a token, or with a single expert, the loss is 0.
+
+    Args:
+        weight: float. Factor of the loss. Defaults to `0.1`, with which
+            Shazeer et al. use it beside `LoadLoss`; V-MoE has `5e-3`.
+        scores: The weights that count: `"weights"` those that the outputs of
+            the chosen experts are multiplied by (Shazeer et al., FastMoE),
+            `"softmax"` the softmax of the logits, without noise (V-MoE,
+            Tutel), `"router"` the probabilities of the router, divided by their
+            sum, `"raw"` the same as they are. Defaults to `"weights"`. Those of
+            `top_k=1`, normalized, have no gradient.
+        ddof: `0` for the population variance (V-MoE), `1` for the sample
+            variance (FastMoE, Tutel), `E / (E - 1)` times as large. Defaults
+            to `0`.
+        per: The tokens that are looked at together: `"batch"` for all,
+            `"sequence"` for those of each sequence, or an int, a number of
+            sequences. The loss is the mean of those of all groups that have a
+            token. Defaults to `"batch"`.
+
+    Call arguments:
+        routing: A `keras_moe.routers.Routing`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
+            count.
+        num_sequences: int. The tokens are that many sequences of equal length.
+            Defaults to `1`.
+
+    Raises:
+        ValueError: If an argument is out of range, or the sequences do not
+            make up whole groups.
+
+    Example:
+
+    >>> probs = keras.ops.eye(2)
+    >>> routing = keras_moe.routers.Routing(
+    ...     logits=probs,
+    ...     probs=probs,
+    ...     expert_indices=keras.ops.zeros((2, 1), "int32"),
+    ...     expert_weights=keras.ops.ones((2, 1)),
+    ... )
+    >>> float(keras_moe.losses.ImportanceLoss(weight=1.0)(routing))
+    1.0
+
+    Reference:
+
+    - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equations 6
+      and 7
+    - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A
+    """
+
+    def __init__(self, weight=0.1, scores="weights", ddof=0, per="batch"):
+        super().__init__(weight, per)
+        check_one_of("scores", scores, ("weights", *SCORES))
+        check_one_of("ddof", ddof, (0, 1))
+        self.scores = scores
+        self.ddof = ddof
+
+    def group_losses(self, routing, mask, groups):
+        if self.scores == "weights":
+            importance = sums_by_expert(
+                ops.cast(routing.expert_weights, "float32"),
+                routing.expert_indices,
+                routing.probs.shape[-1],
+                mask,
+                groups,
+            )
+        else:
+            scores = expert_scores(routing, self.scores, mask)
+            importance = group_means(scores, mask, groups)  # (G, E)
+        return squared_variation(importance, self.ddof)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "scores": self.scores,
+            "ddof": self.ddof,
+        }

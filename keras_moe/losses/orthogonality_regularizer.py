@@ -1,0 +1,77 @@
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class OrthogonalityRegularizer(keras.regularizers.Regularizer):
+    """Mean squared cosine between the weights of different experts.
+
+    ```
+    cosine[i, j] = <w[i], w[j]> / (|w[i]| * |w[j]|)
+    loss         = weight * mean over i != j of cosine[i, j] ** 2
+    ```
+
+    It keeps experts apart, of a router's kernel or of the experts themselves.
+    It does not measure balance: it is 0 when the experts' vectors are
+    orthogonal, and `weight` when all are parallel. More experts `E` than
+    dimensions `D` cannot be orthogonal; then the least that can be reached is
+    `weight * (E - D) / (D * (E - 1))`. With a single expert it is 0, and
+    vectors of zeros count as orthogonal to all.
+
+    Args:
+        weight: float. Factor of the loss. Defaults to `1e-2`.
+        expert_axis: int. The axis of the experts; what remains of each is one
+            vector. Defaults to `-1`, as in the `(D, E)` kernel of a router;
+            `0` is for banks of experts, `(E, ...)`.
+
+    Raises:
+        ValueError: If `weight` is negative, or there is no such axis.
+
+    Example:
+
+    >>> regularizer = keras_moe.losses.OrthogonalityRegularizer(weight=1.0)
+    >>> float(regularizer(keras.ops.eye(3))), float(
+    ...     regularizer(keras.ops.ones((3, 3)))
+    ... )
+    (0.0, 1.0)
+
+    >>> router = keras_moe.routers.TopKRouter(
+    ...     4, kernel_regularizer=keras_moe.losses.OrthogonalityRegularizer()
+    ... )
+    """
+
+    def __init__(self, weight=1e-2, expert_axis=-1):
+        if not weight >= 0:
+            raise ValueError(
+                f"`weight` must be at least 0. Received: weight={weight}"
+            )
+        self.weight = weight
+        self.expert_axis = expert_axis
+
+    def __call__(self, x):
+        rank = len(x.shape)
+        if not -rank <= self.expert_axis < rank:
+            raise ValueError(
+                "`expert_axis` must be an axis of the weights. Received: "
+                f"expert_axis={self.expert_axis}, shape={tuple(x.shape)}"
+            )
+        x = ops.moveaxis(ops.convert_to_tensor(x), self.expert_axis, 0)
+        num_experts = x.shape[0]
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        dtype = dtype if dtype == "float64" else "float32"
+        x = ops.cast(ops.reshape(x, (num_experts, -1)), dtype)  # (E, N)
+        # Scaled first: squares of small weights underflow in float32.
+        largest = ops.max(ops.abs(x), axis=-1, keepdims=True)
+        largest = ops.stop_gradient(largest)
+        x = x / ops.where(largest > 1e-30, largest, ops.ones_like(largest))
+        squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
+        squares = ops.where(squares > 1e-30, squares, ops.ones_like(squares))
+        x = x * ops.rsqrt(squares)
+        # On torch `ops.matmul` would make float32 of float64.
+        cosines = ops.einsum("in,jn->ij", x, x)
+        cosines = cosines * (1 - ops.eye(num_experts, dtype=dtype))
+        pairs = max(num_experts * (num_experts - 1), 1)
+        return self.weight * ops.sum(ops.square(cosines)) / pairs
+
+    def get_config(self):
+        return {"weight": self.weight, "expert_axis": self.expert_axis}

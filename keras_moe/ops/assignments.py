@@ -1,0 +1,97 @@
+"""What a balancing loss reads off a `Routing`: who chose whom, and scores."""
+
+from keras import ops
+
+from keras_moe.ops.groups import to_groups
+from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.selection import top_k_indices
+
+ASSIGNMENTS = ("all", "first", "logits")
+SCORES = ("router", "softmax", "raw")
+
+
+def assigned_experts(routing, assignments="all"):
+    """The choices of each token that count.
+
+    Args:
+        routing: A `Routing`.
+        assignments: `"all"` for those of the router, `"first"` for the first
+            of them alone, `"logits"` for the `K` largest logits, without what
+            else the router's choice depends on, such as a selection bias.
+
+    Returns:
+        `(T, K)` int32, `num_experts` for a choice that does not exist.
+    """
+    if assignments == "all":
+        return routing.expert_indices
+    if assignments == "first":
+        return routing.expert_indices[:, :1]
+    num_experts = routing.logits.shape[-1]
+    top_k = min(routing.expert_indices.shape[-1], num_experts)
+    return top_k_indices(ops.cast(routing.logits, "float32"), top_k)
+
+
+def expert_scores(routing, scores="router", mask=None):
+    """The scores of all experts that a loss is about.
+
+    Args:
+        routing: A `Routing`.
+        scores: `"router"` for its `probs`, divided by their sum, `"softmax"`
+            for the softmax of its logits, `"raw"` for its `probs` as they are.
+        mask: `(T,)` bool, or `None`. What masked tokens hold reaches nothing.
+
+    Returns:
+        `(T, E)` float32. Of masked tokens any numbers.
+    """
+    if scores == "softmax":
+        logits = zero_masked(ops.cast(routing.logits, "float32"), mask)
+        if logits.shape[-1] == 1:  # Keras warns of such a softmax
+            return ops.ones_like(logits)
+        return ops.softmax(logits, axis=-1)
+    probs = zero_masked(ops.cast(routing.probs, "float32"), mask)
+    if scores == "raw":
+        return probs
+    total = ops.sum(probs, axis=-1, keepdims=True)
+    return probs / ops.maximum(total, 1e-20)
+
+
+def sums_by_expert(values, experts, num_experts, mask, groups):
+    """Sums what belongs to each expert, in each group of tokens.
+
+    Args:
+        values: `(T, K)` float32.
+        experts: `(T, K)` int32, the expert of each value. `num_experts` stands
+            for none.
+        num_experts: int.
+        mask: `(T,)` bool. `False` tokens do not count.
+        groups: `G`, an int or an integer tensor.
+
+    Returns:
+        `(G, E)` float32.
+    """
+    experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
+    experts = to_groups(ops.cast(experts, "int32"), groups)  # (G, T / G, K)
+    first = ops.cast(ops.arange(groups), "int32") * (num_experts + 1)
+    segments = experts + ops.reshape(first, (-1, 1, 1))
+    sums = ops.segment_sum(
+        ops.reshape(zero_masked(values, mask), (-1,)),
+        ops.reshape(segments, (-1,)),
+        num_segments=groups * (num_experts + 1),
+    )
+    return ops.reshape(sums, (groups, num_experts + 1))[:, :-1]
+
+
+def counts_by_expert(experts, num_experts, mask, groups):
+    """Number of choices of each expert, in each group of tokens.
+
+    Args:
+        experts: `(T, K)` int32. `num_experts` stands for none.
+        num_experts: int.
+        mask: `(T,)` bool. `False` tokens do not count.
+        groups: `G`, an int or an integer tensor.
+
+    Returns:
+        `(G, E)` float32. Carries no gradient.
+    """
+    ones = ops.ones_like(experts, dtype="float32")
+    return sums_by_expert(ones, experts, num_experts, mask, groups)

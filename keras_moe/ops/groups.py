@@ -1,0 +1,61 @@
+from keras import ops
+
+
+def check_per(per):
+    """Raises unless `per` is `"batch"`, `"sequence"` or a positive int."""
+    positive = isinstance(per, int) and not isinstance(per, bool) and per > 0
+    if per not in ("batch", "sequence") and not positive:
+        raise ValueError(
+            "`per` must be 'batch', 'sequence' or a positive int, a number of "
+            f"sequences. Received: per={per!r}"
+        )
+
+
+def num_groups(per, num_sequences):
+    """Number of groups that tokens are looked at in.
+
+    The `T` tokens of a batch are `num_sequences` sequences of equal length, one
+    after the other; a group is some of them, next to each other.
+
+    Args:
+        per: `"batch"` for one group, `"sequence"` for one a sequence, or an
+            int, the number of sequences in a group.
+        num_sequences: int, or an integer tensor.
+
+    Returns:
+        `G`, an int or an int32 tensor.
+
+    Raises:
+        ValueError: If the sequences do not make up whole groups, where their
+            number is known.
+
+    Example:
+
+    >>> keras_moe.ops.num_groups("batch", 6), keras_moe.ops.num_groups(2, 6)
+    (1, 3)
+    """
+    check_per(per)
+    if per == "batch":
+        return 1
+    if per == "sequence":
+        return num_sequences
+    if isinstance(num_sequences, int) and num_sequences % per:
+        raise ValueError(
+            "The number of sequences must be a multiple of `per`. "
+            f"Received: per={per}, num_sequences={num_sequences}"
+        )
+    return num_sequences // per
+
+
+def to_groups(x, groups):
+    """`(T, ...)` -> `(G, T / G, ...)`.
+
+    Args:
+        x: `(T, ...)`.
+        groups: `G`, an int or an integer tensor, a divisor of `T`.
+
+    Returns:
+        `(G, T / G, ...)`.
+    """
+    shape = ops.shape(x)
+    return ops.reshape(x, (groups, shape[0] // groups, *shape[1:]))

@@ -1,0 +1,34 @@
+from keras import ops
+
+
+def smooth_step(x, gamma=1.0):
+    """A step from 0 to 1 that is a cubic in between, and exact outside.
+
+    ```
+    0                                           if x <= -gamma / 2
+    1                                           if x >= gamma / 2
+    1/2 + 3 x / (2 gamma) - 2 x^3 / gamma^3     in between
+    ```
+
+    Unlike a sigmoid it reaches 0 and 1, where its gradient is zero.
+    `smooth_step(-x)` is `1 - smooth_step(x)`.
+
+    Args:
+        x: Tensor.
+        gamma: float. Width of the step, positive. Defaults to `1.0`.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Example:
+
+    >>> keras_moe.ops.smooth_step(keras.ops.array([-1.0, 0.0, 0.5])).tolist()
+    [0.0, 0.5, 1.0]
+
+    Reference:
+
+    - [Hazimeh et al., 2020](https://arxiv.org/abs/2002.07772), section 3
+    """
+    # The same cubic in a form that rounding cannot take below 0 or above 1.
+    v = ops.clip(x / gamma + 0.5, 0.0, 1.0)
+    return v * v * (3 - 2 * v)

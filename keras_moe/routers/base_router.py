@@ -1,0 +1,130 @@
+import keras
+from keras import ops
+
+from keras_moe.ops.balanced_assignment import balanced_assignment
+from keras_moe.ops.groups import check_per
+from keras_moe.ops.groups import num_groups
+from keras_moe.ops.groups import to_groups
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers.linear_router import LinearRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class BASERouter(LinearRouter):
+    """Assigns equally many tokens to each expert in training.
+
+    ```
+    logits  = tokens @ kernel                 columns: the experts' centroids
+    indices = balanced_assignment(logits)     in training
+    indices = argmax(logits)                  in inference
+    weights = sigmoid(logits[indices])
+    ```
+
+    `keras_moe.ops.balanced_assignment` finds the assignment of the tokens of a
+    group with the largest sum of logits, at loads that differ by one at most.
+    No balancing loss is needed: give `MoE` `losses=None`. Gradients reach the
+    kernel through the weights. The assignment is a loop until all is balanced;
+    its time grows with the number of tokens and with how unbalanced they are.
+
+    The BASE layer of the paper returns `a * f(x) + (1 - a) * x`, where `a` is
+    the weight and `f` contains a residual connection. `MoE` with this router
+    gives `a * f(x)`. If `f(x) = x + g(x)`, the layer is `x + a * g(x)`: a
+    residual connection around `MoE` with experts `g`.
+
+    In training what a token gets depends on later tokens, in inference on
+    itself alone. `looks_ahead` is `True` for the sake of training.
+
+    Masked tokens are not assigned: they have no expert.
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        per: Which tokens are shared out to the experts together: `"batch"`,
+            those of each `"sequence"`, or of an int number of sequences.
+            Defaults to `"batch"`.
+        kernel_initializer: Initializer of the `(D, E)` kernel. `None` is
+            `Orthogonal(gain=0.1)`. Defaults to `None`.
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
+            `temperature`, `use_bias`, initializers, regularizer, `seed`.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`.
+        training: bool. Whether to balance the assignment and apply jitter.
+        num_sequences: int, or a scalar tensor. Number of sequences that the
+            tokens are, if `per` is not `"batch"`. Defaults to `1`.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing` with `K = 1`. Its `probs` are
+        `sigmoid(logits)`.
+
+    Raises:
+        ValueError: If an argument is out of range, `D` is not static, or the
+            sequences do not make up whole groups.
+
+    Example:
+
+    >>> router = keras_moe.routers.BASERouter(num_experts=2)
+    >>> routing = router(keras.random.normal((4, 8)), training=True)
+    >>> counts = keras_moe.ops.expert_counts(routing, num_experts=2)
+    >>> keras.ops.convert_to_numpy(counts).tolist()
+    [2.0, 2.0]
+
+    Reference:
+
+    - [Lewis et al., 2021](https://arxiv.org/abs/2103.16716), section 3
+    """
+
+    looks_ahead = True
+
+    def __init__(
+        self,
+        num_experts,
+        per="batch",
+        kernel_initializer=None,
+        seed=None,
+        **kwargs,
+    ):
+        check_per(per)
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.Orthogonal(0.1, seed=seed)
+        super().__init__(
+            num_experts,
+            kernel_initializer=kernel_initializer,
+            seed=seed,
+            **kwargs,
+        )
+        self.per = per
+
+    def call(self, tokens, mask=None, training=None, num_sequences=1):
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            keep = ops.expand_dims(mask, -1)  # (T, 1)
+            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
+        logits = self.logits(tokens, training)  # (T, E)
+        probs = ops.sigmoid(logits)
+        if training:
+            chosen = self._assigned(logits, mask, num_sequences)
+        else:
+            chosen = top_k_indices(logits, 1)  # (T, 1)
+        # Where a token has no expert, any index will do.
+        some = ops.minimum(chosen, self.num_experts - 1)
+        weights = ops.take_along_axis(probs, some, axis=-1)
+        if mask is not None:
+            none = ops.full_like(chosen, self.num_experts)
+            chosen = ops.where(keep, chosen, none)
+            weights = ops.where(keep, weights, ops.zeros_like(weights))
+        return Routing(logits, probs, chosen, weights)
+
+    def _assigned(self, logits, mask, num_sequences):
+        groups = num_groups(self.per, num_sequences)
+        if mask is not None:
+            mask = to_groups(mask, groups)  # (G, S)
+        assigned = balanced_assignment(to_groups(logits, groups), mask)
+        return ops.reshape(assigned, (-1, 1))
+
+    def get_config(self):
+        return {**super().get_config(), "per": self.per}

@@ -1,0 +1,169 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_moe.ops.masking import zero_masked
+from keras_moe.routers.checks import check_int
+from keras_moe.routers.top_k_router import TopKRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class CosineRouter(TopKRouter):
+    """Scores experts by their angle to the token in a small space.
+
+    ```
+    low    = tokens @ projection_kernel + projection_bias          (T, P)
+    scale  = exp(min(log_scale, log(max_scale)))
+    logits = scale * cos(low, kernel)
+    ```
+
+    and from there on as in `TopKRouter`. The length of a token and that of an
+    expert's embedding, a column of the `(P, E)` kernel, do not count: the
+    logits lie between `-scale` and `scale`, and tokens are not drawn together
+    towards the embeddings as a large dot product draws them. The scale, one
+    over a temperature, is learned.
+
+    Lengths below 1e-12 count as 1e-12; such a vector has no direction, and its
+    cosine no gradient.
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        top_k: int. Experts per token. Defaults to `2`.
+        projection_dim: int. `P`. Defaults to `256`.
+        initial_temperature: float. `log_scale` starts at
+            `log(1 / initial_temperature)`. Defaults to `0.5`.
+        max_scale: float. Largest scale; beyond it `log_scale` has no gradient.
+            Defaults to `100.0`.
+        use_projection_bias: bool. Whether the projection has a bias. Defaults
+            to `True`.
+        projection_initializer: Initializer of the projection. Defaults to
+            `"glorot_uniform"`.
+        kernel_initializer: Initializer of the embeddings. `None` is a normal
+            of deviation 0.01. Defaults to `None`.
+        **kwargs: Arguments of `keras_moe.routers.TopKRouter`. `temperature`
+            divides what comes out above, and `use_bias` adds a bias to it.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`; as in `TopKRouter`.
+        training: bool. Whether to apply jitter, noise and expert dropout.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing`, as of `TopKRouter`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> from keras_moe.routers.cosine_router import CosineRouter
+    >>> router = CosineRouter(num_experts=4, projection_dim=3)
+    >>> routing = router(keras.ops.ones((5, 8)))
+    >>> bool(keras.ops.max(keras.ops.abs(routing.logits)) <= 2.0001)
+    True
+
+    Reference:
+
+    - [Chi et al., 2022](https://arxiv.org/abs/2204.09179), section 3
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        projection_dim=256,
+        initial_temperature=0.5,
+        max_scale=100.0,
+        use_projection_bias=True,
+        projection_initializer="glorot_uniform",
+        kernel_initializer=None,
+        **kwargs,
+    ):
+        check_int("projection_dim", projection_dim, minimum=1)
+        for name, value in (
+            ("initial_temperature", initial_temperature),
+            ("max_scale", max_scale),
+        ):
+            if not value > 0:
+                raise ValueError(
+                    f"`{name}` must be positive. Received: {name}={value}"
+                )
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.RandomNormal(
+                stddev=0.01, seed=kwargs.get("seed")
+            )
+        super().__init__(
+            num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs
+        )
+        self.projection_dim = projection_dim
+        self.initial_temperature = initial_temperature
+        self.max_scale = max_scale
+        self.use_projection_bias = use_projection_bias
+        self.projection_initializer = keras.initializers.get(
+            projection_initializer
+        )
+
+    def build_logits(self, dim):
+        self.projection_kernel = self.add_weight(
+            name="projection_kernel",
+            shape=(dim, self.projection_dim),
+            initializer=self.projection_initializer,
+        )
+        self.projection_bias = None
+        if self.use_projection_bias:
+            self.projection_bias = self.add_weight(
+                name="projection_bias",
+                shape=(self.projection_dim,),
+                initializer="zeros",
+            )
+        super().build_logits(self.projection_dim)
+        self.log_scale = self.add_weight(
+            name="log_scale",
+            shape=(),
+            initializer=keras.initializers.Constant(
+                -math.log(self.initial_temperature)
+            ),
+        )
+
+    def call(self, tokens, mask=None, training=None):
+        # Of the projection even a masked token would reach the gradient.
+        tokens = zero_masked(tokens, mask)
+        return super().call(tokens, mask=mask, training=training)
+
+    def raw_logits(self, tokens):
+        low = ops.einsum("td,dp->tp", tokens, self.projection_kernel)
+        if self.projection_bias is not None:
+            low = low + self.projection_bias
+        cosines = ops.einsum(
+            "tp,pe->te", _unit(low, axis=-1), _unit(self.kernel, axis=0)
+        )
+        largest = math.log(self.max_scale)
+        scale = ops.exp(ops.minimum(self.log_scale, largest))
+        return scale * cosines
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "projection_dim": self.projection_dim,
+            "initial_temperature": self.initial_temperature,
+            "max_scale": self.max_scale,
+            "use_projection_bias": self.use_projection_bias,
+            "projection_initializer": keras.initializers.serialize(
+                self.projection_initializer
+            ),
+        }
+
+
+def _unit(vectors, axis):
+    """Vectors of length 1, or shorter where they are below 1e-12."""
+    vectors = ops.convert_to_tensor(vectors)
+    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
+    short = square < 1e-24
+    # Divided by next to nothing, the gradient would be next to infinite.
+    vectors = ops.where(short, ops.stop_gradient(vectors), vectors)
+    square = ops.where(short, ops.full_like(square, 1e-24), square)
+    return vectors / ops.sqrt(square)

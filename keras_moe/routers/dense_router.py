@@ -1,0 +1,83 @@
+import keras
+from keras import ops
+
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.scores import score
+from keras_moe.routers.linear_router import LinearRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class DenseRouter(LinearRouter):
+    """Sends each token to all experts: the classic mixture of experts.
+
+    ```
+    logits  = (tokens * jitter) @ kernel + bias     jitter only in training
+    weights = score_activation(logits / temperature)
+    ```
+
+    Every expert is computed for every token, so nothing is saved, and nothing
+    has to be balanced: every expert learns from every token, as much as it is
+    responsible for it. It is also the gate of multi-gate mixtures (MMoE). All
+    of it is computed in float32.
+
+    Args:
+        num_experts: int. Number of experts.
+        score_activation: `"softmax"` over the experts, whose weights sum to
+            one, or `"sigmoid"` of each, whose do not. Defaults to `"softmax"`.
+        **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
+            `use_bias`, `kernel_initializer`, `bias_initializer`,
+            `kernel_regularizer`, `seed`, and those of
+            `keras_moe.routers.Router`.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. Each token is routed on
+            its own, so it is ignored here; `MoE` leaves masked tokens out.
+        training: bool. Whether to apply jitter.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing` with `K = E`. The choices stand in the
+        order of the experts, 0 to `E - 1`, and not best first as elsewhere:
+        there is nothing to choose.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> router = keras_moe.routers.DenseRouter(num_experts=3)
+    >>> routing = router(keras.ops.ones((2, 8)))
+    >>> routing.expert_indices.tolist()
+    [[0, 1, 2], [0, 1, 2]]
+
+    Reference:
+
+    - [Jacobs et al., 1991](https://doi.org/10.1162/neco.1991.3.1.79)
+    - [Ma et al., 2018](https://doi.org/10.1145/3219819.3220007), section 4
+      (multi-gate mixtures)
+    """
+
+    def __init__(self, num_experts, score_activation="softmax", **kwargs):
+        super().__init__(num_experts, **kwargs)
+        if score_activation not in ("softmax", "sigmoid"):
+            raise ValueError(
+                "`score_activation` must be 'softmax' or 'sigmoid'. "
+                f"Received: score_activation={score_activation!r}"
+            )
+        self.score_activation = score_activation
+
+    def call(self, tokens, mask=None, training=None):
+        logits = self.logits(tokens, training)  # (T, E)
+        weights = score(logits, self.score_activation)
+        experts = ops.arange(self.num_experts, dtype="int32")
+        indices = ops.broadcast_to(experts, ops.shape(weights))
+        return Routing(logits, weights, indices, weights)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "score_activation": self.score_activation,
+        }

@@ -1,0 +1,241 @@
+import keras
+from keras import ops
+
+from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.scores import normalize_weights as normalized
+from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers.checks import check_at_least
+from keras_moe.routers.checks import check_int
+from keras_moe.routers.linear_router import LinearRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class HierarchicalRouter(LinearRouter):
+    """Chooses groups of experts, then experts within each of them.
+
+    ```
+    group_probs = softmax(tokens @ group_kernel)              (T, A)
+    inner_probs = softmax(tokens @ inner_kernel, axis=-1)     (T, A, B)
+    groups      = top_k_groups(group_probs)
+    experts     = top_k(inner_probs[groups])                  in each of them
+    weights     = group_probs[groups] * inner_probs[groups, experts]
+    ```
+
+    On each level the probabilities of what was chosen are divided by their sum,
+    which is the softmax over the chosen logits. Expert `j` of group `i` is
+    expert `i * experts_per_group + j` of the bank; with several groups that
+    share one softmax this is not the group-limited choice of
+    `keras_moe.routers.TopKRouter`, where the groups have no logits of their
+    own.
+
+    Args:
+        num_groups: int. `A`, the number of groups.
+        experts_per_group: int. `B`; there are `A * B` experts.
+        top_k_groups: int. Groups per token. Defaults to `2`.
+        top_k: int. Experts per token in each of its groups. Defaults to `2`.
+        normalize_group_weights: bool. Whether the weights of the chosen groups
+            are divided by their sum. Defaults to `True` for `top_k_groups > 1`;
+            refused for `top_k_groups=1`, where the weight would always be one
+            and the group kernel would get no gradient.
+        normalize_weights: bool. The same for the experts of each group.
+            Defaults to `True` for `top_k > 1`.
+        noise_stddev: float. Standard deviation of the normal noise added to
+            the logits of both levels in training. Defaults to `0.0`.
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter` but for
+            `use_bias`: `jitter`, `temperature` (of both levels),
+            `normalize_inputs`, `kernel_initializer`, `seed`.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. Each token is routed on
+            its own, and what masked ones hold reaches nothing.
+        training: bool. Whether to apply jitter and noise.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing` with `E = A * B` and
+        `K = top_k_groups * top_k`, the largest weight first. Its `probs` are
+        `group_probs * inner_probs`, its `logits` the logit of the group plus
+        the logarithm of `inner_probs`: their softmax is `probs` but for noise,
+        and their `logsumexp`, which `RouterZLoss` keeps small, is that of the
+        groups.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> from keras_moe.routers.hierarchical_router import HierarchicalRouter
+    >>> router = HierarchicalRouter(num_groups=3, experts_per_group=4)
+    >>> routing = router(keras.ops.ones((5, 8)))
+    >>> tuple(routing.probs.shape), tuple(routing.expert_indices.shape)
+    ((5, 12), (5, 4))
+
+    Reference:
+
+    - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix B,
+      equation 12
+    """
+
+    distinct_choices = True
+
+    def __init__(
+        self,
+        num_groups,
+        experts_per_group,
+        top_k_groups=2,
+        top_k=2,
+        normalize_group_weights=None,
+        normalize_weights=None,
+        noise_stddev=0.0,
+        **kwargs,
+    ):
+        check_int("num_groups", num_groups, minimum=1)
+        check_int("experts_per_group", experts_per_group, minimum=1)
+        super().__init__(num_groups * experts_per_group, **kwargs)
+        if self.use_bias:
+            raise ValueError(
+                "HierarchicalRouter has no bias. Received: use_bias=True"
+            )
+        self.normalize_group_weights = _check_level(
+            "top_k_groups",
+            top_k_groups,
+            "num_groups",
+            num_groups,
+            "normalize_group_weights",
+            normalize_group_weights,
+        )
+        self.normalize_weights = _check_level(
+            "top_k",
+            top_k,
+            "experts_per_group",
+            experts_per_group,
+            "normalize_weights",
+            normalize_weights,
+        )
+        check_at_least("noise_stddev", noise_stddev, 0)
+        self.num_groups = num_groups
+        self.experts_per_group = experts_per_group
+        self.top_k_groups = top_k_groups
+        self.top_k = top_k
+        self.noise_stddev = noise_stddev
+        if noise_stddev > 0:
+            self.add_seed_generator()
+
+    def build_logits(self, dim):
+        for name, width in (
+            ("group_kernel", self.num_groups),
+            ("inner_kernel", self.num_experts),
+        ):
+            # Made as a matrix, of which Keras knows the fan.
+            kernel = self.add_weight(
+                name=name,
+                shape=(dim, width),
+                initializer=self.kernel_initializer,
+                regularizer=self.kernel_regularizer,
+            )
+            setattr(self, name, kernel)
+
+    def raw_logits(self, tokens):
+        """Logits of the groups, then of the experts in them, `(T, A + A B)`."""
+        kernels = [self.group_kernel, self.inner_kernel]
+        return ops.concatenate(
+            [ops.einsum("td,de->te", tokens, k) for k in kernels], axis=-1
+        )
+
+    def call(self, tokens, mask=None, training=None):
+        both = self.logits(zero_masked(tokens, mask), training)
+        group_logits, inner_logits = self._levels(both)
+        logits = ops.expand_dims(group_logits, -1) + ops.log_softmax(
+            inner_logits, axis=-1
+        )
+        if training and self.noise_stddev > 0:
+            both = both + keras.random.normal(
+                ops.shape(both),
+                stddev=self.noise_stddev,
+                dtype=self.compute_dtype,
+                seed=self.seed_generator,
+            )
+            group_logits, inner_logits = self._levels(both)
+        group_probs = _softmax(group_logits)  # (T, A)
+        inner_probs = _softmax(inner_logits)  # (T, A, B)
+        groups = top_k_indices(group_logits, self.top_k_groups)  # (T, K1)
+        group_weights = ops.take_along_axis(group_probs, groups, axis=-1)
+        if self.normalize_group_weights:
+            group_weights = normalized(group_weights)
+        experts = top_k_indices(
+            self._of_groups(inner_logits, groups), self.top_k
+        )  # (T, K1, K2)
+        weights = ops.take_along_axis(
+            self._of_groups(inner_probs, groups), experts, axis=-1
+        )
+        if self.normalize_weights:
+            weights = normalized(weights)
+        weights = ops.expand_dims(group_weights, -1) * weights
+        experts = experts + ops.expand_dims(groups, -1) * self.experts_per_group
+        top_k = self.top_k_groups * self.top_k
+        weights = ops.reshape(weights, (-1, top_k))
+        experts = ops.reshape(experts, (-1, top_k))
+        order = top_k_indices(weights, top_k)
+        return Routing(
+            ops.reshape(logits, (-1, self.num_experts)),
+            ops.reshape(
+                ops.expand_dims(group_probs, -1) * inner_probs,
+                (-1, self.num_experts),
+            ),
+            ops.take_along_axis(experts, order, axis=-1),
+            ops.take_along_axis(weights, order, axis=-1),
+        )
+
+    def _levels(self, both):
+        groups, inner = both[:, : self.num_groups], both[:, self.num_groups :]
+        shape = (-1, self.num_groups, self.experts_per_group)
+        return groups, ops.reshape(inner, shape)
+
+    def _of_groups(self, values, groups):
+        """`(T, A, B)` -> `(T, K1, B)`, of the chosen groups."""
+        shape = (ops.shape(groups)[0], self.top_k_groups, values.shape[-1])
+        groups = ops.broadcast_to(ops.expand_dims(groups, -1), shape)
+        return ops.take_along_axis(values, groups, axis=1)
+
+    def get_config(self):
+        config = super().get_config()
+        for name in ("num_experts", "use_bias"):
+            config.pop(name)
+        return {
+            **config,
+            "num_groups": self.num_groups,
+            "experts_per_group": self.experts_per_group,
+            "top_k_groups": self.top_k_groups,
+            "top_k": self.top_k,
+            "normalize_group_weights": self.normalize_group_weights,
+            "normalize_weights": self.normalize_weights,
+            "noise_stddev": self.noise_stddev,
+        }
+
+
+def _softmax(logits):
+    if logits.shape[-1] == 1:  # Keras warns that it is always 1
+        return ops.ones_like(logits)
+    return ops.softmax(logits, axis=-1)
+
+
+def _check_level(name, top_k, size_name, size, normalize_name, normalize):
+    """Checks the choices on one level; whether to normalize their weights."""
+    if not isinstance(top_k, int) or not 1 <= top_k <= size:
+        raise ValueError(
+            f"`{name}` must be an int between 1 and `{size_name}`. "
+            f"Received: {name}={top_k!r}, {size_name}={size}"
+        )
+    if normalize is None:
+        return top_k > 1
+    if normalize and top_k == 1:
+        raise ValueError(
+            f"With `{name}=1`, normalized weights are always one, and the "
+            "router would get no gradient. "
+            f"Received: {normalize_name}={normalize}"
+        )
+    return normalize

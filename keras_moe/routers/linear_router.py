@@ -1,0 +1,164 @@
+import keras
+from keras import ops
+
+from keras_moe.routers.router import Router
+
+
+class LinearRouter(Router):
+    """Base class of routers that score with one matrix.
+
+    ```
+    tokens = input_scale * tokens / rms(tokens)     if normalize_inputs
+    logits = (tokens * jitter) @ kernel + bias      jitter only in training
+    logits = logits / temperature
+    ```
+
+    A subclass calls `self.logits(tokens, training)`, `(T, E)`, and draws what
+    it draws with `self.seed_generator`. One that makes its logits in another
+    way overrides `build_logits(dim)` and `raw_logits(tokens)`.
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        jitter: float. In training the router's inputs, not those of the
+            experts, are multiplied by `uniform(1 - jitter, 1 + jitter)`, one
+            draw an element. Defaults to `0.0`.
+        temperature: float. Divides the logits. Defaults to `1.0`.
+        use_bias: bool. Whether the logits have a bias. Defaults to `False`.
+        normalize_inputs: bool. Whether the router (not the experts) sees its
+            inputs divided by their root mean square, times a learned scale.
+            Defaults to `False`.
+        normalize_inputs_epsilon: float. Added to the mean square. Defaults to
+            `1e-6`.
+        kernel_initializer: Initializer of the `(D, E)` kernel. `None` is
+            `VarianceScaling(0.1, "fan_in", "truncated_normal")`, the small
+            initialization of the Switch Transformer. Defaults to `None`.
+        bias_initializer: Initializer of the bias. Defaults to `"zeros"`.
+        kernel_regularizer: Regularizer of the kernel. Defaults to `None`.
+        seed: int, or `None`. Seed of what the router draws. Defaults to
+            `None`.
+        **kwargs: Arguments of `keras_moe.routers.Router`.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        jitter=0.0,
+        temperature=1.0,
+        use_bias=False,
+        normalize_inputs=False,
+        normalize_inputs_epsilon=1e-6,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(num_experts, **kwargs)
+        if not 0 <= jitter < 1:
+            raise ValueError(
+                "`jitter` must be at least 0 and below 1. "
+                f"Received: jitter={jitter}"
+            )
+        if not temperature > 0:
+            raise ValueError(
+                "`temperature` must be positive. "
+                f"Received: temperature={temperature}"
+            )
+        self.jitter = jitter
+        self.temperature = temperature
+        self.use_bias = use_bias
+        self.normalize_inputs = normalize_inputs
+        self.normalize_inputs_epsilon = normalize_inputs_epsilon
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.VarianceScaling(
+                0.1, "fan_in", "truncated_normal", seed=seed
+            )
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.seed = seed
+        if jitter > 0:
+            self.add_seed_generator()
+
+    def add_seed_generator(self):
+        """Makes `self.seed_generator`.
+
+        It is state that every call advances: a router that draws nothing has
+        none.
+        """
+        if not hasattr(self, "seed_generator"):
+            self.seed_generator = keras.random.SeedGenerator(self.seed)
+
+    def build(self, tokens_shape):
+        if len(tokens_shape) != 2 or tokens_shape[-1] is None:
+            raise ValueError(
+                "The tokens of a router must be of shape (T, D) with a static "
+                f"D. Received: tokens_shape={tuple(tokens_shape)}"
+            )
+        if self.normalize_inputs:
+            self.input_scale = self.add_weight(
+                name="input_scale",
+                shape=(tokens_shape[-1],),
+                initializer="ones",
+            )
+        self.build_logits(tokens_shape[-1])
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.num_experts,),
+                initializer=self.bias_initializer,
+            )
+
+    def build_logits(self, dim):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(dim, self.num_experts),
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+        )
+
+    def raw_logits(self, tokens):
+        # On torch `ops.matmul` would make float32 of float64.
+        return ops.einsum("td,de->te", tokens, self.kernel)
+
+    def logits(self, tokens, training):
+        """Logits of the tokens `(T, D)`, with jitter in training, `(T, E)`."""
+        if self.normalize_inputs:
+            square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
+            tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
+            tokens = tokens * self.input_scale
+        if training and self.jitter > 0:
+            tokens = tokens * keras.random.uniform(
+                ops.shape(tokens),
+                1 - self.jitter,
+                1 + self.jitter,
+                dtype=self.compute_dtype,
+                seed=self.seed_generator,
+            )
+        logits = self.raw_logits(tokens)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return logits
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "jitter": self.jitter,
+            "temperature": self.temperature,
+            "use_bias": self.use_bias,
+            "normalize_inputs": self.normalize_inputs,
+            "normalize_inputs_epsilon": self.normalize_inputs_epsilon,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(
+                self.kernel_regularizer
+            ),
+            "seed": self.seed,
+        }

@@ -1,0 +1,402 @@
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.scores import score
+from keras_moe.routers.checks import check_at_least
+from keras_moe.routers.checks import check_int
+from keras_moe.routers.checks import check_one_of
+from keras_moe.routers.top_k_router import TopKRouter
+
+RESIDUALS = (None, "projection", "logits")
+
+
+class StatefulRouting(NamedTuple):
+    """A `Routing` with what the router of the next layer takes as its context.
+
+    Fields:
+        logits: `(T, E)`. Raw scores.
+        probs: `(T, E)`. Scores that the weights come from.
+        expert_indices: `(T, K)` int32. The chosen experts.
+        expert_weights: `(T, K)`. Their weights.
+        state: `(T, C)`, as of `MLPRouter.state`.
+    """
+
+    logits: Any
+    probs: Any
+    expert_indices: Any
+    expert_weights: Any
+    state: Any
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MLPRouter(TopKRouter):
+    """Scores experts with a small network, which may go on from layer to layer.
+
+    ```
+    x      = tokens @ projection_kernel + projection_bias   if projection_dim
+    x      = x + context_scale * context                    "projection"
+    x      = projection_scale * x / rms(x)                  if asked for
+    x      = activation(x @ hidden_kernel_0 + hidden_bias_0)   and so on
+    logits = x @ kernel + bias
+    logits = logits + context @ context_kernel              "logits"
+    logits = logits / std(logits) * standardize_logits      if asked for
+    ```
+
+    and from there on as in `TopKRouter`. The `context` of a layer is the
+    `state` of the one before it: what its projection gave, or its logits. Thus
+    a router knows where the token has been. `MoE(return_routing=True)` returns
+    it in `routing.state`, one row a token; `state` computes it on its own.
+
+    The router of Zaya is
+
+    ```python
+    MLPRouter(
+        num_experts + 1, top_k=1, projection_dim=256, hidden_dims=(256, 256),
+        normalize_projection=True, residual="projection", expert_bias=True,
+        zero_weight_experts=1,
+    )
+    ```
+
+    and that of MoE++, whose last expert gives zero,
+
+    ```python
+    MLPRouter(
+        num_experts, hidden_dims=(8 * num_experts,), activation="tanh",
+        use_hidden_bias=False, residual="logits", zero_weight_experts=1,
+    )
+    ```
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        top_k: int. Experts per token. Defaults to `2`.
+        hidden_dims: Sequence of ints. Widths of the hidden layers; none makes
+            the logits linear. Defaults to `(256,)`.
+        activation: Activation of the hidden layers. Defaults to `"gelu"`.
+        use_hidden_bias: bool. Whether the projection and the hidden layers
+            have biases. Defaults to `True`.
+        projection_dim: int, or `None`. Width of a linear layer before the
+            hidden ones. Defaults to `None`.
+        normalize_projection: bool. Whether the result of that layer is divided
+            by its root mean square, times a learned scale. Defaults to
+            `False`.
+        normalize_projection_epsilon: float. Added to the mean square. Defaults
+            to `1e-6`.
+        residual: What the context is and where it is added: `"projection"`, at
+            first as it is, or `"logits"`, through a `(E, E)` kernel that starts
+            at zero. `None` for a router without. Defaults to `None`.
+        standardize_logits: float, or `None`. Standard deviation, with the
+            divisor `E - 1`, that the logits of each token are brought to. Their
+            mean stays in proportion; equal logits stay. Defaults to `None`.
+        zero_weight_experts: int. The last so many experts get weight 0, though
+            they are chosen like the others. With `normalize_weights` the other
+            choices of the token share the whole, unless there is none. Defaults
+            to `0`.
+        hidden_initializer: Initializer of the projection and the hidden
+            kernels. Defaults to `"glorot_uniform"`.
+        **kwargs: Arguments of `keras_moe.routers.TopKRouter`;
+            `kernel_initializer` is that of the last kernel.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. What masked tokens
+            hold, and their context, reaches nothing.
+        training: bool. Whether to apply jitter, noise and expert dropout.
+        context: With `residual`, tensor of shape `(T, projection_dim)` or
+            `(T, E)`, the `state` of the layer before. `None`, in the first
+            layer, counts as zeros.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `StatefulRouting`: a `Routing` with a field `state`. Its logits are
+        the standardized ones.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> from keras_moe.routers.mlp_router import MLPRouter
+    >>> first, second = (
+    ...     MLPRouter(num_experts=4, hidden_dims=(8,), residual="logits")
+    ...     for _ in range(2)
+    ... )
+    >>> x = keras.ops.ones((3, 6))
+    >>> routing = second(x, context=first(x).state)
+    >>> tuple(routing.state.shape)
+    (3, 4)
+
+    Reference:
+
+    - [Jin et al., 2024](https://arxiv.org/abs/2410.07348), "pathway-aware
+      router" (MoE++)
+    - [Anthony et al., 2025](https://arxiv.org/abs/2511.17127), "model
+      architecture" (Zaya)
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        hidden_dims=(256,),
+        activation="gelu",
+        use_hidden_bias=True,
+        projection_dim=None,
+        normalize_projection=False,
+        normalize_projection_epsilon=1e-6,
+        residual=None,
+        standardize_logits=None,
+        zero_weight_experts=0,
+        hidden_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(num_experts, top_k, **kwargs)
+        for dim in hidden_dims:
+            check_int("hidden_dims", dim, minimum=1)
+        check_one_of("residual", residual, RESIDUALS)
+        if projection_dim is not None:
+            check_int("projection_dim", projection_dim, minimum=1)
+        elif normalize_projection or residual == "projection":
+            raise ValueError(
+                "`normalize_projection` and `residual='projection'` need "
+                "`projection_dim`. Received: projection_dim=None, "
+                f"normalize_projection={normalize_projection}, "
+                f"residual={residual!r}"
+            )
+        check_at_least(
+            "normalize_projection_epsilon", normalize_projection_epsilon, 0
+        )
+        if standardize_logits is not None and (
+            not standardize_logits > 0 or num_experts < 2
+        ):
+            raise ValueError(
+                "`standardize_logits` must be positive or None, and None with "
+                "one expert. Received: "
+                f"standardize_logits={standardize_logits}, "
+                f"num_experts={num_experts}"
+            )
+        check_int("zero_weight_experts", zero_weight_experts, minimum=0)
+        if zero_weight_experts >= num_experts:
+            raise ValueError(
+                "`zero_weight_experts` must be less than `num_experts`. "
+                f"Received: zero_weight_experts={zero_weight_experts}, "
+                f"num_experts={num_experts}"
+            )
+        if zero_weight_experts and (
+            self.score_after_selection or self.num_always_on
+        ):
+            raise ValueError(
+                "`zero_weight_experts` goes neither with "
+                "`score_after_selection`, where the choices have their shares "
+                "already, nor with `num_always_on`. Received: "
+                f"zero_weight_experts={zero_weight_experts}, "
+                f"score_after_selection={self.score_after_selection}, "
+                f"num_always_on={self.num_always_on}"
+            )
+        self.uses_context = residual is not None
+        self.hidden_dims = tuple(hidden_dims)
+        self.activation = keras.activations.get(activation)
+        self.use_hidden_bias = use_hidden_bias
+        self.projection_dim = projection_dim
+        self.normalize_projection = normalize_projection
+        self.normalize_projection_epsilon = normalize_projection_epsilon
+        self.residual = residual
+        self.standardize_logits = standardize_logits
+        self.zero_weight_experts = zero_weight_experts
+        self.hidden_initializer = keras.initializers.get(hidden_initializer)
+
+    def build_logits(self, dim):
+        if self.projection_dim is not None:
+            self._add_dense("projection", "", dim, self.projection_dim)
+            dim = self.projection_dim
+            if self.residual == "projection":
+                self.context_scale = self.add_weight(
+                    name="context_scale", shape=(dim,), initializer="ones"
+                )
+            if self.normalize_projection:
+                self.projection_scale = self.add_weight(
+                    name="projection_scale", shape=(dim,), initializer="ones"
+                )
+        for i, width in enumerate(self.hidden_dims):
+            self._add_dense("hidden", f"_{i}", dim, width)
+            dim = width
+        super().build_logits(dim)
+        if self.residual == "logits":
+            self.context_kernel = self.add_weight(
+                name="context_kernel",
+                shape=(self.num_experts, self.num_experts),
+                initializer="zeros",
+            )
+
+    def _add_dense(self, name, number, dim, width):
+        initializer = self.hidden_initializer
+        if isinstance(initializer, keras.initializers.Initializer):
+            initializer = initializer.clone()  # one draws the same every time
+        kernel = self.add_weight(
+            name=f"{name}_kernel{number}",
+            shape=(dim, width),
+            initializer=initializer,
+        )
+        setattr(self, f"{name}_kernel{number}", kernel)
+        bias = None
+        if self.use_hidden_bias:
+            bias = self.add_weight(
+                name=f"{name}_bias{number}",
+                shape=(width,),
+                initializer="zeros",
+            )
+        setattr(self, f"{name}_bias{number}", bias)
+
+    def _dense(self, name, number, x):
+        x = ops.einsum("td,df->tf", x, getattr(self, f"{name}_kernel{number}"))
+        bias = getattr(self, f"{name}_bias{number}")
+        return x if bias is None else x + bias
+
+    def call(self, tokens, mask=None, training=None, context=None):
+        tokens = zero_masked(tokens, mask)
+        logits, state = self._logits(tokens, training, context, mask)
+        noisy = self.noisy_logits(tokens, logits, training)
+        probs = score(noisy, self.score_activation)
+        indices = self.select(noisy, probs, training)  # (T, K)
+        weights = self.weigh(noisy, probs, indices)
+        routing = StatefulRouting(logits, probs, indices, weights, state)
+        self.balance(routing, mask, training)
+        return routing
+
+    def state(self, tokens, context=None):
+        """What the router of the next layer takes as its `context`.
+
+        Args:
+            tokens: Tensor of shape `(T, D)`.
+            context: The `state` of the layer before, or `None`.
+
+        Returns:
+            With `residual="projection"` the projection with the residual,
+            `(T, projection_dim)`, otherwise the logits before they are
+            standardized, `(T, E)`. Without jitter.
+        """
+        tokens = ops.cast(ops.convert_to_tensor(tokens), self.compute_dtype)
+        if not self.built:
+            self.build(tokens.shape)
+        return self._logits(tokens, False, context, None)[1]
+
+    def _logits(self, tokens, training, context, mask):
+        """The logits `(T, E)` and the state."""
+        x = self._prepare(tokens, training)
+        context = self._context(context, tokens, mask)
+        if self.projection_dim is not None:
+            x = self._dense("projection", "", x)
+            if self.residual == "projection":
+                x = x + self.context_scale * context
+        state = x
+        if self.normalize_projection:
+            square = ops.mean(ops.square(x), axis=-1, keepdims=True)
+            x = x * ops.rsqrt(square + self.normalize_projection_epsilon)
+            x = x * self.projection_scale
+        for i in range(len(self.hidden_dims)):
+            x = self.activation(self._dense("hidden", f"_{i}", x))
+        logits = self.raw_logits(x)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.residual == "logits":
+            logits = logits + ops.einsum(
+                "te,ef->tf", context, self.context_kernel
+            )
+        if self.residual != "projection":
+            state = logits
+        if self.standardize_logits is not None:
+            logits = self.standardize_logits * _standardized(logits)
+        return self._soften(logits), state
+
+    # As `LinearRouter.logits` and `TopKRouter.logits` do it.
+
+    def _prepare(self, tokens, training):
+        if self.normalize_inputs:
+            square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
+            tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
+            tokens = tokens * self.input_scale
+        if training and self.jitter > 0:
+            tokens = tokens * keras.random.uniform(
+                ops.shape(tokens),
+                1 - self.jitter,
+                1 + self.jitter,
+                dtype=self.compute_dtype,
+                seed=self.seed_generator,
+            )
+        return tokens
+
+    def _soften(self, logits):
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        if self.logit_softcap is not None:
+            cap = self.logit_softcap
+            logits = cap * ops.tanh(logits / cap)
+        return logits
+
+    def _context(self, context, tokens, mask):
+        if self.residual is None:
+            if context is not None:
+                raise ValueError(
+                    "`context` needs a `residual`. Received: residual=None"
+                )
+            return None
+        width = self.num_experts
+        if self.residual == "projection":
+            width = self.projection_dim
+        if context is None:
+            return ops.tile(ops.zeros_like(tokens[:, :1]), (1, width))
+        context = ops.cast(ops.convert_to_tensor(context), self.compute_dtype)
+        if len(context.shape) != 2 or context.shape[-1] != width:
+            raise ValueError(
+                "`context` must be of the shape (T, projection_dim) or (T, E) "
+                f"of the state of a router like this one, (T, {width}). "
+                f"Received: context.shape={tuple(context.shape)}"
+            )
+        return zero_masked(context, mask)
+
+    def weigh(self, logits, probs, indices):
+        if self.zero_weight_experts == 0:
+            return super().weigh(logits, probs, indices)
+        first = self.num_experts - self.zero_weight_experts
+        counts = indices < first  # (T, K)
+        # Where none counts, a norm of 0 would make the gradient NaN.
+        none = ops.logical_not(ops.any(counts, axis=-1, keepdims=True))
+        experts = ops.expand_dims(
+            ops.arange(self.num_experts, dtype="int32"), 0
+        )
+        probs = ops.where(experts < first, probs, ops.zeros_like(probs))
+        probs = ops.where(none, ops.ones_like(probs), probs)
+        weights = super().weigh(logits, probs, indices)
+        return ops.where(counts, weights, ops.zeros_like(weights))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_dims": self.hidden_dims,
+            "activation": keras.activations.serialize(self.activation),
+            "use_hidden_bias": self.use_hidden_bias,
+            "projection_dim": self.projection_dim,
+            "normalize_projection": self.normalize_projection,
+            "normalize_projection_epsilon": self.normalize_projection_epsilon,
+            "residual": self.residual,
+            "standardize_logits": self.standardize_logits,
+            "zero_weight_experts": self.zero_weight_experts,
+            "hidden_initializer": keras.initializers.serialize(
+                self.hidden_initializer
+            ),
+        }
+
+
+def _standardized(logits):
+    """Logits over their standard deviation, which of equal ones is left out."""
+    mean = ops.mean(logits, axis=-1, keepdims=True)
+    square = ops.sum(ops.square(logits - mean), axis=-1, keepdims=True)
+    variance = square / (logits.shape[-1] - 1)
+    varied = variance > 1e-20
+    deviation = ops.sqrt(ops.where(varied, variance, ops.ones_like(variance)))
+    return logits / deviation

@@ -1,0 +1,193 @@
+import keras
+from keras import ops
+
+from keras_moe.ops.choices import check_max_experts
+from keras_moe.ops.choices import positive_choices
+from keras_moe.ops.routing import Routing
+from keras_moe.routers.linear_router import LinearRouter
+
+# Far from where float32, which knows no way back from 0, would end.
+_RANGE = (1e-30, 1e30)
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class ReLURouter(LinearRouter):
+    """Sends each token to the experts with a positive logit (ReMoE).
+
+    ```
+    logits  = (tokens * jitter) @ kernel + bias     jitter only in training
+    probs   = relu(logits / temperature)
+    indices = the experts of probs > 0, best first, at most max_experts
+    weights = probs[indices]
+    ```
+
+    The weights are not normalized, so that the whole is continuous. How many
+    experts a token gets is up to its logits. **A token may get none**: then
+    `MoE` gives zero, and it is the residual connection around `MoE`, without
+    which this router should not be used, that carries the token on.
+
+    In training, a loss keeps the number of experts at `top_k` on average. It is
+    the L1 norm of the weights, in which each expert counts as much as it is
+    used, so that it also balances:
+
+    ```
+    count[e] = number of tokens with probs[:, e] > 0         no gradient
+    loss     = l1_coefficient * E / (top_k * T ** 2)
+               * sum over e of count[e] * sum(probs[:, e])
+    sparsity = share of zeros in probs
+    l1_coefficient *= l1_multiplier     if sparsity < 1 - top_k / E
+    l1_coefficient /= l1_multiplier     otherwise
+    ```
+
+    With it, no other balancing loss is needed: give `MoE` `losses=None`. The
+    coefficient is state: a non-trainable weight that is saved and loaded, that
+    moves after the loss of each training call, and that stands still in a
+    frozen router (`trainable=False`) and in a call without a token. Masked
+    tokens count nowhere. Calls that `max_experts` cuts short count in full.
+    All of it is computed in float32, in which the coefficient is kept between
+    1e-30 and 1e30.
+
+    Each router has a coefficient of its own, as has each replica of a
+    `MirroredStrategy`, of which the mean is saved; the paper's is one for all
+    layers, moved by their mean sparsity.
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        top_k: int or float, above 0 and below `num_experts` (or equal to it,
+            for no sparsity). Experts per token to aim at, on average. Defaults
+            to `2`.
+        max_experts: int, or `None` for all of them. Experts per token at most,
+            the best ones. It also bounds memory, which is that of
+            `max_experts` rows a token. Defaults to `None`.
+        initial_l1_coefficient: float, positive. Where the coefficient starts.
+            Defaults to `1e-8`.
+        l1_multiplier: float, at least 1. What it is multiplied or divided by
+            each time. With 1 it is constant. Defaults to `1.2`.
+        **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
+            `use_bias`, `kernel_initializer`, `bias_initializer`,
+            `kernel_regularizer`, `seed`, and those of
+            `keras_moe.routers.Router`.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens count
+            neither in the loss nor in the sparsity.
+        training: bool. Whether to apply jitter, to add the loss and to move
+            the coefficient.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
+        that do not exist have the index `num_experts` and the weight 0. Its
+        `probs` are those of all experts; they do not sum to one.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> router = keras_moe.routers.ReLURouter(
+    ...     num_experts=3, top_k=1, kernel_initializer="identity"
+    ... )
+    >>> routing = router(keras.ops.array([[0.5, 0.0, 2.0], [-1.0, 0.0, -1.0]]))
+    >>> routing.expert_indices.tolist()
+    [[2, 0, 3], [3, 3, 3]]
+
+    Reference:
+
+    - [Wang et al., 2024](https://arxiv.org/abs/2412.14711), section 3
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        max_experts=None,
+        initial_l1_coefficient=1e-8,
+        l1_multiplier=1.2,
+        **kwargs,
+    ):
+        super().__init__(num_experts, **kwargs)
+        if not 0 < top_k <= num_experts:
+            raise ValueError(
+                "`top_k` must be above 0 and at most `num_experts`. "
+                f"Received: top_k={top_k}, num_experts={num_experts}"
+            )
+        check_max_experts(max_experts, num_experts)
+        if not _RANGE[0] <= initial_l1_coefficient <= _RANGE[1]:
+            raise ValueError(
+                "`initial_l1_coefficient` must be between 1e-30 and 1e30. "
+                f"Received: initial_l1_coefficient={initial_l1_coefficient}"
+            )
+        if not 1 <= l1_multiplier < float("inf"):
+            raise ValueError(
+                "`l1_multiplier` must be at least 1 and finite. "
+                f"Received: l1_multiplier={l1_multiplier}"
+            )
+        self.top_k = top_k
+        self.max_experts = max_experts
+        self.initial_l1_coefficient = initial_l1_coefficient
+        self.l1_multiplier = l1_multiplier
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        # `add_weight` cannot ask for this synchronization. Any other would let
+        # replicas wait for each other inside `call`, which costs them losses.
+        self.l1_coefficient = keras.Variable(
+            keras.initializers.Constant(self.initial_l1_coefficient),
+            shape=(),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="mean",
+            synchronization="on_read",
+            name="l1_coefficient",
+        )
+
+    def call(self, tokens, mask=None, training=None):
+        if mask is not None:
+            # Not even a NaN of a masked token may reach the loss.
+            keep = ops.expand_dims(mask, -1)
+            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
+        logits = self.logits(tokens, training)  # (T, E)
+        probs = ops.relu(logits)
+        top_k = check_max_experts(self.max_experts, self.num_experts)
+        indices, weights = positive_choices(logits, probs, top_k)
+        if training:
+            self._regularize(ops.cast(probs, "float32"), mask)
+        return Routing(logits, probs, indices, weights)
+
+    def _regularize(self, probs, mask):
+        num_tokens = ops.cast(ops.shape(probs)[0], "float32")
+        if mask is not None:
+            keep = ops.expand_dims(mask, -1)
+            probs = ops.where(keep, probs, ops.zeros_like(probs))
+            num_tokens = ops.sum(ops.cast(mask, "float32"))
+        counts = ops.sum(ops.cast(probs > 0, "float32"), axis=0)  # (E,)
+        scale = self.num_experts / self.top_k
+        scale = scale / ops.square(ops.maximum(num_tokens, 1.0))
+        prices = ops.stop_gradient(self.l1_coefficient * scale * counts)
+        self.add_loss(ops.sum(prices * ops.sum(probs, axis=0)))
+        if self.trainable:
+            self._adapt(ops.sum(counts), num_tokens)
+
+    def _adapt(self, num_choices, num_tokens):
+        # sparsity < 1 - top_k / E, in numbers that are exact.
+        too_many = num_choices > self.top_k * num_tokens
+        before = ops.convert_to_tensor(self.l1_coefficient)
+        after = ops.where(
+            too_many, before * self.l1_multiplier, before / self.l1_multiplier
+        )
+        after = ops.where(num_tokens > 0, ops.clip(after, *_RANGE), before)
+        self.l1_coefficient.assign(ops.stop_gradient(after))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "max_experts": self.max_experts,
+            "initial_l1_coefficient": self.initial_l1_coefficient,
+            "l1_multiplier": self.l1_multiplier,
+        }

@@ -1,0 +1,297 @@
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe.routers.router import Router
+
+_NORMALIZATIONS = ("l2", "rms", "layer")
+
+
+class SoftRouting(NamedTuple):
+    """What a `SoftRouter` decided: what slots are mixed from, and into what.
+
+    ```
+    slots[b, e, p]   = sum over l of dispatch_weights[b, l, e, p] * inputs[b, l]
+    outputs[b, l]    = sum over e, p of combine_weights[b, l, e, p]
+                                        * experts[e](slots[b, e, p])
+    ```
+
+    With `P` slots an expert. Masked tokens have only weights of zero.
+
+    Fields:
+        logits: `(B, L, E, P)`. Raw scores, before any noise.
+        dispatch_weights: `(B, L, E, P)`. Sum to one over the tokens.
+        combine_weights: `(B, L, E, P)`. Sum to one over all slots.
+        inputs: `(B, L, D)`. What the slots are mixed from: the tokens, or the
+            normalized tokens. Zero where masked.
+    """
+
+    logits: Any
+    dispatch_weights: Any
+    combine_weights: Any
+    inputs: Any
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SoftRouter(Router):
+    """Mixes the tokens of an example into slots, and back, for `SoftMoE`.
+
+    ```
+    logits  = scale * l2_normalize(tokens) @ l2_normalize(slot_kernel)
+    logits  = logits + noise                        noise only in training
+    dispatch_weights = softmax(logits) over the tokens of the example
+    combine_weights  = softmax(logits) over all slots of all experts
+    ```
+
+    Nothing is chosen and nothing is dropped: each slot is a weighted mean of
+    all tokens of an example, and each token's output one of all slots. Each
+    example is a group of tokens on its own. It is a router for
+    `keras_moe.layers.SoftMoE`, not for `MoE`.
+
+    With `"rms"` and `"layer"` both sides are normalized as `RMSNormalization`
+    and `LayerNormalization` do, with a learned gain of each feature in the
+    place of `scale`.
+
+    All of it is computed in float32.
+
+    Args:
+        num_experts: int. Number of experts, `E`.
+        slots_per_expert: int. Slots of each expert for an example, `P`.
+            Defaults to `1`.
+        normalization: `"l2"` (the paper), `"rms"` or `"layer"`. Of the tokens
+            and of the slots' embeddings, over their features. Defaults to
+            `"l2"`.
+        epsilon: float. Added to the sum of squares (`"l2"`), to their mean
+            (`"rms"`) or to the variance (`"layer"`). Defaults to `1e-6`.
+        mix_normalized: bool. Whether slots are mixed from the normalized
+            tokens, rather than from the tokens as they are. Defaults to
+            `False`.
+        noise_stddev: float. Standard deviation of the normal noise that is
+            added to the logits in training. Defaults to `0.0`.
+        gumbel_scale: float. Factor of the standard Gumbel noise that is added
+            to the logits in training. Defaults to `0.0`.
+        kernel_initializer: Initializer of the slots' embeddings, drawn as a
+            `(D, E * P)` matrix. Defaults to `"lecun_normal"`.
+        kernel_regularizer: Regularizer of them. Defaults to `None`.
+        scale_initializer: Initializer of the scale. Defaults to `"ones"`.
+        seed: int, or `None`. Seed of the noise. Defaults to `None`.
+        **kwargs: Arguments of `keras_moe.routers.Router`.
+
+    Call arguments:
+        inputs: Tensor of shape `(B, L, D)`.
+        mask: Boolean tensor of shape `(B, L)`, or `None`. `False` tokens enter
+            no slot, and take nothing from one.
+        training: bool. Whether to add noise.
+
+    Input shape:
+        `(B, L, D)`
+
+    Output:
+        A `keras_moe.routers.SoftRouting`.
+
+    Weights:
+        `slot_kernel` `(D, E, P)`; with `"l2"` `scale` `()`, otherwise
+        `token_gain` and `slot_gain` `(D,)`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> router = keras_moe.routers.SoftRouter(num_experts=4, slots_per_expert=2)
+    >>> routing = router(keras.ops.ones((3, 5, 8)))
+    >>> tuple(routing.dispatch_weights.shape)
+    (3, 5, 4, 2)
+
+    Reference:
+
+    - [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section 2
+      (algorithm 1 and, for the normalization, section 2.3)
+    """
+
+    looks_ahead = True
+
+    def __init__(
+        self,
+        num_experts,
+        slots_per_expert=1,
+        normalization="l2",
+        epsilon=1e-6,
+        mix_normalized=False,
+        noise_stddev=0.0,
+        gumbel_scale=0.0,
+        kernel_initializer="lecun_normal",
+        kernel_regularizer=None,
+        scale_initializer="ones",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(num_experts, **kwargs)
+        if not isinstance(slots_per_expert, int) or slots_per_expert < 1:
+            raise ValueError(
+                "`slots_per_expert` must be a positive int. "
+                f"Received: slots_per_expert={slots_per_expert!r}"
+            )
+        if normalization not in _NORMALIZATIONS:
+            raise ValueError(
+                f"`normalization` must be one of {_NORMALIZATIONS}. "
+                f"Received: normalization={normalization!r}"
+            )
+        if not epsilon > 0:
+            raise ValueError(
+                f"`epsilon` must be positive. Received: epsilon={epsilon}"
+            )
+        for name, value in (
+            ("noise_stddev", noise_stddev),
+            ("gumbel_scale", gumbel_scale),
+        ):
+            if not value >= 0:
+                raise ValueError(
+                    f"`{name}` must be at least 0. Received: {name}={value}"
+                )
+        self.slots_per_expert = slots_per_expert
+        self.normalization = normalization
+        self.epsilon = epsilon
+        self.mix_normalized = mix_normalized
+        self.noise_stddev = noise_stddev
+        self.gumbel_scale = gumbel_scale
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.scale_initializer = keras.initializers.get(scale_initializer)
+        self.seed = seed
+        # A seed generator is state that every call advances: none without use.
+        if noise_stddev > 0 or gumbel_scale > 0:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, inputs_shape):
+        if len(inputs_shape) != 3 or inputs_shape[-1] is None:
+            raise ValueError(
+                "The inputs of SoftRouter must be of shape (B, L, D) with a "
+                "static D, as `keras_moe.layers.SoftMoE` gives them. "
+                f"Received: inputs_shape={tuple(inputs_shape)}"
+            )
+        dim = inputs_shape[-1]
+        self.slot_kernel = self.add_weight(
+            name="slot_kernel",
+            shape=(dim, self.num_experts, self.slots_per_expert),
+            initializer=self._draw_slots,
+            regularizer=self.kernel_regularizer,
+        )
+        self.scale = self.token_gain = self.slot_gain = None
+        if self.normalization == "l2":
+            self.scale = self.add_weight(
+                name="scale", shape=(), initializer=self.scale_initializer
+            )
+        else:
+            self.token_gain = self.add_weight(
+                name="token_gain", shape=(dim,), initializer="ones"
+            )
+            self.slot_gain = self.add_weight(
+                name="slot_gain", shape=(dim,), initializer="ones"
+            )
+
+    def _draw_slots(self, shape, dtype=None):
+        # As a matrix: Keras would count E as a part of the inputs.
+        matrix = (shape[0], shape[1] * shape[2])
+        return ops.reshape(self.kernel_initializer(matrix, dtype=dtype), shape)
+
+    def call(self, inputs, mask=None, training=None):
+        keep = None
+        if mask is not None:
+            if len(mask.shape) != 2:
+                raise ValueError(
+                    "`mask` must be of shape (B, L). "
+                    f"Received: mask.shape={tuple(mask.shape)}"
+                )
+            keep = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (B, L, 1)
+            # Whatever padding holds, NaN included, it must reach no gradient.
+            inputs = ops.where(keep, inputs, ops.zeros_like(inputs))
+            keep = ops.expand_dims(keep, -1)  # (B, L, 1, 1)
+        tokens = self._normalize(inputs, -1, self.token_gain)
+        logits = self._logits(tokens)  # (B, L, E, P)
+        noisy = logits
+        if training:
+            noisy = self._add_noise(noisy)
+        shape = ops.shape(logits)
+        slots = self.num_experts * self.slots_per_expert
+        combine = _softmax(ops.reshape(noisy, (*shape[:2], slots)), axis=2)
+        combine = ops.reshape(combine, shape)
+        if keep is not None:
+            # Not infinity: with all tokens masked it would make NaN.
+            noisy = ops.where(keep, noisy, -1e30)
+        dispatch = _softmax(noisy, axis=1)
+        if keep is not None:
+            dispatch = ops.where(keep, dispatch, ops.zeros_like(dispatch))
+            combine = ops.where(keep, combine, ops.zeros_like(combine))
+        if self.mix_normalized:
+            inputs = tokens
+        return SoftRouting(logits, dispatch, combine, inputs)
+
+    def _logits(self, tokens):
+        slots = self._normalize(self.slot_kernel, 0, self.slot_gain)
+        if self.scale is not None:
+            slots = slots * self.scale
+        logits = ops.einsum("bld,dep->blep", tokens, slots)
+        # TensorFlow has another shape for it if both B and L are zero.
+        shape = (*ops.shape(tokens)[:2], *self.slot_kernel.shape[1:])
+        return ops.reshape(logits, shape)
+
+    def _normalize(self, x, axis, gain):
+        if self.normalization == "l2":
+            squares = ops.sum(ops.square(x), axis=axis, keepdims=True)
+            return x * ops.rsqrt(squares + self.epsilon)
+        if self.normalization == "layer":
+            x = x - ops.mean(x, axis=axis, keepdims=True)
+        squares = ops.mean(ops.square(x), axis=axis, keepdims=True)
+        x = x * ops.rsqrt(squares + self.epsilon)
+        if axis == 0:
+            gain = ops.reshape(gain, (-1, 1, 1))
+        return x * gain
+
+    def _add_noise(self, logits):
+        shape = ops.shape(logits)
+        if self.noise_stddev > 0:
+            logits = logits + keras.random.normal(
+                shape,
+                stddev=self.noise_stddev,
+                dtype=self.compute_dtype,
+                seed=self.seed_generator,
+            )
+        if self.gumbel_scale > 0:
+            uniform = keras.random.uniform(
+                shape, dtype=self.compute_dtype, seed=self.seed_generator
+            )
+            # Neither end of (0, 1) has a finite logarithm of its logarithm.
+            uniform = ops.clip(uniform, 1e-20, 1 - 2**-24)
+            gumbel = -ops.log(-ops.log(uniform))
+            logits = logits + self.gumbel_scale * gumbel
+        return logits
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "slots_per_expert": self.slots_per_expert,
+            "normalization": self.normalization,
+            "epsilon": self.epsilon,
+            "mix_normalized": self.mix_normalized,
+            "noise_stddev": self.noise_stddev,
+            "gumbel_scale": self.gumbel_scale,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(
+                self.kernel_regularizer
+            ),
+            "scale_initializer": keras.initializers.serialize(
+                self.scale_initializer
+            ),
+            "seed": self.seed,
+        }
+
+
+def _softmax(x, axis):
+    if x.shape[axis] == 1:  # of which `ops.softmax` would warn
+        return ops.ones_like(x)
+    return ops.softmax(x, axis=axis)

@@ -1,0 +1,156 @@
+import keras
+from keras import ops
+
+from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.noise import gumbel
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers.checks import check_at_least
+from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.linear_router import LinearRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SparseMixerRouter(LinearRouter):
+    """Samples experts one after the other, with a gradient for the choice.
+
+    ```
+    best     = max of logits, without the experts chosen so far
+    near     = best - logits <= 2 * jitter_epsilon * max(|logits|, best)
+    probs    = softmax of those logits, without the experts chosen so far
+    expert   = sample from probs                training
+             = argmax of probs                  inference
+    weight   = probs[expert]
+    ```
+
+    `top_k` times. The weights of the choices are not normalized together: each
+    is a probability among what the earlier choices left over, so that their sum
+    may be anything up to `top_k`.
+
+    A router that is trained through the weights of its choices alone does not
+    learn what another choice would have done. Sampling makes the expectation of
+    the output differentiable, and its gradient is estimated by Heun's method of
+    third order, from the experts' derivative at 1 and at 1/3 of the weight:
+
+    ```
+    if expert is the argmax:     weight is handed on as it is
+    else with probability 1/4:   weight is handed on as it is
+    else:                        weight / 3 is handed on
+    ```
+
+    and in all three cases the gradient of what is handed on is taken for the
+    gradient of `weight`. Thus the sampled output is smaller than the expected
+    one at times; in inference nothing of it happens.
+
+    Args:
+        num_experts: int. Number of experts to choose from.
+        top_k: int. Experts per token. Defaults to `2`.
+        jitter_epsilon: float. How near to the best logit another one has to be
+            to be sampled and to count in the softmax. Not to be confused with
+            `jitter`, the noise of the inputs. Defaults to `0.01`.
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
+            `temperature`, `use_bias`, `normalize_inputs`, initializers, `seed`.
+
+    Call arguments:
+        tokens: Tensor of shape `(T, D)`.
+        mask: Boolean tensor of shape `(T,)`, or `None`. Each token is routed on
+            its own, and what masked ones hold reaches nothing.
+        training: bool. Whether to sample.
+
+    Input shape:
+        `(T, D)`
+
+    Output:
+        A `keras_moe.routers.Routing` with `K = top_k`, experts in the order in
+        which they were chosen. Its `probs` are the softmax of all logits, which
+        is what a balancing loss needs; weights are not read off it.
+
+    Raises:
+        ValueError: If an argument is out of range, or `D` is not static.
+
+    Example:
+
+    >>> from keras_moe.routers.sparse_mixer_router import SparseMixerRouter
+    >>> router = SparseMixerRouter(num_experts=4)
+    >>> routing = router(keras.ops.ones((3, 8)), training=True)
+    >>> tuple(routing.expert_indices.shape)
+    (3, 2)
+
+    Reference:
+
+    - [Liu et al., 2023](https://arxiv.org/abs/2310.00811), section 3 (the
+      estimator)
+    - [Liu et al., 2024](https://arxiv.org/abs/2409.12136), section 2.1
+      (sampling `top_k` experts, third order)
+    """
+
+    distinct_choices = True
+
+    def __init__(self, num_experts, top_k=2, jitter_epsilon=0.01, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        check_top_k(top_k, num_experts)
+        check_at_least("jitter_epsilon", jitter_epsilon, 0)
+        self.top_k = top_k
+        self.jitter_epsilon = jitter_epsilon
+        self.add_seed_generator()
+
+    def call(self, tokens, mask=None, training=None):
+        logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
+        left = ops.ones_like(logits, dtype="bool")
+        indices, weights = [], []
+        for _ in range(self.top_k):
+            expert, weight = self._choose(logits, left, training)  # (T, 1)
+            left = ops.logical_and(
+                left, ops.logical_not(_is_expert(expert, self.num_experts))
+            )
+            indices.append(expert)
+            weights.append(weight)
+        return Routing(
+            logits,
+            ops.softmax(logits, axis=-1),
+            ops.concatenate(indices, axis=-1),
+            ops.concatenate(weights, axis=-1),
+        )
+
+    def _choose(self, logits, left, training):
+        """The next expert and its weight, `(T, 1)` each."""
+        lowest = ops.full_like(logits, float("-inf"))
+        values = ops.where(left, ops.stop_gradient(logits), lowest)
+        first = top_k_indices(values, 1)
+        best = ops.take_along_axis(values, first, axis=-1)  # (T, 1)
+        # Not a quotient: all of them may be 0.
+        tolerance = 2 * self.jitter_epsilon
+        tolerance = tolerance * ops.maximum(
+            ops.abs(ops.stop_gradient(logits)), best
+        )
+        near = best - values <= tolerance
+        candidates = ops.where(near, logits, lowest)
+        probs = ops.softmax(candidates, axis=-1)
+        if not training:
+            return first, ops.take_along_axis(probs, first, axis=-1)
+        draws = gumbel(
+            ops.shape(logits), self.compute_dtype, self.seed_generator
+        )
+        expert = top_k_indices(candidates + draws, 1)
+        weight = ops.take_along_axis(probs, expert, axis=-1)
+        draws = keras.random.uniform(
+            ops.shape(weight),
+            dtype=self.compute_dtype,
+            seed=self.seed_generator,
+        )
+        whole = ops.logical_or(ops.equal(expert, first), draws > 0.75)
+        third = ops.stop_gradient(weight) * (-2.0 / 3.0)
+        return expert, weight + ops.where(whole, ops.zeros_like(third), third)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "jitter_epsilon": self.jitter_epsilon,
+        }
+
+
+def _is_expert(expert, num_experts):
+    """`(T, 1)` -> `(T, E)` bool."""
+    experts = ops.expand_dims(ops.arange(num_experts, dtype="int32"), 0)
+    return ops.equal(experts, expert)

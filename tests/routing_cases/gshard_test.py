@@ -1,0 +1,87 @@
+import numpy as np
+from absl.testing import parameterized
+from keras import ops
+
+from keras_moe import layers
+from keras_moe import losses
+from tests.routing_cases import cases
+from tests.routing_cases import gshard
+from tests.test_case import TestCase
+
+NAMED = cases.named(gshard.matches)
+
+
+class GShardTest(TestCase):
+    def layer(self, config, arrays, **kwargs):
+        """The recorded gradient is one of the combine weights: an expert that
+        returns a column of its own shows them."""
+        num_experts, dim = config["E"], arrays["x"].shape[-1]
+        bias = np.eye(num_experts, dtype="float32")
+        kernel = np.zeros((num_experts, dim, num_experts), "float32")
+        return cases.moe_with_linear_experts(
+            gshard.router_from_case(config, arrays),
+            kernel,
+            bias,
+            capacity=gshard.capacity_from_case(config),
+            **kwargs,
+        )
+
+    def options(self, arrays):
+        mask = gshard.mask_of(arrays)
+        return {} if mask is None else {"mask": ops.array(mask)}
+
+    @parameterized.named_parameters(NAMED)
+    def test_combine_and_gradients(self, case):
+        _, config, arrays = case
+        layer = self.layer(config, arrays, losses=None)
+        with gshard.draws(config, arrays):
+            combined, d_inputs, d_weights = self.outputs_and_gradients(
+                layer, arrays["x"], arrays["cotangent"], **self.options(arrays)
+            )
+        self.assert_relative(combined, arrays["combine"].sum(axis=-1))
+        dispatched = arrays["dispatch"].any(axis=-1)
+        self.assertAllEqual(combined > 0, dispatched)
+        self.assert_relative(d_inputs, arrays["grad_combine/x"])
+        self.assert_relative(d_weights["kernel"], arrays["grad_combine/kernel"])
+
+    @parameterized.named_parameters(NAMED)
+    def test_loss(self, case):
+        _, config, arrays = case
+        if config["legacy_mtf_behavior"] and "paddings" in arrays:
+            self.skipTest("the legacy mode divides by padding too")
+        loss = losses.LoadBalancingLoss(
+            1.0, per="sequence", assignments="first"
+        )
+        layer = self.layer(config, arrays, losses=loss)
+        options = {**self.options(arrays), "training": True}
+        with gshard.draws(config, arrays):
+            _, d_inputs, d_weights = self.outputs_and_gradients(
+                layer,
+                arrays["x"],
+                np.zeros_like(arrays["cotangent"]),
+                losses=True,
+                **options,
+            )
+        with gshard.draws(config, arrays):
+            routing = layer.route(arrays["x"], **options)
+        mask = gshard.mask_of(arrays)
+        mask = None if mask is None else ops.array(mask.reshape(-1))
+        value = loss(routing, mask, config["G"])
+        # Its denominator with padding is the share of real tokens + 1e-6.
+        self.assert_relative(value, arrays["loss/aux"])
+        self.assert_relative(d_inputs, arrays["grad_aux/x"])
+        self.assert_relative(d_weights["kernel"], arrays["grad_aux/kernel"])
+
+    def test_capacity_rule(self):
+        compared = 0
+        for _, config, _ in cases.load(gshard.matches):
+            if config.get("capacity_factor"):
+                capacity = layers.Capacity(
+                    config["capacity_factor"], rule="lingvo"
+                )
+                self.assertEqual(
+                    capacity.of(config["S"], config["E"], 2, True),
+                    config["expert_capacity"],
+                )
+                compared += 1
+        self.assertGreaterEqual(compared, 1)
