@@ -5,13 +5,10 @@ take cases of the same families that are not in `tests/data`.
 """
 
 import importlib
-import pathlib
 import pkgutil
 
 from tests import routing_cases
 from tests.blocks import moe_from_spec as moe_from_spec
-
-ROUTING = pathlib.Path(__file__).parent / "data" / "routing"
 
 
 def router_from_case(config, arrays):
@@ -32,9 +29,10 @@ def router_from_case(config, arrays):
 
 
 def families():
-    """The modules of `tests/routing_cases`, each for one source."""
-    return [
+    """The modules of `tests/routing_cases` that know a source's cases."""
+    modules = [
         importlib.import_module(f"tests.routing_cases.{module.name}")
         for module in pkgutil.iter_modules(routing_cases.__path__)
-        if not module.name.endswith("_test") and module.name != "cases"
+        if not module.name.endswith("_test")
     ]
+    return [module for module in modules if hasattr(module, "matches")]

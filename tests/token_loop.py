@@ -62,18 +62,37 @@ def route(tokens, weights, top_k, score="softmax", after=False, norm=True):
     return logits, probs, indices, expert_weights
 
 
-def keep(indices, expert_weights, num_experts, mask, capacity, policy):
-    """Which choices an expert has room for, asked one after the other."""
+def keep(
+    indices,
+    expert_weights,
+    num_experts,
+    mask,
+    capacity,
+    policy,
+    groups=1,
+    priority=None,
+):
+    """Which choices an expert has room for, asked one after the other.
+
+    `priority` is one number a token, for the policy of that name.
+    """
     num_tokens, top_k = indices.shape
     order = [(k, t) for k in range(top_k) for t in range(num_tokens)]
     if policy == "weight":
         order.sort(key=lambda kt: -expert_weights[kt[1], kt[0]])
-    room = np.full(num_experts, math.inf if capacity is None else capacity)
+    if policy == "token":
+        order.sort(key=lambda kt: (kt[1], kt[0]))
+    if policy == "priority":
+        order.sort(key=lambda kt: (kt[0], -priority[kt[1]]))
+    room = np.full(
+        (groups, num_experts + 1), math.inf if capacity is None else capacity
+    )
+    room[:, num_experts] = 0  # of choices that do not exist
     kept = np.zeros(indices.shape, bool)
     for k, t in order:
-        e = indices[t, k]
-        if mask[t] and room[e] > 0:
-            room[e] -= 1
+        place = t // (num_tokens // groups), indices[t, k]
+        if mask[t] and room[place] > 0:
+            room[place] -= 1
             kept[t, k] = True
     return kept
 

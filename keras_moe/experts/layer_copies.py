@@ -36,13 +36,18 @@ def _classes(layer):
 
 
 def with_seeds(config, stream):
-    """The config with another int for every int under the name `seed`."""
+    """The config with another int for every int under the name `seed`.
+
+    And without the ids by which Keras knows an object again as it loads a
+    model: copies would be one and the same.
+    """
     if isinstance(config, dict):
         return {
             key: _seed(value, stream)
             if key == "seed" and isinstance(value, int)
             else with_seeds(value, stream)
             for key, value in config.items()
+            if key != "shared_object_id"
         }
     if isinstance(config, (list, tuple)):
         return type(config)(with_seeds(value, stream) for value in config)

@@ -24,7 +24,8 @@ class LayerExperts(PlainExperts):
 
     - On torch, and on TensorFlow outside of XLA, each layer gets exactly its
       rows: the cost is that of `N` rows. Eagerly, a layer without rows does
-      not run. In a TensorFlow graph it runs on no rows.
+      not run. In a TensorFlow graph it runs on no rows: a loss that it adds
+      with `add_loss` must be finite then, which a mean is not.
     - On JAX, and on TensorFlow under XLA, each layer gets `max_group_size`
       rows, the rest of them zeros: the cost is that of
       `num_experts * max_group_size` rows. With a capacity that is about
@@ -127,8 +128,9 @@ class LayerExperts(PlainExperts):
         template = None if given else layer_copies.config_of(layer)
         # A function, since Keras would make the dict one of its own.
         self._template = lambda: template
-        self.layers = list(layers)
-        if not given:
+        if given:
+            self.layers = list(layers)
+        else:
             self.layers = layer_copies.make_copies(
                 layer, num_experts, self.name
             )

@@ -53,11 +53,15 @@ def run(layer, buffer, real, training, call):
     originals = [part.activity_regularizer for part in regularized]
     wrapped = [_OfRealRows(original, real) for original in originals]
     before = len(layer.losses)
+    supports_masking = layer.supports_masking
     try:
+        if kept:  # else Keras warns that the mask ends here
+            layer.supports_masking = True
         for part, regularizer in zip(regularized, wrapped, strict=True):
             part.activity_regularizer = regularizer
         out = call(layer, buffer, kwargs, kept, ops.any(real))
     finally:
+        layer.supports_masking = supports_masking
         for part, original in zip(regularized, originals, strict=True):
             part.activity_regularizer = original
     known = sum(regularizer.calls for regularizer in wrapped)

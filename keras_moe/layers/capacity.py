@@ -4,6 +4,7 @@ from keras_moe.ops.capacity import CAPACITY_RULES
 from keras_moe.ops.capacity import expert_capacity
 from keras_moe.ops.dispatch import DROP_POLICIES
 from keras_moe.ops.groups import check_per
+from keras_moe.ops.groups import group_size
 from keras_moe.ops.groups import num_groups
 
 
@@ -132,7 +133,7 @@ class Capacity:
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
         return expert_capacity(
-            num_tokens // groups,
+            group_size(num_tokens, groups),
             num_experts,
             top_k,
             factor,

@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.groups import group_size
 
 DROP_POLICIES = ("position", "token", "priority", "weight", "random")
 
@@ -85,7 +86,7 @@ def dispatch(
     if capacity is not None:
         order = _priority(routing, drop_policy, seed)
         token = ops.tile(ops.arange(num_tokens, dtype="int32"), (top_k,))
-        group = token // ops.maximum(num_tokens // groups, 1)
+        group = token // ops.maximum(group_size(num_tokens, groups), 1)
         rank = _rank_among_equals(experts + group * (num_experts + 1), order)
         fits = ops.logical_and(rank < capacity, experts < num_experts)
         experts = ops.where(fits, experts, num_experts)

@@ -99,7 +99,7 @@ def entmax(x, alpha, axis=-1):
 
     >>> p = keras_moe.ops.entmax(keras.ops.array([2.0, 1.0, -3.0]), 1.2)
     >>> [round(float(value), 3) for value in p]
-    [0.758, 0.242, 0.0]
+    [0.766, 0.234, 0.0]
 
     Reference:
 

@@ -57,5 +57,15 @@ def to_groups(x, groups):
     Returns:
         `(G, T / G, ...)`.
     """
-    shape = ops.shape(x)
-    return ops.reshape(x, (groups, shape[0] // groups, *shape[1:]))
+    num_tokens, *shape = ops.shape(x)
+    size = group_size(num_tokens, groups)
+    return ops.reshape(x, (groups, size, *shape))
+
+
+def group_size(num_tokens, groups):
+    """Tokens of each group; 0 where there is no group."""
+    if ops.is_tensor(groups):
+        groups = ops.maximum(groups, 1)
+    elif isinstance(groups, int):  # not a symbolic size of JAX
+        groups = max(groups, 1)
+    return num_tokens // groups

@@ -60,7 +60,7 @@ class BankTestCase(TestCase):
         rows = np.array(rows, "float32")
         rows[len(experts) :] = np.nan
         group_sizes = ops.array(sizes, "int32")
-        eager = ops.convert_to_numpy(layer(rows, group_sizes, **kwargs))
+        layer.build((None, *rows.shape[1:]))
         weights = weights_of(layer)
 
         def loop(arrays):
@@ -71,13 +71,16 @@ class BankTestCase(TestCase):
             return np.stack(outs)
 
         wanted = loop({"rows": clean, **weights})
-        cotangent = np.zeros(eager.shape)
+        cotangent = np.zeros((len(rows), *wanted.shape[1:]))
         cotangent[: len(experts)] = rng.normal(size=wanted.shape)
         out, d_rows, d_weights = self.outputs_and_gradients(
             layer, rows, cotangent, group_sizes=group_sizes, **kwargs
         )
-        others = compiled(layer, rows, sizes, **kwargs)
-        for actual in (out, eager, others):
+        outputs = [out, compiled(layer, rows, sizes, **kwargs)]
+        if keras.config.backend() == "tensorflow":  # elsewhere nothing new
+            eager = layer(rows, group_sizes, **kwargs)
+            outputs.append(ops.convert_to_numpy(eager))
+        for actual in outputs:
             self.assertEqual(actual.shape, (len(rows), *wanted.shape[1:]))
             self.assert_relative(actual[: len(experts)], wanted, tolerance)
             self.assertTrue(np.isfinite(actual).all())
@@ -104,7 +107,8 @@ class BankTestCase(TestCase):
             out, d_rows, d_weights = self.outputs_and_gradients(
                 layer,
                 rows,
-                np.zeros(wanted),
+                # TensorFlow's optimizer of graphs fails on empty constants.
+                np.zeros(wanted) if number else None,
                 group_sizes=ops.array(nobody, "int32"),
                 training=True,
             )

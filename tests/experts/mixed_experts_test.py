@@ -43,9 +43,7 @@ class MixedExpertsTest(BankTestCase):
         super().setUp()
         self.rows = np.random.default_rng(5).normal(size=(10, 4))
 
-    @parameterized.parameters(
-        (SIZES,), ((0, 0, 0, 0, 0, 9),), ((0, 3, 3, 0, 0, 0),)
-    )
+    @parameterized.parameters((SIZES,), ((0, 3, 3, 0, 0, 3),))
     def test_against_one_row_at_a_time(self, sizes):
         layer = make()
         self.assertEqual(layer.num_experts, 6)

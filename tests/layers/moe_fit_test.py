@@ -49,10 +49,10 @@ class StatisticsTest(TestCase):
             counts = np.bincount(indices.reshape(-1), minlength=len(load))
             load += counts
             entropy.extend(-np.sum(probs * np.log(probs), axis=1))
-            if layer.capacity_factor is not None:
+            if layer.capacity.capacity_factor is not None:
                 share = batch.shape[0] * batch.shape[1] * indices.shape[1]
                 capacity = np.ceil(
-                    share * layer.capacity_factor / len(load) - 1e-6
+                    share * layer.capacity.capacity_factor / len(load) - 1e-6
                 )
                 dropped += np.maximum(counts - capacity, 0).sum()
         return load, dropped / load.sum(), np.mean(entropy)

@@ -196,8 +196,12 @@ class BehaviourTest(TestCase):
             out = layer(inputs(), mask=mask, training=True)
             self.assertAllEqual(out, np.zeros(SHAPE))
             self.assert_losses(layer, [0.0, 0.0])
-            for shape in ((0, 4, 5), (3, 0, 5)):
-                layer = make(capacity_factor=capacity_factor)
+            for shape, per in (((0, 4, 5), "sequence"), ((3, 0, 5), "batch")):
+                layer = make(
+                    capacity=keras_moe.layers.Capacity(
+                        capacity_factor, per=per
+                    )
+                )
                 out = layer(np.zeros(shape, "float32"), training=True)
                 self.assertEqual(tuple(out.shape), shape)
                 self.assert_losses(layer, [0.0, 0.0])

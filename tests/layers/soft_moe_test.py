@@ -1,6 +1,7 @@
 """`SoftMoE` against a NumPy loop; masks, ranks, saving, `fit`, counts."""
 
 import os
+from unittest import mock
 
 import keras
 import numpy as np
@@ -268,11 +269,17 @@ class BehaviourTest(TestCase):
         outputs = ops.convert_to_numpy(outputs).astype("float64")
         self.assert_relative(outputs, wanted, tolerance)
 
-    def test_long_examples_are_summed_in_float32(self):
-        # In float16 their weights of 1 / 332,221 would be 1 % off, or zero.
+    def test_mixes_in_float32(self):
+        # 4096 weights of 1 / 4096, and no operand in half precision.
         layer = make(dtype="mixed_float16")
-        x = np.repeat(inputs(shape=(1, 1, 5)), 332_221, axis=1) + 1
-        outputs = ops.convert_to_numpy(ops.cast(layer(x), "float32"))
+        x = np.repeat(inputs(shape=(1, 1, 5)), 4096, axis=1) + 1
+        with mock.patch.object(ops, "einsum", wraps=ops.einsum) as einsum:
+            outputs = layer(x)
+        mixed = [c.args[1:] for c in einsum.mock_calls if "ebpd" in c.args[0]]
+        self.assertLen(mixed, 2)
+        for operand in (*mixed[0], *mixed[1]):
+            self.assertDType(operand, "float32")
+        outputs = ops.convert_to_numpy(outputs).astype("float32")
         one = soft_moe(x[:, :1], weights_of(layer))
         self.assertAllClose(outputs[:, :1], one, atol=3e-3)
         self.assertAllEqual(outputs, np.repeat(outputs[:, :1], 4096, axis=1))

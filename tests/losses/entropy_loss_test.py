@@ -5,12 +5,12 @@ from keras import ops
 
 from keras_moe.losses import EntropyLoss
 from tests.losses import loops
-from tests.losses.all_losses_test import MASK
-from tests.losses.all_losses_test import SEQUENCES
-from tests.losses.all_losses_test import T
-from tests.losses.all_losses_test import arrays
-from tests.losses.all_losses_test import routing_of
-from tests.losses.all_losses_test import tensors
+from tests.losses.cases import MASK
+from tests.losses.cases import SEQUENCES
+from tests.losses.cases import T
+from tests.losses.cases import arrays
+from tests.losses.cases import routing_of
+from tests.losses.cases import tensors
 from tests.test_case import TestCase
 
 

@@ -9,13 +9,13 @@ from keras.config import backend
 from keras_moe import losses
 from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
-from tests.losses.all_losses_test import CASES
-from tests.losses.all_losses_test import GROUPED
-from tests.losses.all_losses_test import LoadRouting
-from tests.losses.all_losses_test import arrays
-from tests.losses.all_losses_test import routing_of
-from tests.losses.all_losses_test import tensors
-from tests.losses.all_losses_test import with_per
+from tests.losses.cases import CASES
+from tests.losses.cases import GROUPED
+from tests.losses.cases import LoadRouting
+from tests.losses.cases import arrays
+from tests.losses.cases import routing_of
+from tests.losses.cases import tensors
+from tests.losses.cases import with_per
 from tests.test_case import TestCase
 
 

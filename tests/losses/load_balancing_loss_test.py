@@ -9,10 +9,10 @@ from keras_moe import backend
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.routers import Routing
 from tests.losses import loops
-from tests.losses.all_losses_test import LoadRouting
-from tests.losses.all_losses_test import arrays
-from tests.losses.all_losses_test import routing_of
-from tests.losses.all_losses_test import tensors
+from tests.losses.cases import LoadRouting
+from tests.losses.cases import arrays
+from tests.losses.cases import routing_of
+from tests.losses.cases import tensors
 from tests.test_case import TestCase
 
 

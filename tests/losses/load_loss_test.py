@@ -20,7 +20,7 @@ from keras_moe.ops.balance import squared_variation
 from keras_moe.ops.load import expected_load
 from tests import token_loop
 from tests.losses import loops
-from tests.losses.all_losses_test import LoadRouting
+from tests.losses.cases import LoadRouting
 from tests.losses.gradients import value_and_gradient
 from tests.losses.gradients import values_and_gradients
 from tests.test_case import TestCase

@@ -9,13 +9,13 @@ from tests import token_loop
 from tests.test_case import TestCase
 
 
-def routing_of(indices, weights=None):
+def routing_of(indices, weights=None, probs=None):
     indices = np.asarray(indices, "int32")
     if weights is None:
         weights = np.ones(indices.shape)
     return Routing(
         logits=None,
-        probs=None,
+        probs=None if probs is None else ops.array(probs.astype("float32")),
         expert_indices=ops.array(indices),
         expert_weights=ops.array(np.asarray(weights, "float32")),
     )
@@ -60,14 +60,23 @@ class DispatchTest(TestCase):
             self.assertEqual(int(ops.sum(sizes)), int(np.sum(kept)))
 
     @parameterized.product(
-        policy=("position", "weight"),
-        capacity=(None, 0, 1, 5, 40),
+        policy=("position", "weight", "token", "priority"),
+        capacity=(1, 5),
         masked=(False, True),
-        top_k=(1, 3),
+        groups=(1, 3),
     )
     def test_against_asking_one_after_the_other(
-        self, policy, capacity, masked, top_k
+        self, policy, capacity, masked, groups
     ):
+        self.check(policy, capacity, masked, top_k=3, groups=groups)
+
+    @parameterized.product(
+        capacity=(None, 0, 5, 40), masked=(False, True), top_k=(1, 3)
+    )
+    def test_by_position(self, capacity, masked, top_k):
+        self.check("position", capacity, masked, top_k, groups=1)
+
+    def check(self, policy, capacity, masked, top_k, groups):
         rng = np.random.default_rng(0)
         num_tokens, num_experts = 30, 5
         # Few different weights, so that there are ties.
@@ -77,7 +86,9 @@ class DispatchTest(TestCase):
         )[:, :top_k]
         mask = rng.random(num_tokens) < 0.7 if masked else None
         tokens = rng.normal(size=(num_tokens, 4)).astype("float32")
-        routing = routing_of(indices, weights)
+        # Few different priorities too.
+        probs = rng.integers(1, 4, (num_tokens, num_experts)) / 4
+        routing = routing_of(indices, weights, probs)
         rows, sizes, plan = dispatch(
             ops.array(tokens),
             routing,
@@ -85,6 +96,7 @@ class DispatchTest(TestCase):
             None if mask is None else ops.array(mask),
             capacity,
             policy,
+            groups,
         )
         kept = token_loop.keep(
             indices,
@@ -93,6 +105,8 @@ class DispatchTest(TestCase):
             np.ones(num_tokens, bool) if mask is None else mask,
             capacity,
             policy,
+            groups,
+            probs.max(axis=1),
         )
         if plan.kept is None:
             self.assertTrue(kept.all())

@@ -161,11 +161,10 @@ class LogitsChecks:
             self.assert_relative(gradient, alone[2][path])
 
     def test_dtypes(self):
-        for policy, expected in (
-            ("mixed_float16", "float32"),
-            ("bfloat16", "float32"),
-            ("float64", "float64"),
-        ):
+        policies = {"mixed_float16": "float32", "bfloat16": "float32"}
+        if keras.config.backend() != "jax":  # which has no float64 by default
+            policies["float64"] = "float64"
+        for policy, expected in policies.items():
             router = self.make(dtype=policy)
             tokens = self.tokens().astype(
                 "float64" if policy == "float64" else "float16"
@@ -245,7 +244,10 @@ class LogitsChecks:
             )
             kwargs["context"] = inputs["context"]
         layer = MoE(
-            router=router, experts=MLPExperts(router.num_experts, 8), name="moe"
+            router=router,
+            experts=MLPExperts(router.num_experts, 8),
+            statistics=None,
+            name="moe",
         )
         x = inputs["x"]
         return keras.Model(inputs, x + layer(x, **kwargs))
@@ -274,6 +276,4 @@ class LogitsChecks:
         path = f"{self.get_temp_dir()}/model.keras"
         model.save(path)
         loaded = keras.models.load_model(path)
-        self.assertAllEqual(
-            model.predict(data, verbose=0), loaded.predict(data, verbose=0)
-        )
+        self.assertAllEqual(model(data), loaded(data))

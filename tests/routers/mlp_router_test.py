@@ -139,7 +139,11 @@ class MLPRouterTest(LogitsChecks, TestCase):
 
     def test_from_layer_to_layer(self):
         model = keras.Sequential([TwoLayers()])
-        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model.compile(
+            keras.optimizers.Adam(0.01),
+            "mse",
+            jit_compile=keras.config.backend() == "jax",
+        )
         x = np.random.default_rng(5).normal(size=(8, 3, DIM)).astype("float32")
         losses = model.fit(x, np.sin(x), epochs=4, verbose=0).history["loss"]
         self.assertLess(losses[-1], losses[0])
@@ -182,6 +186,7 @@ class TwoLayers(keras.layers.Layer):
                 router=MLPRouter(4, hidden_dims=(3,), residual="logits"),
                 experts=MLPExperts(4, 8),
                 return_routing=True,
+                statistics=None,
             )
             for _ in range(2)
         ]

@@ -134,6 +134,8 @@ class ReLURouterTest(Parts, VariableKChecks, TestCase):
 
     def test_state_in_every_policy(self):
         for policy in ("mixed_bfloat16", "float64"):
+            if policy == "float64" and keras.config.backend() == "jax":
+                continue  # which has none unless told so as it starts
             router = self.make(5, dtype=policy)
             router(self.tokens(), training=True)
             self.assertEqual(router.l1_coefficient.dtype, "float32")
