@@ -92,7 +92,9 @@ class ConstantExperts(Experts):
             ops.expand_dims(self.constant, 1),
             group_sizes,
         )
-        return ops.sigmoid(difference) * rows + constants
+        # Without rows TensorFlow fails in the gradient of a broadcast sigmoid.
+        share = ops.broadcast_to(ops.sigmoid(difference), ops.shape(rows))
+        return share * rows + constants
 
     def get_config(self):
         return {

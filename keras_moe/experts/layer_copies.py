@@ -65,11 +65,6 @@ def build(layer, rows_shape, dtype):
         return
     if type(layer).build is keras.layers.Layer.build:
         layer(keras.KerasTensor(rows_shape, dtype))
-    elif isinstance(layer, keras.Model):
-        with keras.name_scope(
-            layer.name
-        ):  # which other layers do by themselves
-            layer.build(rows_shape)
     else:
         layer.build(rows_shape)
 

@@ -24,8 +24,8 @@ class LayerExperts(PlainExperts):
 
     - On torch, and on TensorFlow outside of XLA, each layer gets exactly its
       rows: the cost is that of `N` rows. Eagerly, a layer without rows does
-      not run. In a TensorFlow graph it runs on no rows: a loss that it adds
-      with `add_loss` must be finite then, which a mean is not.
+      not run. In a TensorFlow graph it runs on one row of zeros, which counts
+      nowhere but in a loss that it adds with `add_loss`.
     - On JAX, and on TensorFlow under XLA, each layer gets `max_group_size`
       rows, the rest of them zeros: the cost is that of
       `num_experts * max_group_size` rows. With a capacity that is about
@@ -163,11 +163,12 @@ class LayerExperts(PlainExperts):
             if isinstance(stop, int) and start == stop:
                 skipped += layer.trainable_variables
                 continue
-            own = rows[start:stop]
-            kept = layer_copies.state(layer) if training else []
-            parts.append(
-                self._run(layer, own, training, {}, kept, stop > start)
-            )
+            if isinstance(stop, int):
+                parts.append(
+                    self._run(layer, rows[start:stop], training, {}, [], True)
+                )
+            else:
+                parts.append(self._run_some(layer, rows[start:stop], training))
         num_left = ops.shape(rows)[0] - bounds[-1][1]
         if parts:
             tail = ops.shape(parts[0])[1:]
@@ -176,6 +177,24 @@ class LayerExperts(PlainExperts):
         parts.append(ops.zeros((num_left, *tail), self.compute_dtype))
         out = ops.concatenate(parts)
         return _with_zero_gradients(out, [rows, *skipped]) if skipped else out
+
+    def _run_some(self, layer, rows, training):
+        """Runs on the rows, or on a row of zeros if there turns out to be none.
+
+        In TensorFlow some operations fail or give wrong shapes without rows.
+        """
+        size = ops.shape(rows)[0]
+        number = ops.maximum(size, 1)
+        zeros = ops.zeros((number - size, *ops.shape(rows)[1:]), rows.dtype)
+        real = ops.arange(number, dtype="int32") < size
+
+        def call(layer, buffer, kwargs, kept, any_rows):
+            return self._run(layer, buffer, training, kwargs, kept, any_rows)
+
+        buffer = ops.concatenate([rows, zeros])
+        return padded_rows.run(
+            layer, buffer, real, training, call, static=False
+        )[:size]
 
     def _call_padded(self, rows, group_sizes, training, size):
         num_rows = ops.shape(rows)[0]
@@ -199,11 +218,12 @@ class LayerExperts(PlainExperts):
             kwargs = {**kwargs, "training": training}
         # Not what mixed precision shows rounded: assigning would round it.
         kept = [v for v in kept if _dtype(v.value) == _dtype(v)]
-        before = [ops.convert_to_tensor(v.value) for v in kept]
+        # Copies: TensorFlow would read the variable when it has changed.
+        before = [ops.copy(v.value) for v in kept]
         out = layer(rows, **kwargs)
         if any_rows is not True:
             for variable, value in zip(kept, before, strict=True):
-                now = ops.convert_to_tensor(variable.value)
+                now = ops.copy(variable.value)
                 variable.assign(ops.where(any_rows, now, value))
         return ops.cast(out, self.compute_dtype)
 
@@ -247,5 +267,5 @@ def _with_zero_gradients(out, others):
     def backward(d_out, out, *others):
         return (d_out, *(ops.zeros_like(other) for other in others))
 
-    others = [ops.convert_to_tensor(other) for other in others]
+    others = [ops.copy(other) for other in others]
     return backend.with_gradient(forward, backward, (out, *others), ())

@@ -43,11 +43,15 @@ def from_buffers(buffers, group_sizes, size, num_rows):
     return ops.take(ops.concatenate([*buffers, nothing]), place, axis=0)
 
 
-def run(layer, buffer, real, training, call):
-    """`call(layer, buffer, ...)`, with the left over rows out of account."""
+def run(layer, buffer, real, training, call, static=True):
+    """`call(layer, buffer, ...)`, with the left over rows out of account.
+
+    Without `static`, there is one only if no row is real, and `call` restores
+    the state then.
+    """
     kept = layer_copies.state(layer) if training else []
     kwargs = {}
-    if kept:
+    if kept and static:
         kwargs["mask"] = _mask(layer, buffer, real)
     regularized = layer_copies.with_activity_regularizer(layer)
     originals = [part.activity_regularizer for part in regularized]
@@ -55,7 +59,7 @@ def run(layer, buffer, real, training, call):
     before = len(layer.losses)
     supports_masking = layer.supports_masking
     try:
-        if kept:  # else Keras warns that the mask ends here
+        if "mask" in kwargs:  # else Keras warns that the mask ends here
             layer.supports_masking = True
         for part, regularizer in zip(regularized, wrapped, strict=True):
             part.activity_regularizer = regularizer
@@ -65,7 +69,8 @@ def run(layer, buffer, real, training, call):
         for part, original in zip(regularized, originals, strict=True):
             part.activity_regularizer = original
     known = sum(regularizer.calls for regularizer in wrapped)
-    if len(layer.losses) - before > known and "mask" not in kwargs:
+    added = len(layer.losses) - before
+    if static and added > known and "mask" not in kwargs:
         raise ValueError(
             "A layer that adds losses with `add_loss` cannot be an expert "
             "where shapes must be static (on JAX, or under XLA): its losses "

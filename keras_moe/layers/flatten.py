@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.masking import zero_masked
+
 
 def routed_positions(inputs, route_per):
     """Shape of what is routed: all positions, or the examples alone."""
@@ -19,12 +21,12 @@ def to_tokens(inputs, mask, route_per):
         mask = flatten_mask(mask, ops.shape(inputs)[:-1])
     dim = inputs.shape[-1]
     if route_per == "token":
-        tokens = clear_masked(ops.reshape(inputs, (-1, dim)), mask)
+        tokens = zero_masked(ops.reshape(inputs, (-1, dim)), mask)
         return tokens, tokens, mask
     if mask is None:
         axes = tuple(range(1, len(inputs.shape) - 1))
         return ops.mean(inputs, axis=axes), inputs, None
-    flat = clear_masked(ops.reshape(inputs, (-1, dim)), mask)
+    flat = zero_masked(ops.reshape(inputs, (-1, dim)), mask)
     mask = ops.reshape(mask, (ops.shape(inputs)[0], -1))  # (B, L)
     count = ops.sum(ops.cast(mask, flat.dtype), axis=1, keepdims=True)
     total = ops.sum(ops.reshape(flat, (*ops.shape(mask), dim)), axis=1)
@@ -83,15 +85,3 @@ def _spread(x, positions, *features):
     missing = (1,) * (len(positions) - rank)
     x = ops.reshape(x, (*ops.shape(x)[:rank], *missing, *features))
     return ops.broadcast_to(x, (*positions, *features))
-
-
-def clear_masked(x, mask):
-    """`x` with zeros where the mask of its first axes is `False`.
-
-    Whatever padding holds, NaN included, it must reach no gradient.
-    """
-    if mask is None:
-        return x
-    missing = (1,) * (len(x.shape) - len(mask.shape))
-    mask = ops.reshape(mask, (*ops.shape(mask), *missing))
-    return ops.where(mask, x, ops.zeros_like(x))

@@ -6,7 +6,6 @@ from keras import ops
 from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
-from keras_moe.layers.flatten import clear_masked
 from keras_moe.layers.flatten import flatten_context
 from keras_moe.layers.flatten import match_rank
 from keras_moe.layers.flatten import routed_positions
@@ -33,6 +32,7 @@ from keras_moe.ops.dispatch import combine
 from keras_moe.ops.dispatch import dispatch
 from keras_moe.ops.dispatch import normalize_kept_weights
 from keras_moe.ops.dispatch import row_weights
+from keras_moe.ops.masking import zero_masked
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -311,7 +311,7 @@ class MoE(keras.layers.Layer):
         check_width(self, rows, inputs.shape)
         outputs = combine(rows, plan, weights)
         if self.post_experts is not None:
-            outputs = clear_masked(self.post_experts(outputs), mask)
+            outputs = zero_masked(self.post_experts(outputs), mask)
         outputs = ops.cast(outputs, self.compute_dtype)
         if self.shared_experts is not None:
             outputs = join(self, outputs, tokens, features, mask, training)

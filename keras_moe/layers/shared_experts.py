@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.experts import Experts
-from keras_moe.layers.flatten import clear_masked
+from keras_moe.ops.masking import zero_masked
 
 SHARED_EXPERTS_MODES = ("add", "gate", "average", "residual")
 
@@ -62,7 +62,7 @@ def join(layer, routed, tokens, features, mask, training):
         else:
             gate = ops.softmax(gate)
             routed, shared = gate[..., :1] * routed, gate[..., 1:] * shared
-    out = routed + clear_masked(shared, mask)
+    out = routed + zero_masked(shared, mask)
     return out / 2 if mode == "average" else out
 
 

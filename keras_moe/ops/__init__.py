@@ -9,6 +9,9 @@ Axis letters, the same in every file of this library:
 They stand in trailing comments, `# (T, E)`.
 """
 
+from keras_moe.ops.balanced_assignment import (
+    balanced_assignment as balanced_assignment,
+)
 from keras_moe.ops.capacity import expert_capacity as expert_capacity
 from keras_moe.ops.dispatch import DispatchPlan as DispatchPlan
 from keras_moe.ops.dispatch import combine as combine
@@ -17,6 +20,9 @@ from keras_moe.ops.dispatch import (
     normalize_kept_weights as normalize_kept_weights,
 )
 from keras_moe.ops.dispatch import row_weights as row_weights
+from keras_moe.ops.entmax import entmax as entmax
+from keras_moe.ops.entmax import entmax15 as entmax15
+from keras_moe.ops.entmax import sparsemax as sparsemax
 from keras_moe.ops.grouped_matmul import grouped_matmul as grouped_matmul
 from keras_moe.ops.grouped_matmul import (
     grouped_matmul_implementations as grouped_matmul_implementations,
@@ -30,3 +36,4 @@ from keras_moe.ops.routing import expert_counts as expert_counts
 from keras_moe.ops.scores import normalize_weights as normalize_weights
 from keras_moe.ops.scores import score as score
 from keras_moe.ops.selection import top_k_indices as top_k_indices
+from keras_moe.ops.sinkhorn import sinkhorn as sinkhorn

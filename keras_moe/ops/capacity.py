@@ -61,13 +61,12 @@ def expert_capacity(
     if capacity_factor is None or math.isinf(capacity_factor):
         return None
     factor = Fraction(capacity_factor).limit_denominator(1_000_000)
-    if not isinstance(num_tokens, int):  # a tensor, or a symbolic size of JAX
+    is_tensor = ops.is_tensor(num_tokens)
+    if is_tensor:
         num_tokens = ops.cast(num_tokens, "int64")
     capacity = _RULES[rule](num_tokens, num_experts, top_k, factor)
     capacity = _round_up(capacity, multiple_of)
-    if isinstance(num_tokens, int):
-        return capacity
-    return ops.cast(capacity, "int32")
+    return ops.cast(capacity, "int32") if is_tensor else capacity
 
 
 def _floor(n, fraction):
@@ -90,16 +89,26 @@ def _round_up(n, multiple):
     return n if multiple == 1 else -(-n // multiple) * multiple
 
 
+# Numbers, tensors, or symbolic sizes of JAX. With these Keras infers shapes,
+# none of which depends on the capacity: all they have to be is defined.
+
+
 def _equal(a, b):
-    return int(a == b) if isinstance(a, int) else ops.cast(a == b, a.dtype)
+    if ops.is_tensor(a):
+        return ops.cast(a == b, a.dtype)
+    return int(a == b)
 
 
 def _max(a, b):
-    return max(a, b) if isinstance(a, int) else ops.maximum(a, b)
+    if ops.is_tensor(a):
+        return ops.maximum(a, b)
+    return max(a, b) if isinstance(a, int) else a + b
 
 
 def _min(a, b):
-    return min(a, b) if isinstance(a, int) else ops.minimum(a, b)
+    if ops.is_tensor(a):
+        return ops.minimum(a, b)
+    return min(a, b) if isinstance(a, int) else a
 
 
 _RULES = {

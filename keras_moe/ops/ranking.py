@@ -18,5 +18,5 @@ def descending_ranks(scores):
     scores = ops.where(ops.isnan(scores), lowest, scores)
     # XLA sorts -0 below 0, the others take them for a tie.
     scores = ops.where(ops.equal(scores, 0), ops.zeros_like(scores), scores)
-    order = ops.argsort(0.0 - scores, axis=-1)  # 0 - 0 is 0, but -0 is -0
+    order = ops.argsort(-scores, axis=-1)
     return ops.cast(ops.argsort(order, axis=-1), "int32")

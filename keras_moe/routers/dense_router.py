@@ -73,7 +73,9 @@ class DenseRouter(LinearRouter):
         logits = self.logits(tokens, training)  # (T, E)
         weights = score(logits, self.score_activation)
         experts = ops.arange(self.num_experts, dtype="int32")
-        indices = ops.broadcast_to(experts, ops.shape(weights))
+        # Not a constant: of one without a token, TensorFlow's graph optimizer
+        # dies of a division by zero. (A weight is never negative.)
+        indices = experts + ops.cast(weights < 0, "int32")
         return Routing(logits, weights, indices, weights)
 
     def get_config(self):

@@ -196,6 +196,8 @@ class DSelectKRouter(Router):
             probs = ops.einsum("tk,tke->te", mixture, selectors)
         else:
             probs = selectors[:, 0]
+        # Where all is 0, a loss that divides by the sum may send back a NaN.
+        probs = ops.where(probs <= 0, ops.zeros_like(probs), probs)
         if training:
             self._regularize(selectors, mask)
         logits = ops.log(ops.clip(probs, 1e-20, float("inf")))

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_moe.ops.capacity import expert_capacity
 from keras_moe.ops.groups import check_per
+from keras_moe.ops.groups import group_size
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
 from keras_moe.ops.ranking import descending_ranks
@@ -131,7 +132,7 @@ class ExpertChoiceRouter(LinearRouter):
         there are tokens.
         """
         groups = num_groups(self.per, num_sequences)
-        places = self._places(num_tokens // groups)
+        places = self._places(group_size(num_tokens, groups))
         return groups * self.num_experts * places
 
     def call(self, tokens, mask=None, training=None, num_sequences=1):

@@ -364,7 +364,8 @@ class MLPRouter(TopKRouter):
             return super().weigh(logits, probs, indices)
         first = self.num_experts - self.zero_weight_experts
         counts = indices < first  # (T, K)
-        # Where none counts, a norm of 0 would make the gradient NaN.
+        # Where none counts, the norm would be `normalize_epsilon` alone, and
+        # its quotients might be NaN.
         none = ops.logical_not(ops.any(counts, axis=-1, keepdims=True))
         experts = ops.expand_dims(
             ops.arange(self.num_experts, dtype="int32"), 0

@@ -200,6 +200,20 @@ class LayerExpertsStateTest(TestCase):
             copy.trainable = False  # nothing changes then
         step(layer, rows, sizes, COMPILERS[-1])
 
+    def test_eager_gradients_of_an_expert_without_rows(self):
+        if keras.config.backend() != "tensorflow":
+            return  # torch and JAX: see `outputs_and_gradients`
+        import tensorflow as tf
+
+        layer = LayerExperts(layers.Dense(3), 3)
+        with tf.GradientTape() as tape:
+            out = layer(self.rows, ops.array(SIZES, "int32"))
+        gradients = tape.gradient(
+            out, [v.value for v in layer.trainable_variables]
+        )
+        self.assertAllEqual(gradients[2], np.zeros((4, 3)))
+        self.assertAllEqual(gradients[1], [3.0, 3.0, 3.0])
+
     def test_added_losses(self):
         layer = LayerExperts(AddsLoss(), 2)
         rows, sizes = np.ones((4, 3), "float32"), (2, 2)

@@ -8,6 +8,7 @@ from keras import ops
 import keras_moe
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import MLPExperts
+from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
 from keras_moe.routers import TopKRouter
 from tests import token_loop
@@ -197,11 +198,7 @@ class BehaviourTest(TestCase):
             self.assertAllEqual(out, np.zeros(SHAPE))
             self.assert_losses(layer, [0.0, 0.0])
             for shape, per in (((0, 4, 5), "sequence"), ((3, 0, 5), "batch")):
-                layer = make(
-                    capacity=keras_moe.layers.Capacity(
-                        capacity_factor, per=per
-                    )
-                )
+                layer = make(capacity=Capacity(capacity_factor, per=per))
                 out = layer(np.zeros(shape, "float32"), training=True)
                 self.assertEqual(tuple(out.shape), shape)
                 self.assert_losses(layer, [0.0, 0.0])
@@ -292,6 +289,7 @@ class BehaviourTest(TestCase):
         for kwargs in (
             {},
             {"capacity_factor": 1.25, "drop_policy": "weight"},
+            {"capacity": Capacity(1.0, rule="flaxformer", per="sequence")},
             {"shared_experts_mode": "gate"},
         ):
             for shape in ((5,), (4, 5), (None, 5), (None, None, 5)):

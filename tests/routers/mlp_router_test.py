@@ -68,7 +68,11 @@ class MLPRouterTest(LogitsChecks, TestCase):
     def test_no_choice_counts(self):
         for top_k, zeros in ((1, 1), (2, 3)):
             router = self.built(
-                top_k=top_k, zero_weight_experts=zeros, residual=None
+                top_k=top_k,
+                zero_weight_experts=zeros,
+                residual=None,
+                normalize_epsilon=0.0,
+                learned_scale="expert",
             )
             # All tokens choose the last experts.
             router.bias.assign(200.0 * np.arange(4))

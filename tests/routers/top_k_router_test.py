@@ -161,13 +161,104 @@ class TopKRouterTest(TestCase):
         model = keras.Model(inputs, routing.probs)
         self.assertAllClose(ops.sum(model(self.tokens()), axis=-1), np.ones(20))
 
-    def test_named(self):
-        switch = routers.get("switch", num_experts=8)
-        self.assertEqual((switch.top_k, switch.jitter), (1, 0.01))
-        self.assertFalse(switch.normalize_weights)
-        self.assertEqual(routers.get("top_k", num_experts=8).top_k, 2)
-        with self.assertRaisesRegex(ValueError, "router='swich'"):
-            routers.get("swich", num_experts=8)
+    def test_learned_scale(self):
+        for kind, scale in (("expert", [1.0, 2.0, 3.0]), ("global", [5.0])):
+            router = routers.TopKRouter(3, 2, learned_scale=kind)
+            router.build((None, 6))
+            plain = router(self.tokens())
+            router.scale.assign(scale)
+            scaled = router(self.tokens())
+            factors = np.broadcast_to(scale, (3,))
+            self.assertAllClose(
+                scaled.expert_weights,
+                ops.convert_to_numpy(plain.expert_weights)
+                * factors[ops.convert_to_numpy(plain.expert_indices)],
+            )
+
+    def test_logit_softcap_and_input_normalization(self):
+        router = routers.TopKRouter(
+            4, logit_softcap=2.0, normalize_inputs=True, use_bias=True
+        )
+        router.build((None, 6))
+        scale = np.arange(1.0, 7.0)
+        router.kernel.assign(10 * np.eye(6, 4))
+        router.input_scale.assign(scale)
+        x = self.tokens().astype("float64")
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + 1e-6) * scale
+        wanted = 2 * np.tanh(10 * x[:, :4] / 2)
+        self.assert_relative(router(self.tokens()).logits, wanted)
+
+    def test_expert_dropout(self):
+        router = routers.TopKRouter(
+            4, 1, expert_dropout=0.25, seed=3, kernel_initializer="zeros"
+        )
+        tokens = ops.ones((4000, 6))
+        self.assertAllEqual(router(tokens).expert_indices, [[0]] * 4000)
+        indices = router(tokens, training=True).expert_indices
+        shares = np.bincount(
+            ops.convert_to_numpy(indices).reshape(-1), minlength=4
+        )
+        # Expert e if those before it are out, and the first if all are.
+        wanted = [0.75 + 0.25**4, 0.75 / 4, 0.75 / 16, 0.75 / 64]
+        self.assertAllClose(shares / 4000, wanted, atol=0.03)
+
+    def test_always_on(self):
+        router = routers.TopKRouter(
+            5, 2, num_always_on=2, score_activation="sigmoid"
+        )
+        routing = router(self.tokens())
+        self.assertEqual(tuple(routing.expert_indices.shape), (20, 4))
+        self.assertAllEqual(routing.expert_indices[:, 2:], [[3, 4]] * 20)
+        logits = ops.convert_to_numpy(routing.logits).astype("float64")
+        best = np.argsort(-logits[:, :3], axis=1, kind="stable")[:, :2]
+        self.assertAllEqual(routing.expert_indices[:, :2], best)
+        scores = 1 / (1 + np.exp(-logits))
+        chosen = np.take_along_axis(
+            scores, ops.convert_to_numpy(routing.expert_indices), axis=1
+        )
+        self.assert_relative(
+            routing.expert_weights, chosen / chosen.sum(axis=1, keepdims=True)
+        )
+
+    def test_groups_by_hand(self):
+        router = routers.TopKRouter(
+            6,
+            2,
+            score_activation="sigmoid",
+            num_expert_groups=3,
+            top_k_groups=1,
+        )
+        router.build((None, 6))
+        router.kernel.assign(np.eye(6))
+        # The best single expert is 0, the best pair 2 and 3.
+        logits = ops.array([[3.0, -9.0, 2.0, 1.0, 0.0, 0.5]])
+        self.assertAllEqual(router(logits).expert_indices, [[2, 3]])
+        router.group_score = 1
+        self.assertAllEqual(router(logits).expert_indices, [[0, 1]])
+
+    def test_scores_that_saturate_are_told_apart(self):
+        # In float32 the sigmoids of both are 1.
+        router = routers.TopKRouter(2, 1, score_activation="sigmoid")
+        router.build((None, 2))
+        router.kernel.assign(np.eye(2))
+        indices = router(ops.array([[30.0, 40.0]])).expert_indices
+        self.assertAllEqual(indices, [[1]])
+
+    def test_sampling(self):
+        router = routers.TopKRouter(
+            3, 1, gumbel_noise=1.0, noisy_weights=False, seed=3
+        )
+        router.build((None, 3))
+        router.kernel.assign(np.eye(3))
+        probs = np.array([0.5, 0.3, 0.2], "float32")
+        tokens = np.tile(np.log(probs), (4000, 1))
+        routing = router(tokens, training=True)
+        indices = ops.convert_to_numpy(routing.expert_indices)[:, 0]
+        self.assertAllClose(np.bincount(indices) / 4000, probs, atol=0.03)
+        # The weights are the clean probabilities of what was drawn.
+        self.assertAllClose(
+            routing.expert_weights[:, 0], probs[indices], atol=1e-6
+        )
 
     @parameterized.parameters(
         ({"num_experts": 4, "top_k": 5}, r"top_k=5, num_experts=4"),
@@ -191,6 +282,25 @@ class TopKRouterTest(TestCase):
         ({"num_experts": 4, "noise_stddev": -1.0}, "noise_stddev=-1.0"),
         ({"num_experts": 4, "temperature": 0.0}, "temperature=0.0"),
         ({"num_experts": 4, "normalize_epsilon": -1.0}, "normalize_epsilon"),
+        ({"num_experts": 4, "normalize_order": 0.5}, "normalize_order=0.5"),
+        ({"num_experts": 4, "logit_softcap": 0.0}, "logit_softcap=0.0"),
+        ({"num_experts": 4, "expert_dropout": 1.0}, "expert_dropout=1.0"),
+        ({"num_experts": 4, "gumbel_noise": -1.0}, "gumbel_noise=-1.0"),
+        ({"num_experts": 4, "learned_scale": "all"}, "learned_scale='all'"),
+        ({"num_experts": 4, "num_always_on": 3}, "num_always_on=3"),
+        ({"num_experts": 4, "num_expert_groups": 3}, "num_expert_groups=3"),
+        (
+            {"num_experts": 4, "num_expert_groups": 4},
+            "`group_score` must be at most the size of a group, 1",
+        ),
+        (
+            {"num_experts": 4, "num_expert_groups": 2, "top_k_groups": 3},
+            "top_k_groups=3, num_expert_groups=2",
+        ),
+        (
+            {"num_experts": 8, "top_k": 3, "num_expert_groups": 4},
+            "top_k_groups=1, num_expert_groups=4, top_k=3",
+        ),
     )
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
