@@ -62,7 +62,7 @@ def flatten_context(context, positions):
         return None
     context = ops.convert_to_tensor(context)
     dtype = keras.backend.standardize_dtype(context.dtype)
-    is_ids = dtype == "bool" or "int" in dtype
+    is_ids = _is_ids(dtype)
     rank = len(context.shape) - (0 if is_ids else 1)
     if not 1 <= rank <= len(positions):
         raise ValueError(
@@ -78,6 +78,20 @@ def flatten_context(context, positions):
         )
     features = context.shape[-1]
     return ops.reshape(_spread(context, positions, features), (-1, features))
+
+
+def context_spec(context, num_tokens):
+    """What `flatten_context` will make of a symbolic context."""
+    if context is None:
+        return None
+    if _is_ids(context.dtype):
+        return keras.KerasTensor((num_tokens,), dtype="int32")
+    shape = (num_tokens, context.shape[-1])
+    return keras.KerasTensor(shape, dtype=context.dtype)
+
+
+def _is_ids(dtype):
+    return dtype == "bool" or "int" in dtype
 
 
 def _spread(x, positions, *features):

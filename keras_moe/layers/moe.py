@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
+from keras_moe.layers.flatten import context_spec
 from keras_moe.layers.flatten import flatten_context
 from keras_moe.layers.flatten import match_rank
 from keras_moe.layers.flatten import routed_positions
@@ -328,12 +329,14 @@ class MoE(keras.layers.Layer):
         Args:
             inputs: Tensor of shape `(batch, ..., dim)`.
             mask: Boolean tensor of shape `(batch, ...)`, or `None`.
-            training: bool. Whether the router applies noise.
+            training: bool. Whether the router does what it does in training:
+                noise, and steps of what it keeps for balance.
             context: What the router takes besides, or `None`.
 
         Returns:
             A `keras_moe.routers.Routing` of the `T` tokens in the order of
-            `reshape(inputs, (-1, dim))`. Nothing is counted, no loss is added.
+            `reshape(inputs, (-1, dim))`. Nothing is counted, and no loss of
+            this layer is added.
         """
         inputs = ops.convert_to_tensor(inputs)
         if not self.built:
@@ -416,7 +419,7 @@ class MoE(keras.layers.Layer):
         positions = routed_positions(inputs, self.route_per)
         num_tokens = None if None in positions else math.prod(positions)
         if getattr(self.router, "uses_context", False):
-            kwargs["context"] = context
+            kwargs["context"] = context_spec(context, num_tokens)
         if getattr(self.router, "looks_ahead", False):
             kwargs["num_sequences"] = positions[0]
         tokens = keras.KerasTensor(

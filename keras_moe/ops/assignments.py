@@ -52,7 +52,8 @@ def expert_scores(routing, scores="router", mask=None):
     if scores == "raw":
         return probs
     total = ops.sum(probs, axis=-1, keepdims=True)
-    return probs / ops.maximum(total, 1e-20)
+    # Its square, in the gradient, must not vanish.
+    return probs / ops.maximum(total, 1e-12)
 
 
 def sums_by_expert(values, experts, num_experts, mask, groups):

@@ -274,7 +274,8 @@ def _priority(routing, drop_policy, seed):
         draws = keras.random.uniform((num_tokens * top_k,), seed=seed)
         return ops.argsort(draws)
     if drop_policy == "priority":
-        largest = ops.max(ops.stop_gradient(routing.probs), axis=-1)
+        probs = ops.stop_gradient(routing.probs)
+        largest = ops.max(probs, axis=-1, initial=0.0)
         order = ops.argsort(-largest)  # (T,)
         first = ops.expand_dims(ops.arange(top_k) * num_tokens, -1)
         order = ops.expand_dims(order, 0) + ops.cast(first, order.dtype)

@@ -15,6 +15,8 @@ def score(logits, activation):
         `(T, E)`, not negative.
     """
     if activation == "softmax":
+        if logits.shape[-1] == 1:  # Keras warns of such a softmax
+            return ops.ones_like(logits)
         return ops.softmax(logits, axis=-1)
     if activation == "sigmoid":
         return ops.sigmoid(logits)
@@ -32,19 +34,25 @@ def normalize_weights(weights, epsilon=1e-20, order=1):
 
     Args:
         weights: `(T, K)`, not negative.
-        epsilon: float. Keeps tokens whose weights all underflow finite.
+        epsilon: float. Added to the norm. Tokens whose weights are all 0 keep
+            them, whatever it is.
         order: float, at least 1. Order of the norm; 1 is the sum.
 
     Returns:
         `(T, K)`.
     """
+    # Over the largest, so that neither a power nor, in the gradient, the square
+    # of the norm underflows.
+    largest = ops.max(weights, axis=-1, keepdims=True, initial=0.0)
+    largest = ops.stop_gradient(largest)
+    vanish = largest < 1e-30
+    largest = ops.where(vanish, ops.ones_like(largest), largest)
+    weights = weights / largest
     if order == 1:
         norm = ops.sum(weights, axis=-1, keepdims=True)
     else:
-        # Scaled by the largest, so that no power underflows.
-        largest = ops.max(weights, axis=-1, keepdims=True)
-        largest = ops.maximum(ops.stop_gradient(largest), 1e-30)
-        powers = ops.power(weights / largest, order)
-        total = ops.maximum(ops.sum(powers, axis=-1, keepdims=True), 1e-30)
-        norm = largest * ops.power(total, 1 / order)
-    return weights / (norm + epsilon)
+        total = ops.sum(ops.power(weights, order), axis=-1, keepdims=True)
+        total = ops.where(vanish, ops.ones_like(total), total)
+        norm = ops.power(total, 1 / order)
+    norm = norm + epsilon / largest
+    return weights / ops.where(vanish, ops.ones_like(norm), norm)

@@ -60,8 +60,7 @@ class CosineRouter(TopKRouter):
 
     Example:
 
-    >>> from keras_moe.routers.cosine_router import CosineRouter
-    >>> router = CosineRouter(num_experts=4, projection_dim=3)
+    >>> router = keras_moe.routers.CosineRouter(num_experts=4, projection_dim=3)
     >>> routing = router(keras.ops.ones((5, 8)))
     >>> bool(keras.ops.max(keras.ops.abs(routing.logits)) <= 2.0001)
     True

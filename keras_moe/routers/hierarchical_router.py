@@ -68,8 +68,9 @@ class HierarchicalRouter(LinearRouter):
 
     Example:
 
-    >>> from keras_moe.routers.hierarchical_router import HierarchicalRouter
-    >>> router = HierarchicalRouter(num_groups=3, experts_per_group=4)
+    >>> router = keras_moe.routers.HierarchicalRouter(
+    ...     num_groups=3, experts_per_group=4
+    ... )
     >>> routing = router(keras.ops.ones((5, 8)))
     >>> tuple(routing.probs.shape), tuple(routing.expert_indices.shape)
     ((5, 12), (5, 4))

@@ -118,12 +118,15 @@ class LinearRouter(Router):
             regularizer=self.kernel_regularizer,
         )
 
-    def raw_logits(self, tokens):
-        # On torch `ops.matmul` would make float32 of float64.
-        return ops.einsum("td,de->te", tokens, self.kernel)
-
     def logits(self, tokens, training):
         """Logits of the tokens `(T, D)`, with jitter in training, `(T, E)`."""
+        logits = self.raw_logits(self.prepare(tokens, training))
+        if self.bias is not None:
+            logits = logits + self.bias
+        return self.soften(logits)
+
+    def prepare(self, tokens, training):
+        """What the router sees of the tokens."""
         if self.normalize_inputs:
             square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
             tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
@@ -136,12 +139,14 @@ class LinearRouter(Router):
                 dtype=self.compute_dtype,
                 seed=self.seed_generator,
             )
-        logits = self.raw_logits(tokens)
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.temperature != 1:
-            logits = logits / self.temperature
-        return logits
+        return tokens
+
+    def raw_logits(self, tokens):
+        # On torch `ops.matmul` would make float32 of float64.
+        return ops.einsum("td,de->te", tokens, self.kernel)
+
+    def soften(self, logits):
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def get_config(self):
         return {

@@ -5,7 +5,6 @@ import keras
 from keras import ops
 
 from keras_moe.ops.masking import zero_masked
-from keras_moe.ops.scores import score
 from keras_moe.routers.checks import check_at_least
 from keras_moe.routers.checks import check_int
 from keras_moe.routers.checks import check_one_of
@@ -121,9 +120,8 @@ class MLPRouter(TopKRouter):
 
     Example:
 
-    >>> from keras_moe.routers.mlp_router import MLPRouter
     >>> first, second = (
-    ...     MLPRouter(num_experts=4, hidden_dims=(8,), residual="logits")
+    ...     keras_moe.routers.MLPRouter(4, hidden_dims=(8,), residual="logits")
     ...     for _ in range(2)
     ... )
     >>> x = keras.ops.ones((3, 6))
@@ -261,12 +259,9 @@ class MLPRouter(TopKRouter):
         tokens = zero_masked(tokens, mask)
         logits, state = self._logits(tokens, training, context, mask)
         noisy = self.noisy_logits(tokens, logits, training)
-        probs = score(noisy, self.score_activation)
-        indices = self.select(noisy, probs, training)  # (T, K)
-        weights = self.weigh(noisy, probs, indices)
-        routing = StatefulRouting(logits, probs, indices, weights, state)
-        self.balance(routing, mask, training)
-        return routing
+        return StatefulRouting(
+            *self.route(logits, noisy, mask, training), state
+        )
 
     def state(self, tokens, context=None):
         """What the router of the next layer takes as its `context`.
@@ -287,7 +282,7 @@ class MLPRouter(TopKRouter):
 
     def _logits(self, tokens, training, context, mask):
         """The logits `(T, E)` and the state."""
-        x = self._prepare(tokens, training)
+        x = self.prepare(tokens, training)
         context = self._context(context, tokens, mask)
         if self.projection_dim is not None:
             x = self._dense("projection", "", x)
@@ -311,32 +306,7 @@ class MLPRouter(TopKRouter):
             state = logits
         if self.standardize_logits is not None:
             logits = self.standardize_logits * _standardized(logits)
-        return self._soften(logits), state
-
-    # As `LinearRouter.logits` and `TopKRouter.logits` do it.
-
-    def _prepare(self, tokens, training):
-        if self.normalize_inputs:
-            square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
-            tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
-            tokens = tokens * self.input_scale
-        if training and self.jitter > 0:
-            tokens = tokens * keras.random.uniform(
-                ops.shape(tokens),
-                1 - self.jitter,
-                1 + self.jitter,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
-            )
-        return tokens
-
-    def _soften(self, logits):
-        if self.temperature != 1:
-            logits = logits / self.temperature
-        if self.logit_softcap is not None:
-            cap = self.logit_softcap
-            logits = cap * ops.tanh(logits / cap)
-        return logits
+        return self.soften(logits), state
 
     def _context(self, context, tokens, mask):
         if self.residual is None:

@@ -70,8 +70,7 @@ class SparseMixerRouter(LinearRouter):
 
     Example:
 
-    >>> from keras_moe.routers.sparse_mixer_router import SparseMixerRouter
-    >>> router = SparseMixerRouter(num_experts=4)
+    >>> router = keras_moe.routers.SparseMixerRouter(num_experts=4)
     >>> routing = router(keras.ops.ones((3, 8)), training=True)
     >>> tuple(routing.expert_indices.shape)
     (3, 2)

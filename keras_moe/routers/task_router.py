@@ -71,8 +71,7 @@ class TaskRouter(TopKRouter):
 
     Example:
 
-    >>> from keras_moe.routers.task_router import TaskRouter
-    >>> router = TaskRouter(
+    >>> router = keras_moe.routers.TaskRouter(
     ...     num_experts=3, num_tasks=2, top_k=1,
     ...     allowed_experts=[[True, False, True], [False, True, False]],
     ... )

@@ -9,6 +9,7 @@ from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.checks import check_at_least
+from keras_moe.routers.checks import check_groups
 from keras_moe.routers.checks import check_int
 from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.checks import check_rate
@@ -203,7 +204,7 @@ class TopKRouter(LinearRouter):
                 f"Received: logit_softcap={logit_softcap}"
             )
         check_int("bias_update_steps", bias_update_steps, minimum=1)
-        _check_groups(
+        check_groups(
             num_candidates, top_k, num_expert_groups, top_k_groups, group_score
         )
         self.top_k = top_k
@@ -263,8 +264,8 @@ class TopKRouter(LinearRouter):
         if training and self.bias_kind and self.trainable:
             update_expert_bias(self, routing, mask)
 
-    def logits(self, tokens, training):
-        logits = super().logits(tokens, training)
+    def soften(self, logits):
+        logits = super().soften(logits)
         if self.logit_softcap is not None:
             cap = self.logit_softcap
             logits = cap * ops.tanh(logits / cap)
@@ -306,7 +307,8 @@ class TopKRouter(LinearRouter):
             draws = keras.random.uniform(
                 ops.shape(ranked), seed=self.seed_generator
             )
-            worst = ops.full_like(ranked, -1e30)
+            # Before those that are out of the question, which are at -inf.
+            worst = ops.minimum(ranked, -1e30)
             ranked = ops.where(draws < self.expert_dropout, worst, ranked)
         if self.num_expert_groups > 1:
             ranked = limit_to_groups(
@@ -339,7 +341,7 @@ class TopKRouter(LinearRouter):
         if self.learned_scale == "global":
             weights = weights * self.scale
         if self.learned_scale == "expert":
-            # The gradient of a take from (E,) would add up in any order.
+            # A take from (E,) would have a gradient that adds up in any order.
             scale = ops.broadcast_to(
                 ops.expand_dims(self.scale, 0), ops.shape(probs)
             )
@@ -371,30 +373,3 @@ class TopKRouter(LinearRouter):
             "noisy_weights": self.noisy_weights,
             "logit_softcap": self.logit_softcap,
         }
-
-
-def _check_groups(num_experts, top_k, num_groups, top_k_groups, group_score):
-    check_int("num_expert_groups", num_groups, minimum=1)
-    if num_groups == 1:
-        return
-    if num_experts % num_groups:
-        raise ValueError(
-            "`num_expert_groups` must be a divisor of the number of experts "
-            "to choose from. Received: "
-            f"num_expert_groups={num_groups}, {num_experts} experts"
-        )
-    check_int("top_k_groups", top_k_groups, minimum=1)
-    check_int("group_score", group_score, minimum=1)
-    size = num_experts // num_groups
-    if group_score > size:
-        raise ValueError(
-            f"`group_score` must be at most the size of a group, {size}. "
-            f"Received: group_score={group_score}"
-        )
-    if not top_k <= top_k_groups * size or top_k_groups > num_groups:
-        raise ValueError(
-            "`top_k_groups` must be at most `num_expert_groups`, and as many "
-            "groups must hold `top_k` experts. Received: "
-            f"top_k_groups={top_k_groups}, num_expert_groups={num_groups}, "
-            f"top_k={top_k}, groups of {size} experts"
-        )
