@@ -1,12 +1,9 @@
-import math
-
 import keras
 from keras import ops
 
 from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
-from keras_moe.layers.flatten import context_spec
 from keras_moe.layers.flatten import flatten_context
 from keras_moe.layers.flatten import match_rank
 from keras_moe.layers.flatten import routed_positions
@@ -21,8 +18,10 @@ from keras_moe.layers.parts import num_experts_of
 from keras_moe.layers.parts import resolve_part
 from keras_moe.layers.parts import serialize_part
 from keras_moe.layers.routing_statistics import RoutingStatistics
+from keras_moe.layers.send import send
 from keras_moe.layers.shapes import check_width
 from keras_moe.layers.shapes import output_shape
+from keras_moe.layers.shapes import output_spec
 from keras_moe.layers.shapes import shape_behind
 from keras_moe.layers.shapes import tokens_shape
 from keras_moe.layers.shared_experts import add_shared_gate
@@ -30,7 +29,6 @@ from keras_moe.layers.shared_experts import check_shared_experts
 from keras_moe.layers.shared_experts import join
 from keras_moe.losses import RoutingLoss
 from keras_moe.ops.dispatch import combine
-from keras_moe.ops.dispatch import dispatch
 from keras_moe.ops.dispatch import normalize_kept_weights
 from keras_moe.ops.dispatch import row_weights
 from keras_moe.ops.masking import zero_masked
@@ -52,17 +50,14 @@ class MoE(keras.layers.Layer):
     added to the model's loss, and what the router does is counted and shown in
     the logs of `fit` (`moe_load_0` ..., `moe_dropped_fraction`,
     `moe_routing_entropy`, `moe_dead_experts`, where `moe` is the path of the
-    layer with `_` for `/`); see `statistics`. Nothing
-    of that happens in inference.
-
-    A frozen layer (`trainable=False`) still adds its losses, whose gradient
-    reaches the layers before it, and still counts.
+    layer with `_` for `/`); see `statistics`. Nothing of that happens in
+    inference. A frozen layer (`trainable=False`) still adds its losses, whose
+    gradient reaches the layers before it, and still counts.
 
     Masked tokens give zero. They reach no expert, take no capacity and count
     in no loss and no statistic.
 
-    The short form takes numbers and names; the long form takes objects, of
-    which any part may be one's own layer.
+    Numbers and names make parts; any part may be one's own object instead.
 
     Args:
         num_experts: int. Number of experts. Required unless `router` or
@@ -84,11 +79,9 @@ class MoE(keras.layers.Layer):
         shared_experts_mode: How they join the routed output. Defaults to
             `"add"`.
             - `"add"`: `routed + shared` (DeepSeek).
-            - `"gate"`: `routed + sigmoid(tokens @ shared_gate_kernel) *
-              shared`, one number a token (Qwen2-MoE).
+            - `"gate"`: shared times a learned sigmoid a token (Qwen2-MoE).
             - `"average"`: `(routed + shared) / 2` (Cohere).
-            - `"residual"`: both weighted by a learned softmax over the two
-              (DeepSpeed's residual MoE).
+            - `"residual"`: both times a learned softmax a token (DeepSpeed).
         losses: `"default"` for `LoadBalancingLoss(1e-2)` and
             `RouterZLoss(1e-3)`, `None` for none, a loss, or a list of losses.
             Defaults to `"default"`.
@@ -130,10 +123,9 @@ class MoE(keras.layers.Layer):
             `False` tokens are masked.
         training: bool. Whether to add losses, count, and apply noise and
             dropout.
-        context: What the router takes besides the tokens: ids (token ids for a
-            hash router, task ids for a task router) of shape `(batch, ...)` or
-            of its first axes, or numbers with one more axis. `None` for most
-            routers.
+        context: What some routers take besides the tokens: ids (of tokens, of
+            tasks) of shape `(batch, ...)` or of its first axes, or numbers with
+            one more axis. Defaults to `None`.
 
     Input shape:
         `(batch, ..., dim)`, of rank 2 or more.
@@ -176,10 +168,8 @@ class MoE(keras.layers.Layer):
 
     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equation 1
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
-    - [Dai et al., 2024](https://arxiv.org/abs/2401.06066), equation 9
-      (shared experts)
-    - [Rajbhandari et al., 2022](https://arxiv.org/abs/2201.05596), section
-      4.1 (residual MoE)
+    - [Dai et al., 2024](https://arxiv.org/abs/2401.06066), equation 9 (shared)
+    - [Rajbhandari et al., 2022](https://arxiv.org/abs/2201.05596), section 4.1
     """
 
     def __init__(
@@ -294,12 +284,11 @@ class MoE(keras.layers.Layer):
         positions = routed_positions(inputs, self.route_per)
         context = flatten_context(context, positions)
         routing = self._route(features, mask, training, context, positions[0])
-        rows, group_sizes, plan, largest = self._dispatch(
-            tokens if self.pre_experts is None else self.pre_experts(tokens),
-            routing,
-            mask,
-            training,
-            positions[0],
+        sent = tokens
+        if self.pre_experts is not None:
+            sent = self.pre_experts(tokens)
+        rows, group_sizes, plan, largest = send(
+            self, sent, routing, mask, training, positions[0]
         )
         weights = routing.expert_weights
         if self.capacity.normalize_kept_weights:
@@ -371,34 +360,6 @@ class MoE(keras.layers.Layer):
             kwargs["num_sequences"] = num_sequences
         return self.router(features, mask=mask, training=training, **kwargs)
 
-    def _dispatch(self, tokens, routing, mask, training, num_sequences):
-        num_tokens, top_k = ops.shape(routing.expert_indices)
-        groups = self.capacity.groups(num_sequences)
-        capacity = self.capacity.of(
-            num_tokens, self.num_experts, top_k, training, groups
-        )
-        largest = num_tokens * top_k
-        if getattr(self.router, "distinct_choices", False):
-            largest = num_tokens
-        if capacity is not None:
-            largest = capacity * groups
-        max_rows = None
-        if hasattr(self.router, "max_rows"):
-            max_rows = self.router.max_rows(num_tokens, num_sequences)
-        return *dispatch(
-            tokens,
-            routing,
-            self.num_experts,
-            mask,
-            capacity,
-            self.capacity.drop_policy,
-            groups,
-            max_rows,
-            self.seed_generator
-            if training and self.capacity.drop_policy == "random"
-            else None,
-        ), largest
-
     def _add_losses(self, routing, mask, num_sequences, context):
         for loss in self.routing_losses:
             more = ()
@@ -410,25 +371,7 @@ class MoE(keras.layers.Layer):
     def compute_output_spec(
         self, inputs, mask=None, training=None, context=None
     ):
-        outputs = keras.KerasTensor(
-            output_shape(self, inputs.shape), dtype=self.compute_dtype
-        )
-        if not self.return_routing:
-            return outputs
-        kwargs = {}
-        positions = routed_positions(inputs, self.route_per)
-        num_tokens = None if None in positions else math.prod(positions)
-        if getattr(self.router, "uses_context", False):
-            kwargs["context"] = context_spec(context, num_tokens)
-        if getattr(self.router, "looks_ahead", False):
-            kwargs["num_sequences"] = positions[0]
-        tokens = keras.KerasTensor(
-            (num_tokens, inputs.shape[-1]), dtype=self.compute_dtype
-        )
-        routing = self.router.compute_output_spec(
-            tokens, training=training, **kwargs
-        )
-        return outputs, routing
+        return output_spec(self, inputs, training, context)
 
     def compute_output_shape(self, input_shape):
         return output_shape(self, input_shape)

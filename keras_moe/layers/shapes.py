@@ -1,6 +1,12 @@
 """Shapes on the way through a layer that joins routers and experts."""
 
+import math
+
+import keras
+
 from keras_moe.experts import Experts
+from keras_moe.layers.flatten import context_spec
+from keras_moe.layers.flatten import routed_positions
 
 
 def tokens_shape(layer, input_shape):
@@ -24,6 +30,29 @@ def output_shape(layer, input_shape):
         shape = shape_behind(part, shape)
     kept = 1 if layer.route_per == "example" else -1
     return (*input_shape[:kept], *shape[1:])
+
+
+def output_spec(layer, inputs, training, context):
+    """What the layer returns, as symbolic tensors."""
+    outputs = keras.KerasTensor(
+        output_shape(layer, inputs.shape), dtype=layer.compute_dtype
+    )
+    if not layer.return_routing:
+        return outputs
+    positions = routed_positions(inputs, layer.route_per)
+    num_tokens = None if None in positions else math.prod(positions)
+    kwargs = {}
+    if getattr(layer.router, "uses_context", False):
+        kwargs["context"] = context_spec(context, num_tokens)
+    if getattr(layer.router, "looks_ahead", False):
+        kwargs["num_sequences"] = positions[0]
+    tokens = keras.KerasTensor(
+        (num_tokens, inputs.shape[-1]), dtype=layer.compute_dtype
+    )
+    routing = layer.router.compute_output_spec(
+        tokens, training=training, **kwargs
+    )
+    return outputs, routing
 
 
 def check_width(layer, rows, input_shape):
