@@ -5,6 +5,12 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Read when jax is imported, by keras.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+# Most of the time on JAX goes into compiling what then runs once.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 import keras  # noqa: E402
 

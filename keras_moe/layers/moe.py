@@ -113,8 +113,7 @@ class MoE(keras.layers.Layer):
             to `False`.
         statistics: `"per_expert"` logs the load of every expert, `"summary"`
             the smallest and the largest, `"auto"` the former up to 8 experts,
-            `None` counts nothing (and has no variables for it, so weights do
-            not fit the other kinds). Defaults to `"auto"`.
+            `None` nothing, without variables for it. Defaults to `"auto"`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
