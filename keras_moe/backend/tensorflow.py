@@ -37,7 +37,16 @@ def all_reduce_sum(tensor):
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return tensor
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+    # Replicas would wait for each other in the middle of the forward pass. They
+    # share the list of losses that Keras' layers add to: one's are then lost,
+    # another's count twice.
+    raise NotImplementedError(
+        "Under a TensorFlow strategy with several replicas, the loads of all of "
+        "them cannot be added up within a step: leave `expert_bias` out, or set "
+        "its `bias_update_rate` to 0, and take `per='batch'` rather than "
+        "'global'; or use JAX. "
+        f"Received: {context.num_replicas_in_sync} replicas"
+    )
 
 
 def _compiles_with_xla():

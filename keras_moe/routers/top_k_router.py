@@ -261,7 +261,8 @@ class TopKRouter(LinearRouter):
 
     def balance(self, routing, mask, training):
         """Takes a step of the expert bias, if it is time for one."""
-        if training and self.bias_kind and self.trainable:
+        moves = self.bias_kind and self.bias_update_rate > 0
+        if training and moves and self.trainable:
             update_expert_bias(self, routing, mask)
 
     def soften(self, logits):

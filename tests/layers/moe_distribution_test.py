@@ -10,6 +10,7 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from keras import ops
 
 from keras_moe.layers import MoE
@@ -99,6 +100,30 @@ class DataParallelTest(TestCase):
         self.assertEqual(set(history), set(other_history))
         for name, values in history.items():
             self.assertAllClose(values, other_history[name], atol=1e-5)
+
+    def fit_with(self, case):
+        keras.utils.set_random_seed(4)
+        router, losses = None, None
+        if case == "expert_bias":
+            router = TopKRouter(EXPERTS, TOP_K, expert_bias=True, name="router")
+        else:
+            losses = [LoadBalancingLoss(1.0, per="global")]
+        _, layer, history = build_and_fit(losses=losses, router=router)
+        if case == "expert_bias":
+            return np.array(ops.convert_to_numpy(layer.router.expert_bias))
+        return np.array(history["loss"])
+
+    @parameterized.parameters("expert_bias", "global_balance")
+    def test_loads_of_the_whole_batch(self, case):
+        with single_device():
+            alone = self.fit_with(case)
+        self.assertGreater(np.abs(alone).max(), 0.0)
+        with data_parallel():
+            if keras.config.backend() == "jax":
+                self.assertAllClose(self.fit_with(case), alone, atol=1e-5)
+            else:  # it says so, rather than count losses twice
+                with self.assertRaisesRegex(Exception, "2 replicas"):
+                    self.fit_with(case)
 
     def test_no_loss_counts_twice(self):
         losses = {}
