@@ -41,8 +41,8 @@ def all_reduce_sum(tensor):
     # share the list of losses that Keras' layers add to: one's are then lost,
     # another's count twice.
     raise NotImplementedError(
-        "Under a TensorFlow strategy with several replicas, the loads of all of "
-        "them cannot be added up within a step: leave `expert_bias` out, or set "
+        "Under a TensorFlow strategy with several replicas, their loads "
+        "cannot be added up within a step: leave `expert_bias` out, or set "
         "its `bias_update_rate` to 0, and take `per='batch'` rather than "
         "'global'; or use JAX. "
         f"Received: {context.num_replicas_in_sync} replicas"

@@ -17,4 +17,6 @@ def gumbel(shape, dtype, seed):
         Tensor of that shape, finite.
     """
     draws = keras.random.uniform(shape, dtype=dtype, seed=seed)
-    return -ops.log(-ops.log(ops.maximum(draws, 1e-20)))
+    # Neither end of (0, 1) has a finite logarithm of its logarithm.
+    draws = ops.clip(draws, 1e-20, 1 - 2**-24)
+    return -ops.log(-ops.log(draws))

@@ -67,39 +67,38 @@ def get(identifier, **kwargs):
     A name is that of a router, or of a published system whose router it then
     is, with the published numbers:
 
-    | name | router | numbers | source |
-    |---|---|---|---|
-    | `"top_k"` | `TopKRouter` | its defaults | |
-    | `"jacobs"` | `DenseRouter` | all experts | Jacobs et al., 1991 |
-    | `"noisy_top_k"` | `NoisyTopKRouter` | 4 experts, learned noise | \
-Shazeer et al., 2017, section 2.1 |
-    | `"gshard"` | `GShardRouter` | 2 experts, threshold 0.5 | Lepikhin et \
-al., 2020, algorithm 1 |
-    | `"switch"` | `TopKRouter` | 1 expert, jitter 0.01 | Fedus et al., 2021, \
-sections 2.1 and 2.4 |
-    | `"glam"` | `GShardRouter` | 2 of 64, as GShard | Du et al., 2021, \
-section 4 |
-    | `"v_moe"` | `NoisyTopKRouter` | 2 of 32, noise 1 / experts, weights not \
-normalized | Riquelme et al., 2021, appendix A |
-    | `"st_moe"` | `GShardRouter` | 2 experts, threshold 0.2 | Zoph et al., \
-2022, appendix C |
-    | `"expert_choice"` | `ExpertChoiceRouter` | capacity factor 2 | Zhou et \
-al., 2022, section 4 |
-    | `"mixtral"` | `TopKRouter` | 2 of 8, softmax of the chosen | Jiang et \
-al., 2024, section 2.1 |
-    | `"deepseek_v3"` | `TopKRouter` | 8 of 256 in 4 of 8 groups, sigmoid, \
-expert bias, scale 2.5 | DeepSeek-AI, 2024, sections 2.1.2 and 4.2 |
-    | `"kimi_k2"` | `TopKRouter` | 8 of 384, sigmoid, expert bias, scale \
-2.827 | Kimi Team, 2025, and its released configuration |
+    - `"top_k"`: `TopKRouter` with its defaults.
+    - `"jacobs"`: `DenseRouter`, all experts (Jacobs et al., 1991).
+    - `"noisy_top_k"`: `NoisyTopKRouter`, 4 experts, learned noise (Shazeer et
+      al., 2017, section 2.1).
+    - `"gshard"`: `GShardRouter`, 2 experts, threshold 0.5 (Lepikhin et al.,
+      2020, algorithm 1).
+    - `"switch"`: `TopKRouter`, 1 expert, its weight the probability, jitter
+      0.01 (Fedus et al., 2021, sections 2.1 and 2.4).
+    - `"glam"`: `GShardRouter`, 2 of 64 experts, as GShard (Du et al., 2021,
+      section 4).
+    - `"v_moe"`: `NoisyTopKRouter`, 2 of 32 experts, noise of width
+      1 / experts, weights not normalized (Riquelme et al., 2021, appendix A).
+    - `"st_moe"`: `GShardRouter`, 2 experts, threshold 0.2 (Zoph et al., 2022,
+      appendix C).
+    - `"expert_choice"`: `ExpertChoiceRouter`, capacity factor 2 (Zhou et al.,
+      2022, section 4).
+    - `"mixtral"`: `TopKRouter`, 2 of 8 experts, softmax of the chosen (Jiang
+      et al., 2024, section 2.1).
+    - `"deepseek_v3"`: `TopKRouter`, 8 of 256 experts in 4 of 8 groups,
+      sigmoid, expert bias with rate 0.001, scale 2.5 (DeepSeek-AI, 2024,
+      sections 2.1.2 and 4.2).
+    - `"kimi_k2"`: `TopKRouter`, 8 of 384 experts, sigmoid, expert bias, scale
+      2.827 (Kimi Team, 2025, and its released configuration).
 
     Losses, capacities and shared experts of these systems belong to `MoE`.
 
     Args:
-        identifier: A name of the table, a config dict of
+        identifier: A name of the list, a config dict of
             `keras.saving.serialize_keras_object`, or a router, which is
             returned as it is.
         **kwargs: For a name: arguments of the router. They override what the
-            name stands for; `num_experts` is one where the table has none.
+            name stands for; `num_experts` is one where the list has none.
 
     Returns:
         A router layer.

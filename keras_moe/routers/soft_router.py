@@ -4,6 +4,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.ops.noise import gumbel
 from keras_moe.routers.router import Router
 
 _NORMALIZATIONS = ("l2", "rms", "layer")
@@ -70,7 +71,7 @@ class SoftRouter(Router):
             `False`.
         noise_stddev: float. Standard deviation of the normal noise that is
             added to the logits in training. Defaults to `0.0`.
-        gumbel_scale: float. Factor of the standard Gumbel noise that is added
+        gumbel_noise: float. Factor of the standard Gumbel noise that is added
             to the logits in training. Defaults to `0.0`.
         kernel_initializer: Initializer of the slots' embeddings, drawn as a
             `(D, E * P)` matrix. Defaults to `"lecun_normal"`.
@@ -121,7 +122,7 @@ class SoftRouter(Router):
         epsilon=1e-6,
         mix_normalized=False,
         noise_stddev=0.0,
-        gumbel_scale=0.0,
+        gumbel_noise=0.0,
         kernel_initializer="lecun_normal",
         kernel_regularizer=None,
         scale_initializer="ones",
@@ -145,7 +146,7 @@ class SoftRouter(Router):
             )
         for name, value in (
             ("noise_stddev", noise_stddev),
-            ("gumbel_scale", gumbel_scale),
+            ("gumbel_noise", gumbel_noise),
         ):
             if not value >= 0:
                 raise ValueError(
@@ -156,13 +157,13 @@ class SoftRouter(Router):
         self.epsilon = epsilon
         self.mix_normalized = mix_normalized
         self.noise_stddev = noise_stddev
-        self.gumbel_scale = gumbel_scale
+        self.gumbel_noise = gumbel_noise
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.scale_initializer = keras.initializers.get(scale_initializer)
         self.seed = seed
         # A seed generator is state that every call advances: none without use.
-        if noise_stddev > 0 or gumbel_scale > 0:
+        if noise_stddev > 0 or gumbel_noise > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, inputs_shape):
@@ -259,14 +260,10 @@ class SoftRouter(Router):
                 dtype=self.compute_dtype,
                 seed=self.seed_generator,
             )
-        if self.gumbel_scale > 0:
-            uniform = keras.random.uniform(
-                shape, dtype=self.compute_dtype, seed=self.seed_generator
+        if self.gumbel_noise > 0:
+            logits = logits + self.gumbel_noise * gumbel(
+                shape, self.compute_dtype, self.seed_generator
             )
-            # Neither end of (0, 1) has a finite logarithm of its logarithm.
-            uniform = ops.clip(uniform, 1e-20, 1 - 2**-24)
-            gumbel = -ops.log(-ops.log(uniform))
-            logits = logits + self.gumbel_scale * gumbel
         return logits
 
     def get_config(self):
@@ -277,7 +274,7 @@ class SoftRouter(Router):
             "epsilon": self.epsilon,
             "mix_normalized": self.mix_normalized,
             "noise_stddev": self.noise_stddev,
-            "gumbel_scale": self.gumbel_scale,
+            "gumbel_noise": self.gumbel_noise,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer
             ),

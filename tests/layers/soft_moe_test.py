@@ -312,7 +312,7 @@ class ModelTest(TestCase):
         x = keras.Input((None, 5))
         y = SoftMoE(num_experts=3, intermediate_dim=2, name="first")(x)
         second = SoftMoE(
-            router=SoftRouter(3, 2, "rms", gumbel_scale=0.1, name="router"),
+            router=SoftRouter(3, 2, "rms", gumbel_noise=0.1, name="router"),
             experts=MLPExperts(3, 2, name="experts"),
             name="second",
         )

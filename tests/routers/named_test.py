@@ -50,7 +50,7 @@ class NamedTest(TestCase):
     def test_all_are_listed(self):
         self.assertEqual(set(NUMBERS), set(named._NAMED))
         for name in NUMBERS:
-            self.assertIn(f'`"{name}"`', routers.get.__doc__)
+            self.assertIn(f'- `"{name}"`: `', routers.get.__doc__)
 
     @parameterized.named_parameters((name, name) for name in NUMBERS)
     def test_numbers(self, name):

@@ -130,7 +130,7 @@ class SoftRouterTest(TestCase):
         x = inputs()
         uniform = np.random.default_rng(2).uniform(size=(2, 4, 3, 2))
         gumbel = -np.log(-np.log(uniform))
-        router = make(gumbel_scale=0.5)
+        router = make(gumbel_noise=0.5)
         draw = mock.Mock(return_value=ops.array(uniform, "float32"))
         with mock.patch.object(keras.random, "uniform", draw):
             noisy = router(x, training=True)
@@ -146,7 +146,7 @@ class SoftRouterTest(TestCase):
                 self.assert_finite(router(x, training=True))
 
     def test_each_call_draws_anew(self):
-        router = make(noise_stddev=1.0, gumbel_scale=1.0, seed=4)
+        router = make(noise_stddev=1.0, gumbel_noise=1.0, seed=4)
         first, second = (router(inputs(), training=True) for _ in range(2))
         self.assertNotAllClose(first[1], second[1])
         self.assertLen(router.non_trainable_variables, 1)
@@ -197,7 +197,7 @@ class SoftRouterTest(TestCase):
             "epsilon": 1e-3,
             "mix_normalized": True,
             "noise_stddev": 0.5,
-            "gumbel_scale": 0.25,
+            "gumbel_noise": 0.25,
             "kernel_initializer": keras.initializers.RandomNormal(seed=1),
             "kernel_regularizer": keras.regularizers.L2(0.1),
             "scale_initializer": keras.initializers.Constant(2.0),
@@ -222,7 +222,7 @@ class SoftRouterTest(TestCase):
     def test_layer_contract(self):
         self.run_layer_test(
             SoftRouter,
-            init_kwargs={"num_experts": 3, "gumbel_scale": 1.0},
+            init_kwargs={"num_experts": 3, "gumbel_noise": 1.0},
             input_shape=(2, 4, 5),
             expected_num_trainable_weights=2,
             expected_num_seed_generators=1,
@@ -236,7 +236,7 @@ class SoftRouterTest(TestCase):
         ({"normalization": "batch"}, "normalization='batch'"),
         ({"epsilon": 0}, "epsilon=0"),
         ({"noise_stddev": -1.0}, "noise_stddev=-1.0"),
-        ({"gumbel_scale": -1.0}, "gumbel_scale=-1.0"),
+        ({"gumbel_noise": -1.0}, "gumbel_noise=-1.0"),
         ({"noise_stddev": float("nan")}, "noise_stddev=nan"),
     )
     def test_errors(self, kwargs, message):

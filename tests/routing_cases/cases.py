@@ -42,27 +42,33 @@ def named(matches):
 
 
 @contextlib.contextmanager
-def recorded_draws(normal=(), uniform=()):
+def recorded_draws(normal=(), uniform=(), again=False):
     """Keras' random functions return the recorded draws, in this order.
 
     A recorded normal is a standard one, a recorded uniform between 0 and 1.
+    With `again` they may be drawn any number of times, otherwise once.
     """
-    normal, uniform = list(normal), list(uniform)
+    left = {"normal": list(normal), "uniform": list(uniform)}
+
+    def draw(kind, shape, dtype):
+        values = left[kind].pop(0)
+        if again:
+            left[kind].append(values)
+        values = ops.convert_to_tensor(values, dtype or "float32")
+        return ops.reshape(values, shape)
 
     def fake_normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
-        draw = ops.convert_to_tensor(normal.pop(0), dtype or "float32")
-        return mean + stddev * ops.reshape(draw, shape)
+        return mean + stddev * draw("normal", shape, dtype)
 
     def fake_uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
-        draw = ops.convert_to_tensor(uniform.pop(0), dtype or "float32")
-        return minval + (maxval - minval) * ops.reshape(draw, shape)
+        return minval + (maxval - minval) * draw("uniform", shape, dtype)
 
     with (
         mock.patch.object(keras.random, "normal", fake_normal),
         mock.patch.object(keras.random, "uniform", fake_uniform),
     ):
         yield
-    if normal or uniform:
+    if not again and any(left.values()):
         raise AssertionError("Not all recorded draws were asked for.")
 
 

@@ -1,32 +1,9 @@
 """Soft MoE as vmoe and soft-moe-pytorch have it, through public arguments."""
 
-import contextlib
-from unittest import mock
-
-import keras
-from keras import ops
-
-from keras_moe.experts import Experts
 from keras_moe.layers.soft_moe import SoftMoE
 from keras_moe.routers.soft_router import SoftRouter
-
-
-class LinearExperts(Experts):
-    """The experts of the recorded cases: `row @ W[e] + b[e]`."""
-
-    def __init__(self, num_experts, width, **kwargs):
-        super().__init__(num_experts, **kwargs)
-        self.width = width
-
-    def build(self, rows_shape):
-        self.kernel = self.add_bank("kernel", (rows_shape[-1], self.width))
-        self.bias = self.add_bank("bias", (self.width,), kind="bias")
-
-    def call(self, rows, group_sizes, training=None):
-        return self.grouped_dense(rows, group_sizes, self.kernel, self.bias)
-
-    def compute_output_shape(self, rows_shape, group_sizes_shape=None):
-        return (rows_shape[0], self.width)
+from tests.routing_cases.cases import LinearExperts
+from tests.routing_cases.cases import recorded_draws
 
 
 def is_vmoe(config, arrays):
@@ -73,7 +50,7 @@ def router_options(config, arrays):
         # It divides by the norm itself, or as LayerNorm of torch does.
         "epsilon": 1e-5 if layer_norm else 1e-12,
         "mix_normalized": True,
-        "gumbel_scale": float("gumbel_uniform" in arrays),
+        "gumbel_noise": float("gumbel_uniform" in arrays),
     }
 
 
@@ -100,25 +77,12 @@ def layer_from_case(config, arrays):
     return layer
 
 
-@contextlib.contextmanager
-def recorded_draws(arrays):
+def draws_of(arrays):
     """Draws what the case recorded, and nothing else."""
-
-    def normal(shape, mean=0.0, stddev=1.0, **_):
-        return mean + stddev * ops.array(_of(shape, arrays["noise_unit"]))
-
-    def uniform(shape, minval=0.0, maxval=1.0, **_):
-        unit = ops.array(_of(shape, arrays["gumbel_uniform"]))
-        return minval + (maxval - minval) * unit
-
-    with (
-        mock.patch.object(keras.random, "normal", normal),
-        mock.patch.object(keras.random, "uniform", uniform),
-    ):
-        yield
-
-
-def _of(shape, draws):
-    if tuple(shape) != draws.shape:
-        raise ValueError(f"Recorded {draws.shape}, drawn {tuple(shape)}")
-    return draws
+    return recorded_draws(
+        normal=(arrays["noise_unit"],) if "noise_unit" in arrays else (),
+        uniform=(arrays["gumbel_uniform"],)
+        if "gumbel_uniform" in arrays
+        else (),
+        again=True,
+    )

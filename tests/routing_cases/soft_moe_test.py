@@ -9,11 +9,11 @@ from keras import ops
 
 from tests import token_loop
 from tests.layers.soft_moe_test import soft_moe
-from tests.routing_cases.soft_moe import LinearExperts
+from tests.routing_cases.cases import LinearExperts
+from tests.routing_cases.soft_moe import draws_of
 from tests.routing_cases.soft_moe import is_vmoe
 from tests.routing_cases.soft_moe import layer_from_case
 from tests.routing_cases.soft_moe import matches
-from tests.routing_cases.soft_moe import recorded_draws
 from tests.routing_cases.soft_moe import router_from_case
 from tests.routing_cases.soft_moe import router_options
 from tests.routing_cases.soft_moe import variables_from_case
@@ -59,7 +59,7 @@ class SoftMoECasesTest(TestCase):
         found = list(cases())
         self.assertNotEmpty(found)
         for name, config, arrays in found:
-            with self.subTest(name), recorded_draws(arrays):
+            with self.subTest(name), draws_of(arrays):
                 mask = arrays.get("mask")
                 call = {
                     "mask": None if mask is None else ops.array(mask),
