@@ -1,8 +1,8 @@
 """Runs the tests once per backend: `python -m tests [--backends a,b] [args]`.
 
-Each backend gets one pytest process, since Keras chooses its backend at import
-and importing the frameworks takes longer than most tests. All further arguments
-go to pytest.
+Keras chooses its backend at import, so each backend gets a pytest of its own,
+with a worker for each of up to four cores (compiling takes most of the time on
+JAX, and is done by one). All further arguments go to pytest.
 """
 
 import argparse
@@ -25,11 +25,14 @@ def main():
     unknown = set(backends) - set(BACKENDS)
     if unknown:
         parser.error(f"--backends must be of {BACKENDS}. Received: {unknown}")
+    workers = min(os.cpu_count() or 1, 4)
+    # A file's tests share what has been compiled for the first of them.
+    workers = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     failed = []
     for backend in backends:
         print(f"\n===== {backend} =====", flush=True)
         status = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *pytest_arguments],
+            [sys.executable, "-m", "pytest", "-q", *workers, *pytest_arguments],
             env={**os.environ, "KERAS_BACKEND": backend},
         ).returncode
         if status:  # 5, no test collected, too
