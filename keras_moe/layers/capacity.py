@@ -5,7 +5,6 @@ from keras_moe.ops.capacity import expert_capacity
 from keras_moe.ops.dispatch import DROP_POLICIES
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import group_size
-from keras_moe.ops.groups import num_groups
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -39,8 +38,8 @@ class Capacity:
               (DeepSpeed's random token selection).
             Defaults to `"position"`.
         per: `"batch"` counts over all tokens of the batch, `"sequence"` within
-            each sequence, an int within groups of as many sequences. Defaults
-            to `"batch"`.
+            each sequence, an int within groups of as many sequences, the last
+            of which may be smaller. Defaults to `"batch"`.
         normalize_kept_weights: bool. Whether the weights of what is kept of a
             token are divided by their sum, so that the survivor of two choices
             gets weight 1 (GShard's later implementations). Defaults to
@@ -125,25 +124,23 @@ class Capacity:
         """Whether there is any limit at all."""
         return any((self.capacity_factor, self.eval_capacity_factor, self.size))
 
-    def of(self, num_tokens, num_experts, top_k, training, groups=1):
-        """Rows an expert takes of each group, or `None` for no limit."""
+    def of(self, num_tokens, num_experts, top_k, training):
+        """Rows an expert takes of a group of tokens, or `None` for no limit."""
         if self.size is not None:
             return self.size
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
         return expert_capacity(
-            group_size(num_tokens, groups),
-            num_experts,
-            top_k,
-            factor,
-            self.rule,
-            self.multiple_of,
+            num_tokens, num_experts, top_k, factor, self.rule, self.multiple_of
         )
 
-    def groups(self, num_sequences):
-        """Number of groups of tokens that are counted apart."""
-        return num_groups(self.per, num_sequences)
+    def group_size(self, num_tokens, num_sequences):
+        """Number of tokens that are counted together."""
+        if self.per == "batch":
+            return num_tokens
+        length = group_size(num_tokens, num_sequences)
+        return length if self.per == "sequence" else self.per * length
 
     def get_config(self):
         return {

@@ -1,5 +1,7 @@
 """Turning what a layer is called with into one row a token."""
 
+import inspect
+
 import keras
 from keras import ops
 
@@ -28,10 +30,25 @@ def to_tokens(inputs, mask, route_per):
         return ops.mean(inputs, axis=axes), inputs, None
     flat = zero_masked(ops.reshape(inputs, (-1, dim)), mask)
     mask = ops.reshape(mask, (ops.shape(inputs)[0], -1))  # (B, L)
-    count = ops.sum(ops.cast(mask, flat.dtype), axis=1, keepdims=True)
-    total = ops.sum(ops.reshape(flat, (*ops.shape(mask), dim)), axis=1)
-    features = total / ops.maximum(count, 1.0)
+    # Sums of long examples are too much for half precision.
+    half = keras.backend.standardize_dtype(inputs.dtype) != "float64"
+    exact = ops.cast(flat, "float32") if half else flat
+    count = ops.sum(ops.cast(mask, exact.dtype), axis=1, keepdims=True)
+    total = ops.sum(ops.reshape(exact, (*ops.shape(mask), dim)), axis=1)
+    features = ops.cast(total / ops.maximum(count, 1.0), inputs.dtype)
     return features, ops.reshape(flat, ops.shape(inputs)), ops.any(mask, axis=1)
+
+
+def call_masked(layer, tokens, mask):
+    """A layer on tokens `(T, D)`, with their mask if it takes one.
+
+    Keras hands `training` on by itself. A mask of examples says nothing to a
+    layer that looks at their positions: then what is masked is just zero.
+    """
+    takes_mask = "mask" in inspect.signature(layer.call).parameters
+    if mask is None or not takes_mask or len(tokens.shape) > 2:
+        return layer(tokens)
+    return layer(tokens, mask=mask)
 
 
 def match_rank(x, like):
@@ -56,7 +73,7 @@ def flatten_context(context, positions):
     """A context as one row a token.
 
     Whole numbers are ids, of the shape of the positions or of their first axes:
-    `(T,)` int32. Other numbers have an axis of features behind that: `(T, C)`.
+    `(T,)`. Other numbers have an axis of features behind that: `(T, C)`.
     """
     if context is None:
         return None
@@ -73,21 +90,21 @@ def flatten_context(context, positions):
             f"{tuple(positions)}"
         )
     if is_ids:
-        return ops.reshape(
-            _spread(ops.cast(context, "int32"), positions), (-1,)
-        )
+        if dtype == "bool":
+            context = ops.cast(context, "int32")
+        return ops.reshape(_spread(context, positions), (-1,))
     features = context.shape[-1]
     return ops.reshape(_spread(context, positions, features), (-1, features))
 
 
-def context_spec(context, num_tokens):
+def context_spec(context, num_tokens, dtype):
     """What `flatten_context` will make of a symbolic context."""
     if context is None:
         return None
     if _is_ids(context.dtype):
-        return keras.KerasTensor((num_tokens,), dtype="int32")
-    shape = (num_tokens, context.shape[-1])
-    return keras.KerasTensor(shape, dtype=context.dtype)
+        dtype = "int32" if context.dtype == "bool" else context.dtype
+        return keras.KerasTensor((num_tokens,), dtype=dtype)
+    return keras.KerasTensor((num_tokens, context.shape[-1]), dtype=dtype)
 
 
 def _is_ids(dtype):

@@ -4,6 +4,7 @@ from keras import ops
 from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
+from keras_moe.layers.flatten import call_masked
 from keras_moe.layers.flatten import flatten_context
 from keras_moe.layers.flatten import match_rank
 from keras_moe.layers.flatten import routed_positions
@@ -12,6 +13,8 @@ from keras_moe.layers.parts import agreed_num_experts
 from keras_moe.layers.parts import capacity_of
 from keras_moe.layers.parts import check_causal
 from keras_moe.layers.parts import check_choice
+from keras_moe.layers.parts import check_intermediate_dim
+from keras_moe.layers.parts import check_kept_weights
 from keras_moe.layers.parts import check_layer
 from keras_moe.layers.parts import default_name
 from keras_moe.layers.parts import num_experts_of
@@ -56,8 +59,6 @@ class MoE(keras.layers.Layer):
 
     Masked tokens give zero. They reach no expert, take no capacity and count
     in no loss and no statistic.
-
-    Numbers and names make parts; any part may be one's own object instead.
 
     Args:
         num_experts: int. Number of experts. Required unless `router` or
@@ -166,7 +167,6 @@ class MoE(keras.layers.Layer):
     Reference:
 
     - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equation 1
-    - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
     - [Dai et al., 2024](https://arxiv.org/abs/2401.06066), equation 9 (shared)
     - [Rajbhandari et al., 2022](https://arxiv.org/abs/2201.05596), section 4.1
     """
@@ -207,11 +207,7 @@ class MoE(keras.layers.Layer):
             {**defaults, "name": "router"},
             {"top_k": top_k},
         )
-        if isinstance(experts, str) and intermediate_dim is None:
-            raise ValueError(
-                "`intermediate_dim` must be given if `experts` is a name. "
-                f"Received: intermediate_dim=None, experts={experts!r}"
-            )
+        check_intermediate_dim(intermediate_dim, experts)
         self.experts = resolve_part(
             experts_lib.get,
             "experts",
@@ -239,7 +235,8 @@ class MoE(keras.layers.Layer):
         self.post_experts = check_layer("post_experts", post_experts)
         check_choice("route_per", route_per, ("token", "example"))
         self.route_per = route_per
-        check_causal(causal, self.router, self.capacity)
+        check_causal(causal, self.router, self.capacity, route_per)
+        check_kept_weights(self.capacity, self.router)
         self.causal = causal
         self.return_routing = return_routing
         self._statistics_detail = statistics
@@ -285,7 +282,7 @@ class MoE(keras.layers.Layer):
         routing = self._route(features, mask, training, context, positions[0])
         sent = tokens
         if self.pre_experts is not None:
-            sent = self.pre_experts(tokens)
+            sent = call_masked(self.pre_experts, tokens, mask)
         rows, group_sizes, plan, largest = send(
             self, sent, routing, mask, training, positions[0]
         )
@@ -300,7 +297,8 @@ class MoE(keras.layers.Layer):
         check_width(self, rows, inputs.shape)
         outputs = combine(rows, plan, weights)
         if self.post_experts is not None:
-            outputs = zero_masked(self.post_experts(outputs), mask)
+            outputs = call_masked(self.post_experts, outputs, mask)
+            outputs = zero_masked(outputs, mask)
         outputs = ops.cast(outputs, self.compute_dtype)
         if self.shared_experts is not None:
             outputs = join(self, outputs, tokens, features, mask, training)
@@ -350,10 +348,12 @@ class MoE(keras.layers.Layer):
         kwargs = {}
         if getattr(self.router, "uses_context", False):
             kwargs["context"] = context
-        elif context is not None:
+        elif context is not None and not any(
+            getattr(loss, "uses_context", False) for loss in self.routing_losses
+        ):
             raise ValueError(
-                "`context` is for routers that use it. Received a context and "
-                f"router={self.router!r}"
+                "`context` is for routers and losses that use it. Received a "
+                f"context and router={self.router!r}"
             )
         if getattr(self.router, "looks_ahead", False):
             kwargs["num_sequences"] = num_sequences

@@ -3,6 +3,7 @@
 import keras
 
 from keras_moe.layers.capacity import Capacity
+from keras_moe.routers import TopKRouter
 
 
 def default_name():
@@ -86,6 +87,14 @@ def serialize_part(layer):
     return config
 
 
+def check_intermediate_dim(intermediate_dim, experts):
+    if isinstance(experts, str) and intermediate_dim is None:
+        raise ValueError(
+            "`intermediate_dim` must be given if `experts` is a name. "
+            f"Received: intermediate_dim=None, experts={experts!r}"
+        )
+
+
 def check_choice(name, value, known):
     if value not in known:
         raise ValueError(
@@ -133,20 +142,37 @@ def capacity_of(capacity, capacity_factor, eval_capacity_factor, drop_policy):
     return capacity
 
 
-def check_causal(causal, router, capacity):
+def check_kept_weights(capacity, router):
+    """Of one choice the survivor's share is always one."""
+    one = isinstance(router, TopKRouter) and router.choices_per_token == 1
+    if capacity.normalize_kept_weights and one:
+        raise ValueError(
+            "With one expert a token, `normalize_kept_weights` makes its "
+            "weight always one, and the router would get no gradient. "
+            f"Received: router={router!r} with top_k=1"
+        )
+
+
+def check_causal(causal, router, capacity, route_per):
     if not causal or getattr(router, "allow_lookahead", False):
         return
+    # Where a token has more choices, its later ones stand behind the first
+    # choices of later tokens.
+    one = isinstance(router, TopKRouter) and router.choices_per_token == 1
+    in_order = ("token", "position") if one else ("token",)
     looks_ahead = None
     if getattr(router, "looks_ahead", False):
         looks_ahead = f"router={router!r}"
-    elif capacity.drops and capacity.drop_policy in ("priority", "weight"):
-        looks_ahead = f"drop_policy={capacity.drop_policy!r}"
+    elif capacity.drops and capacity.drop_policy not in in_order:
+        looks_ahead = f"a capacity with drop_policy={capacity.drop_policy!r}"
+    elif route_per == "example":
+        looks_ahead = f"route_per={route_per!r}"
     if looks_ahead is not None:
         raise ValueError(
             "In a causal layer what a token gets must not depend on later "
-            "tokens, as it does where tokens compete for their experts by "
-            "score: in training a model could read ahead, in generation it "
-            "would be missing. Use another router or drop policy, or give the "
-            "router `allow_lookahead=True` where whole sequences are scored. "
-            f"Received: causal=True, {looks_ahead}"
+            "tokens, as it does where tokens compete for their experts: in "
+            "training a model could read ahead, in generation it would be "
+            "missing. Use another router, or the drop policy 'token', or give "
+            "the router `allow_lookahead=True` where whole sequences are "
+            f"scored. Received: causal=True, {looks_ahead}"
         )

@@ -14,8 +14,8 @@ def send(layer, tokens, routing, mask, training, num_sequences):
     """
     num_tokens, top_k = ops.shape(routing.expert_indices)
     capacity = layer.capacity
-    groups = capacity.groups(num_sequences)
-    size = capacity.of(num_tokens, layer.num_experts, top_k, training, groups)
+    group_size = capacity.group_size(num_tokens, num_sequences)
+    size = capacity.of(group_size, layer.num_experts, top_k, training)
     max_rows = None
     if hasattr(layer.router, "max_rows"):
         max_rows = layer.router.max_rows(num_tokens, num_sequences)
@@ -27,7 +27,7 @@ def send(layer, tokens, routing, mask, training, num_sequences):
         mask,
         size,
         capacity.drop_policy,
-        groups,
+        None if capacity.per == "batch" else group_size,
         max_rows,
         seed=layer.seed_generator if draws else None,
     )
@@ -35,7 +35,8 @@ def send(layer, tokens, routing, mask, training, num_sequences):
     if getattr(layer.router, "distinct_choices", False):
         max_group_size = num_tokens
     if size is not None:
-        room = size * groups
-        known = isinstance(room, int) and isinstance(max_group_size, int)
-        max_group_size = min(room, max_group_size) if known else room
+        known = isinstance(size, int) and isinstance(max_group_size, int)
+        if known and group_size > 0:
+            groups = -(-num_tokens // group_size)
+            max_group_size = min(size * groups, max_group_size)
     return rows, group_sizes, plan, max_group_size

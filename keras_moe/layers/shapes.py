@@ -41,16 +41,26 @@ def output_spec(layer, inputs, training, context):
         return outputs
     positions = routed_positions(inputs, layer.route_per)
     num_tokens = None if None in positions else math.prod(positions)
+    router = layer.router
+    # Where the number of tokens is not known, any that makes whole groups.
+    per = getattr(router, "per", None)
+    sequences = per if isinstance(per, int) else 2
+    if num_tokens is not None:
+        sequences = positions[0]
+    known = 2 * sequences if num_tokens is None else num_tokens
     kwargs = {}
-    if getattr(layer.router, "uses_context", False):
-        kwargs["context"] = context_spec(context, num_tokens)
-    if getattr(layer.router, "looks_ahead", False):
-        kwargs["num_sequences"] = positions[0]
+    if getattr(router, "uses_context", False):
+        kwargs["context"] = context_spec(context, known, router.compute_dtype)
+    if getattr(router, "looks_ahead", False):
+        kwargs["num_sequences"] = sequences
     tokens = keras.KerasTensor(
-        (num_tokens, inputs.shape[-1]), dtype=layer.compute_dtype
+        (known, inputs.shape[-1]), dtype=router.compute_dtype
     )
-    routing = layer.router.compute_output_spec(
-        tokens, training=training, **kwargs
+    # Called, not asked for its specification: it has a dtype of its own.
+    routing = router(tokens, training=training, **kwargs)
+    routing = keras.tree.map_structure(
+        lambda x: keras.KerasTensor((num_tokens, *x.shape[1:]), dtype=x.dtype),
+        routing,
     )
     return outputs, routing
 

@@ -1,11 +1,10 @@
 """What shared experts make of all tokens, and how it joins the routed part."""
 
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.experts import Experts
+from keras_moe.layers.flatten import call_masked
 from keras_moe.ops.masking import zero_masked
 
 SHARED_EXPERTS_MODES = ("add", "gate", "average", "residual")
@@ -14,10 +13,7 @@ SHARED_EXPERTS_MODES = ("add", "gate", "average", "residual")
 def shared_output(shared_experts, tokens, mask, training):
     """`(T, D)` -> `(T, D')`. The experts of a bank are summed."""
     if not isinstance(shared_experts, Experts):
-        # Keras hands `training` on; a mask it hands on with its own alone.
-        parameters = inspect.signature(shared_experts.call).parameters
-        masks = {"mask": mask} if "mask" in parameters else {}
-        return shared_experts(tokens, **masks)
+        return call_masked(shared_experts, tokens, mask)
     copies = shared_experts.num_experts
     num_tokens = ops.shape(tokens)[0]
     rows = shared_experts(

@@ -37,3 +37,4 @@ from keras_moe.ops.scores import normalize_weights as normalize_weights
 from keras_moe.ops.scores import score as score
 from keras_moe.ops.selection import top_k_indices as top_k_indices
 from keras_moe.ops.sinkhorn import sinkhorn as sinkhorn
+from keras_moe.ops.smooth_step import smooth_step as smooth_step

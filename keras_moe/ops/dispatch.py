@@ -14,7 +14,6 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.groups import group_size
 
 DROP_POLICIES = ("position", "token", "priority", "weight", "random")
 
@@ -44,7 +43,7 @@ def dispatch(
     mask=None,
     capacity=None,
     drop_policy="position",
-    groups=1,
+    group_size=None,
     max_rows=None,
     seed=None,
 ):
@@ -59,8 +58,9 @@ def dispatch(
             of each group. `None` drops nothing.
         drop_policy: Who stays when an expert has more than `capacity` tokens,
             as in `keras_moe.layers.Capacity`. Defaults to `"position"`.
-        groups: int or int32 scalar. The tokens are as many groups of equal
-            size, one after the other. Defaults to `1`.
+        group_size: int or int32 scalar, or `None`. Every so many tokens are a
+            group, the last of which may be smaller. `None` makes the batch one.
+            Defaults to `None`.
         max_rows: int or int32 scalar, or `None`. Makes `N` as small as that;
             for routings which have no more choices that exist. `None` is
             `T * K`. Defaults to `None`.
@@ -85,9 +85,12 @@ def dispatch(
         experts = ops.where(_by_choice(kept), experts, num_experts)
     if capacity is not None:
         order = _priority(routing, drop_policy, seed)
-        token = ops.tile(ops.arange(num_tokens, dtype="int32"), (top_k,))
-        group = token // ops.maximum(group_size(num_tokens, groups), 1)
-        rank = _rank_among_equals(experts + group * (num_experts + 1), order)
+        keys = experts
+        if group_size is not None:
+            token = ops.tile(ops.arange(num_tokens, dtype="int32"), (top_k,))
+            group = token // ops.maximum(group_size, 1)
+            keys = experts + group * (num_experts + 1)
+        rank = _rank_among_equals(keys, order)
         fits = ops.logical_and(rank < capacity, experts < num_experts)
         experts = ops.where(fits, experts, num_experts)
     choices = ops.argsort(experts)  # stable
@@ -159,7 +162,7 @@ def normalize_kept_weights(plan, expert_weights):
             plan.kept, expert_weights, ops.zeros_like(expert_weights)
         )
     total = ops.sum(expert_weights, axis=-1, keepdims=True)
-    total = ops.where(total > 0, total, ops.ones_like(total))
+    total = ops.where(total != 0, total, ops.ones_like(total))
     return expert_weights / total
 
 
@@ -287,10 +290,15 @@ def _rank_among_equals(keys, order):
     """How many equal keys come before each in the given order, `(N,)`."""
     if order is not None:
         keys = ops.take(keys, order)
+    num_choices = ops.shape(keys)[0]
+    number = ops.arange(num_choices, dtype="int32")
+    if not isinstance(num_choices, int) and not ops.is_tensor(num_choices):
+        # Keras infers shapes on JAX with symbolic sizes, which `searchsorted`
+        # does not take. Only the shape counts then.
+        return number
     by_key = ops.argsort(keys)  # stable
     ordered = ops.take(keys, by_key)
     starts = ops.searchsorted(ordered, ordered, side="left")
-    number = ops.arange(ops.shape(keys)[0], dtype="int32")
     rank = number - ops.cast(starts, "int32")
     if order is not None:
         by_key = ops.take(order, by_key)

@@ -27,7 +27,8 @@ def sparsemax(x, axis=-1):
 
     Example:
 
-    >>> keras_moe.ops.sparsemax(keras.ops.array([1.0, 0.5, -1.0])).tolist()
+    >>> p = keras_moe.ops.sparsemax(keras.ops.array([1.0, 0.5, -1.0]))
+    >>> keras.ops.convert_to_numpy(p).tolist()
     [0.75, 0.25, 0.0]
 
     Reference:
@@ -56,7 +57,8 @@ def entmax15(x, axis=-1):
 
     Example:
 
-    >>> keras_moe.ops.entmax15(keras.ops.array([0.0, -2.0, -3.0])).tolist()
+    >>> p = keras_moe.ops.entmax15(keras.ops.array([0.0, -2.0, -3.0]))
+    >>> keras.ops.convert_to_numpy(p).tolist()
     [1.0, 0.0, 0.0]
 
     Reference:

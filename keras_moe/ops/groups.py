@@ -44,7 +44,12 @@ def num_groups(per, num_sequences):
             "The number of sequences must be a multiple of `per`. "
             f"Received: per={per}, num_sequences={num_sequences}"
         )
-    return num_sequences // per
+    groups = num_sequences // per
+    if ops.is_tensor(num_sequences):
+        # No group at all makes `to_groups` fail, rather than mix sequences.
+        whole = ops.equal(num_sequences % per, 0)
+        groups = groups * ops.cast(whole, groups.dtype)
+    return groups
 
 
 def to_groups(x, groups):

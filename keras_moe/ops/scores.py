@@ -22,7 +22,9 @@ def score(logits, activation):
         return ops.sigmoid(logits)
     if activation == "sqrt_softplus":
         # The gradient of the root is infinite at 0.
-        return ops.sqrt(ops.maximum(ops.softplus(logits), 1e-30))
+        scores = ops.softplus(logits)
+        least = ops.full_like(scores, 1e-30)
+        return ops.sqrt(ops.where(scores > least, scores, least))
     raise ValueError(
         f"`activation` must be one of {SCORE_ACTIVATIONS}. "
         f"Received: activation={activation!r}"

@@ -22,7 +22,8 @@ def smooth_step(x, gamma=1.0):
 
     Example:
 
-    >>> keras_moe.ops.smooth_step(keras.ops.array([-1.0, 0.0, 0.5])).tolist()
+    >>> s = keras_moe.ops.smooth_step(keras.ops.array([-1.0, 0.0, 0.5]))
+    >>> keras.ops.convert_to_numpy(s).tolist()
     [0.0, 0.5, 1.0]
 
     Reference:

@@ -1,8 +1,12 @@
 """Checks of arguments that several routers have."""
 
 
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_int(name, value, minimum):
-    if not isinstance(value, int) or value < minimum:
+    if not _is_int(value) or value < minimum:
         raise ValueError(
             f"`{name}` must be an int of at least {minimum}. "
             f"Received: {name}={value!r}"
@@ -31,7 +35,7 @@ def check_one_of(name, value, known):
 
 
 def check_top_k(top_k, num_experts):
-    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+    if not _is_int(top_k) or not 1 <= top_k <= num_experts:
         raise ValueError(
             "`top_k` must be an int between 1 and `num_experts`. "
             f"Received: top_k={top_k!r}, num_experts={num_experts}"

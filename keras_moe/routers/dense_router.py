@@ -50,7 +50,7 @@ class DenseRouter(LinearRouter):
 
     >>> router = keras_moe.routers.DenseRouter(num_experts=3)
     >>> routing = router(keras.ops.ones((2, 8)))
-    >>> routing.expert_indices.tolist()
+    >>> keras.ops.convert_to_numpy(routing.expert_indices).tolist()
     [[0, 1, 2], [0, 1, 2]]
 
     Reference:

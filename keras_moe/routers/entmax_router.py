@@ -67,7 +67,7 @@ class EntmaxRouter(LinearRouter):
     ...     num_experts=3, alpha=2.0, kernel_initializer="identity"
     ... )
     >>> routing = router(keras.ops.array([[0.0, 0.5, 0.0], [0.0, 0.0, 9.0]]))
-    >>> routing.expert_indices.tolist()
+    >>> keras.ops.convert_to_numpy(routing.expert_indices).tolist()
     [[1, 0, 2], [2, 3, 3]]
 
     Reference:

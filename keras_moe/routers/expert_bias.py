@@ -43,19 +43,16 @@ def update_expert_bias(router, routing, mask=None):
     if router.bias_update_steps == 1:
         router.expert_bias.assign(router.expert_bias + _change(router, counts))
         return
+    bias = ops.convert_to_tensor(router.expert_bias)
     counts = router.bias_counts + counts
     step = router.bias_step + 1
     due = step >= router.bias_update_steps
-    change = _change(router, counts)
-    for state, value in (
-        (
-            router.expert_bias,
-            ops.where(due, router.expert_bias + change, router.expert_bias),
-        ),
-        (router.bias_counts, ops.where(due, ops.zeros_like(counts), counts)),
-        (router.bias_step, ops.where(due, ops.zeros_like(step), step)),
+    for state, if_due, otherwise in (
+        (router.expert_bias, bias + _change(router, counts), bias),
+        (router.bias_counts, ops.zeros_like(counts), counts),
+        (router.bias_step, ops.zeros_like(step), step),
     ):
-        state.assign(value)
+        state.assign(ops.where(due, if_due, otherwise))
 
 
 def _change(router, counts):

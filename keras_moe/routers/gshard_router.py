@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.ops.noise import gumbel
@@ -84,9 +85,20 @@ class GShardRouter(TopKRouter):
                 "`top_k` must be at least 2 and `num_always_on` 0. Received: "
                 f"top_k={top_k}, num_always_on={self.num_always_on}"
             )
-        thresholds = threshold
-        if isinstance(threshold, (int, float)):
-            thresholds = (threshold,) * (top_k - 1)
+        limits = self.bias_kind or self.expert_dropout
+        if policy == "sampling" and (limits or self.num_expert_groups > 1):
+            raise ValueError(
+                "The policy 'sampling' draws from all other experts, without "
+                "groups, bias or dropout. Received: policy='sampling', "
+                f"num_expert_groups={self.num_expert_groups}, "
+                f"expert_bias={self.bias_kind}, "
+                f"expert_dropout={self.expert_dropout}"
+            )
+        if np.ndim(threshold) == 0:
+            threshold = float(threshold)
+            thresholds = [threshold] * (top_k - 1)
+        else:
+            thresholds = threshold = [float(t) for t in threshold]
         if len(thresholds) != top_k - 1 or not all(t > 0 for t in thresholds):
             raise ValueError(
                 "`threshold` must be positive, or as many positive numbers as "
@@ -95,7 +107,7 @@ class GShardRouter(TopKRouter):
             )
         self.policy = policy
         self.threshold = threshold
-        self._thresholds = list(thresholds)
+        self._thresholds = thresholds
         self.random_in_inference = random_in_inference
         if policy != "all":
             self.add_seed_generator()

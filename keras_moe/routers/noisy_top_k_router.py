@@ -120,6 +120,14 @@ class NoisyTopKRouter(TopKRouter):
             noise_stddev=0.0 if learned else noise_stddev,
             **kwargs,
         )
+        if self.gumbel_noise or self.num_always_on or self.bias_kind:
+            raise ValueError(
+                "The expected load of NoisyTopKRouter knows its own noise "
+                "alone. Received: "
+                f"gumbel_noise={self.gumbel_noise}, "
+                f"num_always_on={self.num_always_on}, "
+                f"expert_bias={self.bias_kind}"
+            )
         self.learned_noise = learned
         self.noise_epsilon = noise_epsilon
         self.load_threshold = load_threshold

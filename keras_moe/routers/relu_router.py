@@ -92,7 +92,7 @@ class ReLURouter(LinearRouter):
     ...     num_experts=3, top_k=1, kernel_initializer="identity"
     ... )
     >>> routing = router(keras.ops.array([[0.5, 0.0, 2.0], [-1.0, 0.0, -1.0]]))
-    >>> routing.expert_indices.tolist()
+    >>> keras.ops.convert_to_numpy(routing.expert_indices).tolist()
     [[2, 0, 3], [3, 3, 3]]
 
     Reference:

@@ -197,10 +197,12 @@ class TaskRouter(TopKRouter):
             allowed = ops.einsum("tn,ne->te", is_task, table) > 0.5
         logits = _limited(logits, allowed)  # (T, E)
         noisy = self.noisy_logits(tokens, logits, training)
-        probs = score(noisy, self.score_activation)
+        weighted = noisy if self.noisy_weights else logits
+        probs = score(weighted, self.score_activation)
         # With a bias it is the probabilities that are ranked.
-        indices = self.select(noisy, _limited(probs, allowed), training)
-        weights = self.weigh(noisy, probs, indices)
+        ranked = _limited(score(noisy, self.score_activation), allowed)
+        indices = self.select(noisy, ranked, training)
+        weights = self.weigh(weighted, probs, indices)
         routing = Routing(logits, probs, indices, weights)
         self.balance(routing, mask, training)
         return routing

@@ -231,6 +231,10 @@ class TopKRouter(LinearRouter):
         if noise_stddev > 0 or gumbel_noise > 0 or expert_dropout > 0:
             self.add_seed_generator()
 
+    @property
+    def choices_per_token(self):
+        return self.top_k + self.num_always_on
+
     def build(self, tokens_shape):
         super().build(tokens_shape)
         if self.learned_scale is not None:

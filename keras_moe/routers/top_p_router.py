@@ -74,7 +74,7 @@ class TopPRouter(LinearRouter):
     ...     num_experts=3, top_p=0.6, kernel_initializer="identity"
     ... )
     >>> routing = router(keras.ops.array([[0.0, 0.5, 0.0], [0.0, 0.0, 9.0]]))
-    >>> routing.expert_indices.tolist()
+    >>> keras.ops.convert_to_numpy(routing.expert_indices).tolist()
     [[1, 0, 3], [2, 3, 3]]
 
     Reference:

@@ -180,8 +180,27 @@ class AroundTheExpertsTest(TestCase):
         self.assertEqual(model.output_shape, (None, None, 7))
         self.assertEqual(tuple(model(inputs()).shape), (3, 4, 7))
 
+    def test_masked_tokens_do_not_count_in_normalizations(self):
+        x, mask = inputs(), np.arange(12).reshape(3, 4) % 4 < 3
+        for side in ("pre_experts", "post_experts"):
+            norms = [keras.layers.BatchNormalization() for _ in range(2)]
+            padded, short = (make(**{side: norm}) for norm in norms)
+            outputs = padded(x, mask=ops.array(mask), training=True)
+            wanted = short(x[:, :3], training=True)
+            self.assertAllClose(outputs[:, :3], wanted, atol=1e-5)
+
 
 class SideInputsTest(TestCase):
+    def test_modalities_for_a_loss(self):
+        loss = keras_moe.losses.EntropyLoss(1.0, modality=1)
+        layer = make(losses=loss)
+        x, modality = inputs(), np.arange(12).reshape(3, 4) % 2
+        layer(x, context=modality, training=True)
+        routing = layer.route(x, context=modality)
+        probs = ops.convert_to_numpy(routing.probs)[modality.reshape(-1) == 1]
+        wanted = -(probs * np.log(probs)).sum(axis=1).mean()
+        self.assert_relative(layer.losses[0], wanted)
+
     def layer(self):
         table = [[0, 1], [2, 3], [3, 0]]
         return MoE(
@@ -252,6 +271,33 @@ class SideInputsTest(TestCase):
         self.assertAllClose(z_value, second(wanted_y, context=state), atol=1e-6)
         self.assertNotAllClose(z_value, second(wanted_y), atol=1e-6)
 
+    def test_a_routing_of_unknown_size(self):
+        for router in (
+            ExpertChoiceRouter(4, per="sequence"),
+            ExpertChoiceRouter(4, per=3),
+            MLPRouter(4, hidden_dims=(3,), residual="logits"),
+        ):
+            layer = MoE(
+                router=router,
+                experts=GLUExperts(4, 3),
+                return_routing=True,
+                dtype="mixed_float16",
+            )
+            outputs, routing = layer(keras.Input((6, 5)))
+            self.assertEqual(outputs.shape, (None, 6, 5))
+            self.assertEqual(routing.probs.shape, (None, 4))
+            self.assertEqual(routing.probs.dtype, "float32")
+
+    def test_large_ids(self):
+        layer = MoE(router=HashRouter(4, num_ids=10), experts=GLUExperts(4, 3))
+        if keras.config.backend() == "jax":
+            self.skipTest("JAX has no int64 unless it is told to")
+        ids = np.array([2**32 + 1, 7, 2**33], "int64")
+        layer.build((None, 5))
+        table = ops.convert_to_numpy(layer.router.table)
+        indices = layer.route(inputs()[:, 0], context=ids).expert_indices
+        self.assertAllEqual(indices, table[ids % 10])
+
 
 class RoutePerExampleTest(TestCase):
     def layer(self, **kwargs):
@@ -316,6 +362,20 @@ class RoutePerExampleTest(TestCase):
         # An example without any position gives zero.
         outputs = ops.convert_to_numpy(layer(x, mask=ops.array(mask)))
         self.assertAllEqual(outputs[4], np.zeros((4, 6)))
+
+    def test_long_examples_in_half_precision(self):
+        layer = self.layer(dtype="mixed_float16")
+        x = np.full((2, 1000, 5), 100.0)
+        masked = layer.route(x, mask=np.ones((2, 1000), bool))
+        self.assertAllClose(masked.logits, layer.route(x).logits, rtol=1e-2)
+
+    def test_shared_experts_over_time(self):
+        layer = self.layer(
+            shared_experts=keras.layers.SimpleRNN(6, return_sequences=True)
+        )
+        x = np.ones((2, 4, 5), "float32")
+        outputs = layer(x, mask=np.ones((2, 4), bool))
+        self.assertAllClose(outputs, layer(x), atol=1e-6)
 
     def test_needs_positions(self):
         with self.assertRaisesRegex(ValueError, "rank 3 or more"):
@@ -387,10 +447,12 @@ class ExpertChoiceTest(TestCase):
 class CausalTest(TestCase):
     def test_looking_ahead_is_refused(self):
         make(causal=True)
-        make(causal=True, capacity_factor=1.0)
-        # Without a limit nobody competes.
+        # Without a limit nobody competes; in this order nobody waits for
+        # later tokens.
         make(causal=True, drop_policy="weight")
-        for policy in ("weight", "priority"):
+        make(causal=True, capacity_factor=1.0, drop_policy="token")
+        make(causal=True, capacity_factor=1.0, top_k=1)
+        for policy in ("position", "weight", "priority", "random"):
             with self.assertRaisesRegex(ValueError, f"drop_policy='{policy}'"):
                 make(causal=True, capacity_factor=1.0, drop_policy=policy)
         for name in ("ExpertChoiceRouter", "SinkhornRouter", "BASERouter"):
@@ -399,6 +461,8 @@ class CausalTest(TestCase):
                 MoE(router=router(4), experts=GLUExperts(4, 3), causal=True)
             told = router(4, allow_lookahead=True)
             MoE(router=told, experts=GLUExperts(4, 3), causal=True)
+        with self.assertRaisesRegex(ValueError, "route_per='example'"):
+            make(causal=True, route_per="example")
 
     @parameterized.parameters("token", "position")
     def test_earlier_tokens_first_is_causal(self, policy):
@@ -455,6 +519,10 @@ class OptionsConfigTest(TestCase):
         ({"shared_experts_mode": "sum"}, "shared_experts_mode='sum'"),
         ({"shared_experts_mode": "gate"}, "needs `shared_experts`"),
         ({"capacity": 1.25}, "capacity=1.25"),
+        (
+            {"capacity": Capacity(normalize_kept_weights=True), "top_k": 1},
+            "no gradient",
+        ),
         (
             {"capacity": Capacity(1.0), "capacity_factor": 1.0},
             "`capacity` stands in the place of `capacity_factor`",

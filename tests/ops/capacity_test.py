@@ -79,10 +79,12 @@ class ExpertCapacityTest(TestCase):
 class CapacityTest(TestCase):
     def test_of(self):
         capacity = Capacity(1.0, eval_capacity_factor=2.0, per="sequence")
-        self.assertEqual(capacity.groups(3), 3)
         # 48 tokens in 3 sequences, 4 experts, 2 each.
-        self.assertEqual(capacity.of(48, 4, 2, True, 3), 8)
-        self.assertEqual(capacity.of(48, 4, 2, False, 3), 16)
+        self.assertEqual(capacity.group_size(48, 3), 16)
+        self.assertEqual(capacity.of(16, 4, 2, True), 8)
+        self.assertEqual(capacity.of(16, 4, 2, False), 16)
+        self.assertEqual(Capacity(1.0, per=2).group_size(48, 3), 32)
+        self.assertEqual(Capacity(1.0).group_size(48, 3), 48)
         self.assertEqual(Capacity(size=5).of(48, 4, 2, True), 5)
         self.assertIsNone(Capacity().of(48, 4, 2, True))
         for nothing in (Capacity(), Capacity(drop_policy="weight")):
@@ -116,7 +118,3 @@ class CapacityTest(TestCase):
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
             Capacity(**kwargs)
-
-    def test_groups_must_be_whole(self):
-        with self.assertRaisesRegex(ValueError, "per=2, num_sequences=3"):
-            Capacity(1.0, per=2).groups(3)

@@ -96,7 +96,7 @@ class DispatchTest(TestCase):
             None if mask is None else ops.array(mask),
             capacity,
             policy,
-            groups,
+            None if groups == 1 else num_tokens // groups,
         )
         kept = token_loop.keep(
             indices,

@@ -68,7 +68,7 @@ class GShardRouterTest(TestCase):
         self.assertFalse((as_numpy(always(tokens))[0][:, 1] == 1).all())
 
     def test_config_and_symbolic_call(self):
-        router = GShardRouter(5, 3, threshold=[0.5, 0.2], seed=1)
+        router = GShardRouter(5, 3, threshold=np.array([0.5, 0.2]), seed=1)
         self.run_class_serialization_test(router)
         routing = router(keras.Input((6,)))
         self.assertEqual(routing.expert_indices.shape, (None, 3))
@@ -78,6 +78,7 @@ class GShardRouterTest(TestCase):
         ({"threshold": 0.0}, "threshold=0.0"),
         ({"threshold": [0.1, 0.2]}, r"threshold=\[0.1, 0.2\]"),
         ({"top_k": 1}, "top_k=1"),
+        ({"policy": "sampling", "expert_bias": True}, "expert_bias=True"),
     )
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):

@@ -71,6 +71,8 @@ class NoisyTopKRouterTest(TestCase):
         ({"noise_stddev": "fixed"}, "noise_stddev='fixed'"),
         ({"noise_epsilon": -1.0}, "noise_epsilon=-1.0"),
         ({"load_threshold": "k"}, "load_threshold='k'"),
+        ({"gumbel_noise": 1.0}, "gumbel_noise=1.0"),
+        ({"num_always_on": 1}, "num_always_on=1"),
         ({"top_k": 1, "score_after_selection": True}, "no gradient"),
     )
     def test_errors(self, kwargs, message):

@@ -105,17 +105,17 @@ def moe_with_linear_experts(router, kernel, bias, **kwargs):
 def combine_matrix(layer, routing, num_sequences, mask=None, training=False):
     """The weights each token's experts have in the end, `(T, E)`."""
     num_tokens, top_k = routing.expert_indices.shape
-    groups = layer.capacity.groups(num_sequences)
+    group_size = layer.capacity.group_size(num_tokens, num_sequences)
     _, _, plan = keras_moe.ops.dispatch(
         ops.zeros((num_tokens, 1)),
         routing,
         layer.num_experts,
         mask=mask,
         capacity=layer.capacity.of(
-            num_tokens, layer.num_experts, top_k, training, groups
+            group_size, layer.num_experts, top_k, training
         ),
         drop_policy=layer.capacity.drop_policy,
-        groups=groups,
+        group_size=group_size,
     )
     weights = routing.expert_weights
     if layer.capacity.normalize_kept_weights:

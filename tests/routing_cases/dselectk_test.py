@@ -107,6 +107,7 @@ class DSelectKCasesTest(TestCase):
                 layer = keras.layers.Lambda(
                     lambda t, g=gamma: smooth_step(t, g)
                 )
+                layer.build(arrays["smooth_step/t"].shape)
                 s, ds, _ = self.outputs_and_gradients(
                     layer, arrays["smooth_step/t"]
                 )
