@@ -13,6 +13,7 @@ os.environ.setdefault(
 )
 
 import keras  # noqa: E402
+import pytest  # noqa: E402
 
 if keras.config.backend() == "tensorflow":
     import tensorflow as tf
@@ -21,3 +22,12 @@ if keras.config.backend() == "tensorflow":
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * 2,
     )
+
+if keras.config.backend() == "jax":
+    import jax
+
+    @pytest.fixture(autouse=True, scope="module")
+    def forget_what_was_compiled():
+        """All that the tests compile would take gigabytes by the last file."""
+        yield
+        jax.clear_caches()

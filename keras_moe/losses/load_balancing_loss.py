@@ -38,6 +38,10 @@ class LoadBalancingLoss(GroupedLoss):
     - DeepSeek-V2 and V3, sequence-wise: `per="sequence"`.
     - Qwen, global-batch: `per="global"`.
 
+    `"first"` and `"logits"` are for routers that put a token's best experts
+    first. Where a column of the choices is an expert (`DenseRouter`,
+    `ExpertChoiceRouter`), only `"all"` says anything.
+
     Without a token the loss is 0.
 
     Args:
