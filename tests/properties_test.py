@@ -12,7 +12,7 @@ from keras_moe import routers
 from keras_moe.experts import GLUExperts
 from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
-from keras_moe.ops.dispatch import DROP_POLICIES
+from keras_moe.ops.dispatch_plan import DROP_POLICIES
 from tests.test_case import TestCase
 
 DIM = 3

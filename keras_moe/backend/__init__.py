@@ -6,6 +6,10 @@ active Keras backend is re-exported here:
 - `GROUPED_MATMUL`: implementations of the grouped matmul by name, best first.
   Each takes `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when
   the arguments, the device or the execution mode are not for it.
+- `FUSED_EXPERTS`: implementations, in the same manner, of a whole bank of
+  feed-forward experts from tokens to tokens, which copy no row and keep less
+  for the backward pass. Each takes what `ops.fused_experts` describes. There
+  may be none.
 - `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
   axis in descending order, ties to the lower index.
 - `with_gradient(forward, backward, inputs, constants)`: `forward(*inputs,
@@ -40,6 +44,7 @@ GROUPED_MATMUL = {
     **native.GROUPED_MATMUL,
     "reference": reference.grouped_matmul,
 }
+FUSED_EXPERTS = getattr(native, "FUSED_EXPERTS", {})
 # The names on all backends.
 KNOWN_GROUPED_MATMULS = (
     "row_blocks",

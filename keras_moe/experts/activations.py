@@ -59,3 +59,13 @@ def serialize(activation):
         if activation is function:
             return name
     return keras.activations.serialize(activation)
+
+
+def is_pure(activation):
+    """Whether it surely has no weights: it is Keras' own or one of these."""
+    name = getattr(activation, "__name__", "")
+    return (
+        type(activation) is Swish
+        or activation is relu_squared
+        or getattr(keras.activations, name, None) is activation
+    )

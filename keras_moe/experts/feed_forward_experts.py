@@ -1,11 +1,17 @@
 import keras
+from keras import ops
 
 from keras_moe.experts import activations
 from keras_moe.experts.experts import Experts
+from keras_moe.ops.fused_experts import fused_experts
 
 
 class FeedForwardExperts(Experts):
-    """What `MLPExperts` and `GLUExperts` share: all but the hidden layer."""
+    """What `MLPExperts` and `GLUExperts` share.
+
+    A subclass has `hidden_layers`, the names of the layers that see the rows,
+    and `join_hidden`.
+    """
 
     def __init__(
         self,
@@ -53,7 +59,8 @@ class FeedForwardExperts(Experts):
                 "The rows of experts must be of shape (N, D) with a static D. "
                 f"Received: rows_shape={tuple(rows_shape)}"
             )
-        self.build_hidden(rows_shape[-1])
+        for name in self.hidden_layers:
+            self.add_dense(name, rows_shape[-1], self.intermediate_dim)
         self.add_dense(
             "down", self.intermediate_dim, self.output_dim or rows_shape[-1]
         )
@@ -76,13 +83,73 @@ class FeedForwardExperts(Experts):
             getattr(self, f"{name}_bias"),
         )
 
+    def join_hidden(self, *products):
+        """The hidden layer, from what each of `hidden_layers` makes of it."""
+        raise NotImplementedError
+
     def call(self, rows, group_sizes, training=None):
-        hidden = self.hidden(rows, group_sizes)  # (N, F)
+        hidden = self.join_hidden(
+            *(
+                self.dense(name, rows, group_sizes)
+                for name in self.hidden_layers
+            )
+        )  # (N, F)
         if training and self.dropout > 0:
             hidden = keras.random.dropout(
                 hidden, self.dropout, seed=self.seed_generator
             )
         return self.dense("down", hidden, group_sizes)
+
+    def mix(self, tokens, row_weights, choices, group_sizes, training=None):
+        """What the experts make of the tokens, weighted and summed, at once.
+
+        The same as `dispatch`, a call and `combine`, but faster where the
+        backend has a kernel for it.
+
+        Args:
+            tokens: `(T, D)`.
+            row_weights: `(N,)`.
+            choices: `(N,)` int32. The `choices` of a `DispatchPlan`.
+            group_sizes: `(E,)` int32. Rows of each expert.
+            training: bool. Whether to apply dropout.
+
+        Returns:
+            `(T, D)`, or `(T, output_dim)`. `None` if that cannot be done at
+            once, be it for the backend or for these experts.
+        """
+        if not self._can_mix(training):
+            return None
+        layers = (*self.hidden_layers, "down")
+        weights = [
+            None
+            if (weight := getattr(self, f"{name}_{kind}")) is None
+            else ops.cast(weight, self.compute_dtype)
+            for kind in ("kernel", "bias")
+            for name in layers
+        ]
+        return fused_experts(
+            ops.cast(tokens, self.compute_dtype),
+            row_weights,
+            choices,
+            group_sizes,
+            tuple(weights[: len(layers)]),
+            tuple(weights[len(layers) :]),
+            self.join_hidden,
+        )
+
+    def _can_mix(self, training):
+        # Where a subclass or the user wants something else, `call` knows it.
+        own = all(
+            getattr(type(self), name) is getattr(FeedForwardExperts, name)
+            for name in ("call", "dense", "grouped_dense")
+        )
+        return (
+            own
+            and self.implementation is None
+            and activations.is_pure(self.activation)
+            and not (training and self.dropout > 0)
+            and self.activity_regularizer is None
+        )
 
     def compute_output_shape(self, rows_shape, group_sizes_shape=None):
         return (*rows_shape[:-1], self.output_dim or rows_shape[-1])

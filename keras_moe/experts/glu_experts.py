@@ -74,6 +74,8 @@ class GLUExperts(FeedForwardExperts):
       `up_shift`)
     """
 
+    hidden_layers = ("gate", "up")
+
     def __init__(
         self,
         num_experts,
@@ -96,13 +98,7 @@ class GLUExperts(FeedForwardExperts):
         self.limit = limit
         self.up_shift = up_shift
 
-    def build_hidden(self, input_dim):
-        self.add_dense("gate", input_dim, self.intermediate_dim)
-        self.add_dense("up", input_dim, self.intermediate_dim)
-
-    def hidden(self, rows, group_sizes):
-        gate = self.dense("gate", rows, group_sizes)
-        up = self.dense("up", rows, group_sizes)
+    def join_hidden(self, gate, up):
         if self.limit is not None:
             gate = ops.minimum(gate, ops.cast(self.limit, gate.dtype))
             up = ops.clip(up, -self.limit, self.limit)

@@ -116,6 +116,7 @@ class LowRankExperts(GLUExperts):
                 "`limit` and `up_shift` need `gated=True`. Received: "
                 f"gated={gated}, limit={self.limit}, up_shift={self.up_shift}"
             )
+        self.hidden_layers = ("gate", "up") if gated else ("up",)
         self.rank = rank
         self.alpha = alpha
         self.gated = gated
@@ -123,17 +124,15 @@ class LowRankExperts(GLUExperts):
         self.lora_a_initializer = keras.initializers.get(lora_a_initializer)
         self.lora_b_initializer = keras.initializers.get(lora_b_initializer)
 
-    def build_hidden(self, input_dim):
+    def join_hidden(self, *products):
         if self.gated:
-            self.add_dense("gate", input_dim, self.intermediate_dim)
-        self.add_dense("up", input_dim, self.intermediate_dim)
+            return super().join_hidden(*products)
+        return self.activation(*products)
 
-    def hidden(self, rows, group_sizes):
+    def call(self, rows, group_sizes, training=None):
         # The shared products see all rows.
         rows = clear_rows_of_nobody(rows, group_sizes)
-        if self.gated:
-            return super().hidden(rows, group_sizes)
-        return self.activation(self.dense("up", rows, group_sizes))
+        return super().call(rows, group_sizes, training)
 
     def add_dense(self, name, input_dim, output_dim):
         shapes = {"kernel": (input_dim, output_dim)}

@@ -58,6 +58,8 @@ class MLPExperts(FeedForwardExperts):
     - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2
     """
 
+    hidden_layers = ("up",)
+
     def __init__(
         self,
         num_experts,
@@ -70,8 +72,5 @@ class MLPExperts(FeedForwardExperts):
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
 
-    def build_hidden(self, input_dim):
-        self.add_dense("up", input_dim, self.intermediate_dim)
-
-    def hidden(self, rows, group_sizes):
-        return self.activation(self.dense("up", rows, group_sizes))
+    def join_hidden(self, up):
+        return self.activation(up)

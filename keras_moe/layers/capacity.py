@@ -2,7 +2,7 @@ import keras
 
 from keras_moe.ops.capacity import CAPACITY_RULES
 from keras_moe.ops.capacity import expert_capacity
-from keras_moe.ops.dispatch import DROP_POLICIES
+from keras_moe.ops.dispatch_plan import DROP_POLICIES
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import group_size
 

@@ -6,7 +6,6 @@ from keras_moe import losses as losses_lib
 from keras_moe import routers as routers_lib
 from keras_moe.layers.flatten import call_masked
 from keras_moe.layers.flatten import flatten_context
-from keras_moe.layers.flatten import match_rank
 from keras_moe.layers.flatten import routed_positions
 from keras_moe.layers.flatten import to_tokens
 from keras_moe.layers.parts import agreed_num_experts
@@ -21,8 +20,9 @@ from keras_moe.layers.parts import num_experts_of
 from keras_moe.layers.parts import resolve_part
 from keras_moe.layers.parts import serialize_part
 from keras_moe.layers.routing_statistics import RoutingStatistics
-from keras_moe.layers.send import send
-from keras_moe.layers.shapes import check_width
+from keras_moe.layers.send import mix_tokens
+from keras_moe.layers.send import plan_sending
+from keras_moe.layers.send import send_rows
 from keras_moe.layers.shapes import output_shape
 from keras_moe.layers.shapes import output_spec
 from keras_moe.layers.shapes import shape_behind
@@ -31,9 +31,6 @@ from keras_moe.layers.shared_experts import add_shared_gate
 from keras_moe.layers.shared_experts import check_shared_experts
 from keras_moe.layers.shared_experts import join
 from keras_moe.losses import RoutingLoss
-from keras_moe.ops.dispatch import combine
-from keras_moe.ops.dispatch import normalize_kept_weights
-from keras_moe.ops.dispatch import row_weights
 from keras_moe.ops.masking import zero_masked
 
 
@@ -283,19 +280,12 @@ class MoE(keras.layers.Layer):
         sent = tokens
         if self.pre_experts is not None:
             sent = call_masked(self.pre_experts, tokens, mask)
-        rows, group_sizes, plan, largest = send(
-            self, sent, routing, mask, training, positions[0]
-        )
-        weights = routing.expert_weights
-        if self.capacity.normalize_kept_weights:
-            weights = normalize_kept_weights(plan, weights)
-        if self.weights_on == "input":
-            rows = rows * match_rank(row_weights(plan, weights), rows)
-            exists = routing.expert_indices < self.num_experts
-            weights = ops.cast(exists, weights.dtype)
-        rows = self.exchange(rows, group_sizes, training, largest)  # (N, ...)
-        check_width(self, rows, inputs.shape)
-        outputs = combine(rows, plan, weights)
+        sending = plan_sending(self, routing, mask, training, positions[0])
+        outputs = None
+        if type(self).exchange is MoE.exchange:  # the identity
+            outputs = mix_tokens(self, sent, sending, training)
+        if outputs is None:
+            outputs = send_rows(self, sent, routing, sending, training)
         if self.post_experts is not None:
             outputs = call_masked(self.post_experts, outputs, mask)
             outputs = zero_masked(outputs, mask)
@@ -305,7 +295,7 @@ class MoE(keras.layers.Layer):
         if training:
             self._add_losses(routing, mask, positions[0], context)
             if self.statistics is not None:
-                self.statistics.record(routing, group_sizes, mask)
+                self.statistics.record(routing, sending.group_sizes, mask)
         outputs = ops.reshape(outputs, (*positions, *ops.shape(outputs)[1:]))
         return (outputs, routing) if self.return_routing else outputs
 
@@ -337,7 +327,9 @@ class MoE(keras.layers.Layer):
         """Takes rows to their experts and brings back what these make of them.
 
         The seam for expert parallelism: here rows will travel to the devices
-        that own their experts. So far one device owns them all.
+        that own their experts. So far one device owns them all, and unless a
+        subclass overrides this method, experts that can (`mix`) take the
+        tokens themselves.
         """
         kwargs = {}
         if getattr(self.experts, "uses_max_group_size", False):

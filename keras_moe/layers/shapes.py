@@ -65,10 +65,9 @@ def output_spec(layer, inputs, training, context):
     return outputs, routing
 
 
-def check_width(layer, rows, input_shape):
+def check_width(layer, rows, tokens_shape):
     """Raises unless the experts returned what they were taken to return."""
-    shape = shape_behind(layer.pre_experts, tokens_shape(layer, input_shape))
-    expected = shape_behind(layer.experts, shape)[-1]
+    expected = shape_behind(layer.experts, tokens_shape)[-1]
     if rows.shape[-1] != expected:
         raise ValueError(
             "`experts` that are not a `keras_moe.experts.Experts` must keep "

@@ -13,13 +13,13 @@ from keras_moe.ops.balanced_assignment import (
     balanced_assignment as balanced_assignment,
 )
 from keras_moe.ops.capacity import expert_capacity as expert_capacity
-from keras_moe.ops.dispatch import DispatchPlan as DispatchPlan
 from keras_moe.ops.dispatch import combine as combine
 from keras_moe.ops.dispatch import dispatch as dispatch
-from keras_moe.ops.dispatch import (
+from keras_moe.ops.dispatch_plan import DispatchPlan as DispatchPlan
+from keras_moe.ops.dispatch_plan import (
     normalize_kept_weights as normalize_kept_weights,
 )
-from keras_moe.ops.dispatch import row_weights as row_weights
+from keras_moe.ops.dispatch_plan import row_weights as row_weights
 from keras_moe.ops.entmax import entmax as entmax
 from keras_moe.ops.entmax import entmax15 as entmax15
 from keras_moe.ops.entmax import sparsemax as sparsemax

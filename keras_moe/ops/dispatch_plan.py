@@ -1,0 +1,174 @@
+"""Which row carries out which choice: the plan of sending tokens to experts."""
+
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+DROP_POLICIES = ("position", "token", "priority", "weight", "random")
+
+
+class DispatchPlan(NamedTuple):
+    """How rows and tokens correspond.
+
+    Fields:
+        choices: `(N,)` int32. The choice that each row carries out, counted
+            with the first choices of all tokens first: `k * T + t`.
+        positions: `(T, K)` int32. The row of each choice; `None` with
+            `max_rows`, where not every choice has one.
+        kept: `(T, K)` bool, or `None` if every choice exists and nothing was
+            masked or dropped. The rows of other choices come after those of
+            all experts.
+    """
+
+    choices: Any
+    positions: Any = None
+    kept: Any = None
+
+
+def plan_dispatch(
+    routing,
+    num_experts,
+    mask=None,
+    capacity=None,
+    drop_policy="position",
+    group_size=None,
+    max_rows=None,
+    seed=None,
+):
+    """Decides which row carries out which choice, without moving a token.
+
+    Args: As of `dispatch`.
+
+    Returns:
+        `(group_sizes, plan)`, the plan without `positions`.
+    """
+    if drop_policy not in DROP_POLICIES:
+        raise ValueError(
+            f"`drop_policy` must be one of {DROP_POLICIES}. "
+            f"Received: drop_policy={drop_policy!r}"
+        )
+    num_tokens, top_k = ops.shape(routing.expert_indices)
+    experts = by_choice(routing.expert_indices)  # (N,)
+    kept = None
+    if mask is not None:
+        kept = ops.expand_dims(mask, -1)
+        kept = ops.broadcast_to(kept, (num_tokens, top_k))
+        experts = ops.where(by_choice(kept), experts, num_experts)
+    if capacity is not None:
+        order = _priority(routing, drop_policy, seed)
+        keys = experts
+        if group_size is not None:
+            token = ops.tile(ops.arange(num_tokens, dtype="int32"), (top_k,))
+            group = token // ops.maximum(group_size, 1)
+            keys = experts + group * (num_experts + 1)
+        rank = _rank_among_equals(keys, order)
+        fits = ops.logical_and(rank < capacity, experts < num_experts)
+        experts = ops.where(fits, experts, num_experts)
+    choices = ops.cast(ops.argsort(experts), "int32")  # stable
+    if max_rows is not None:
+        choices = choices[:max_rows]
+    if mask is not None or capacity is not None or max_rows is not None:
+        kept = by_token(experts < num_experts, num_tokens, top_k)
+    return _count(experts, num_experts), DispatchPlan(choices, kept=kept)
+
+
+def with_positions(plan, routing):
+    """The plan, told where each choice has its row."""
+    positions = ops.argsort(plan.choices)
+    return plan._replace(
+        positions=by_token(positions, *ops.shape(routing.expert_indices))
+    )
+
+
+def row_weights(plan, expert_weights):
+    """The weight of each row, zero for rows of nobody.
+
+    Args:
+        plan: The `DispatchPlan` of `dispatch`.
+        expert_weights: `(T, K)`.
+
+    Returns:
+        `(N,)`.
+    """
+    if plan.kept is not None:
+        expert_weights = ops.where(
+            plan.kept, expert_weights, ops.zeros_like(expert_weights)
+        )
+    return ops.take(by_choice(expert_weights), plan.choices)
+
+
+def normalize_kept_weights(plan, expert_weights):
+    """The weights, divided by the sum of those of each token that were kept.
+
+    Args:
+        plan: The `DispatchPlan` of `dispatch`.
+        expert_weights: `(T, K)`, not negative.
+
+    Returns:
+        `(T, K)`, zero for what was not kept.
+    """
+    if plan.kept is not None:
+        expert_weights = ops.where(
+            plan.kept, expert_weights, ops.zeros_like(expert_weights)
+        )
+    total = ops.sum(expert_weights, axis=-1, keepdims=True)
+    total = ops.where(total != 0, total, ops.ones_like(total))
+    return expert_weights / total
+
+
+def by_choice(x):
+    """`(T, K)` -> `(N,)`, all first choices first."""
+    return ops.reshape(ops.transpose(x), (-1,))
+
+
+def by_token(x, num_tokens, top_k):
+    """The inverse of `by_choice`."""
+    return ops.transpose(ops.reshape(x, (top_k, num_tokens)))
+
+
+def _count(experts, num_experts):
+    ones = ops.ones_like(experts)
+    return ops.segment_sum(ones, experts, num_segments=num_experts + 1)[:-1]
+
+
+def _priority(routing, drop_policy, seed):
+    """The order in which choices are asked, `(N,)`; `None` for as they are."""
+    num_tokens, top_k = ops.shape(routing.expert_indices)
+    if drop_policy == "token":
+        number = ops.arange(num_tokens * top_k, dtype="int32")
+        return by_choice(ops.reshape(number, (top_k, num_tokens)))
+    if drop_policy == "weight":
+        weights = ops.stop_gradient(routing.expert_weights)
+        return ops.argsort(-by_choice(weights))
+    if drop_policy == "random" and seed is not None:
+        draws = keras.random.uniform((num_tokens * top_k,), seed=seed)
+        return ops.argsort(draws)
+    if drop_policy == "priority":
+        probs = ops.stop_gradient(routing.probs)
+        largest = ops.max(probs, axis=-1, initial=0.0)
+        order = ops.argsort(-largest)  # (T,)
+        first = ops.expand_dims(ops.arange(top_k) * num_tokens, -1)
+        order = ops.expand_dims(order, 0) + ops.cast(first, order.dtype)
+        return ops.reshape(order, (-1,))
+    return None
+
+
+def _rank_among_equals(keys, order):
+    """How many equal keys come before each in the given order, `(N,)`."""
+    if order is not None:
+        keys = ops.take(keys, order)
+    num_choices = ops.shape(keys)[0]
+    number = ops.arange(num_choices, dtype="int32")
+    if not isinstance(num_choices, int) and not ops.is_tensor(num_choices):
+        # Keras infers shapes on JAX with symbolic sizes, which `searchsorted`
+        # does not take. Only the shape counts then.
+        return number
+    by_key = ops.argsort(keys)  # stable
+    ordered = ops.take(keys, by_key)
+    starts = ops.searchsorted(ordered, ordered, side="left")
+    rank = number - ops.cast(starts, "int32")
+    if order is not None:
+        by_key = ops.take(order, by_key)
+    return ops.take(rank, ops.argsort(by_key))
