@@ -19,13 +19,27 @@ SHAPE = (3, 4, 5)
 MASK = np.arange(12).reshape(3, 4) % 4 != 2
 
 
-def make(top_k=2, experts="glu", activation="silu", use_bias=False, **kwargs):
+class Sending(MoE):
+    """With an exchange of its own, for which rows have to be copied."""
+
+    def exchange(self, rows, group_sizes, training=None, max_group_size=None):
+        return super().exchange(rows, group_sizes, training, max_group_size)
+
+
+def make(
+    top_k=2,
+    experts="glu",
+    activation="silu",
+    use_bias=False,
+    layer_class=MoE,
+    **kwargs,
+):
     router = {
         k: kwargs.pop(k)
         for k in ("score_activation", "score_after_selection", "jitter")
         if k in kwargs
     }
-    layer = MoE(
+    layer = layer_class(
         router=TopKRouter(
             4,
             top_k,
@@ -92,7 +106,7 @@ class TokenLoopTest(TestCase):
     )
     def test_outputs_and_gradients(self, kwargs, loop):
         mask = kwargs.pop("mask", None)
-        layer = make(**kwargs)
+        layers = [make(**kwargs), make(layer_class=Sending, **kwargs)]
         x, cotangent = inputs(0), inputs(1)
         flat_mask = None if mask is None else mask.reshape(-1)
         loop = {"top_k": 2, "activation": "silu", **loop}
@@ -108,25 +122,27 @@ class TokenLoopTest(TestCase):
             total = np.sum(outputs * cotangent.reshape(-1, SHAPE[-1]))
             return total + 1e-2 * balance + 1e-3 * z
 
-        arrays = {"x": x.astype("float64"), **weights_of(layer)}
+        arrays = {"x": x.astype("float64"), **weights_of(layers[0])}
         wanted, kept, *_ = forward(arrays)
         if "capacity" in loop:
             self.assertLess(kept.sum(), 2 * kept.shape[0])  # something dropped
         gradients = token_loop.gradients(objective, arrays)
 
-        outputs, d_inputs, d_weights = self.outputs_and_gradients(
-            layer,
-            x,
-            cotangent,
-            losses=True,
-            training=True,
-            mask=None if mask is None else ops.array(mask),
-        )
-        self.assert_relative(outputs, wanted.reshape(SHAPE))
-        self.assert_relative(d_inputs, gradients.pop("x"))
-        self.assertEqual(set(d_weights), set(gradients))
-        for name, gradient in d_weights.items():
-            self.assert_relative(gradient, gradients[name])
+        d_x = gradients.pop("x")
+        for layer in layers:
+            outputs, d_inputs, d_weights = self.outputs_and_gradients(
+                layer,
+                x,
+                cotangent,
+                losses=True,
+                training=True,
+                mask=None if mask is None else ops.array(mask),
+            )
+            self.assert_relative(outputs, wanted.reshape(SHAPE))
+            self.assert_relative(d_inputs, d_x)
+            self.assertEqual(set(d_weights), set(gradients))
+            for name, gradient in d_weights.items():
+                self.assert_relative(gradient, gradients[name])
 
 
 class BehaviourTest(TestCase):
