@@ -25,7 +25,7 @@ ALLOWED = {
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
-    *("fractions", "functools", "inspect", "math", "typing"),
+    *("fractions", "functools", "inspect", "math", "numbers", "typing"),
 }
 
 

@@ -6,10 +6,10 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.routers import TopKRouter
 
 
-def default_name():
+def default_name(prefix="moe"):
     """`"moe"`, `"moe_1"`, ...: Keras would make it `"mo_e"`."""
-    number = keras.backend.get_uid("moe") - 1
-    return f"moe_{number}" if number else "moe"
+    number = keras.backend.get_uid(prefix) - 1
+    return f"{prefix}_{number}" if number else prefix
 
 
 def num_experts_of(num_experts, router, experts):

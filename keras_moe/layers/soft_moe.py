@@ -4,7 +4,10 @@ import keras
 from keras import ops
 
 from keras_moe import experts as experts_lib
+from keras_moe.layers.flatten import flatten_mask
 from keras_moe.layers.parts import agreed_num_experts
+from keras_moe.layers.parts import check_intermediate_dim
+from keras_moe.layers.parts import default_name
 from keras_moe.layers.parts import num_experts_of
 from keras_moe.layers.parts import resolve_part
 from keras_moe.layers.parts import serialize_part
@@ -93,7 +96,7 @@ class SoftMoE(keras.layers.Layer):
         name=None,
         **kwargs,
     ):
-        super().__init__(name=name or _default_name(), **kwargs)
+        super().__init__(name=name or default_name("soft_moe"), **kwargs)
         num_experts = num_experts_of(num_experts, router, experts)
         self.router = resolve_part(
             _get_router,
@@ -111,11 +114,7 @@ class SoftMoE(keras.layers.Layer):
                 "`router` must be 'soft' or a SoftRouter. "
                 f"Received: router={router!r}"
             )
-        if isinstance(experts, str) and intermediate_dim is None:
-            raise ValueError(
-                "`intermediate_dim` must be given if `experts` is a name. "
-                f"Received: intermediate_dim=None, experts={experts!r}"
-            )
+        check_intermediate_dim(intermediate_dim, experts)
         self.experts = resolve_part(
             experts_lib.get,
             "experts",
@@ -203,28 +202,18 @@ class SoftMoE(keras.layers.Layer):
             positions of an example in the order of
             `reshape(inputs, (batch, -1, dim))`.
         """
+        inputs = ops.convert_to_tensor(inputs)
         if not self.built:
             self.build(inputs.shape)
-        return self._route(ops.convert_to_tensor(inputs), mask, training)
+        return self._route(inputs, mask, training)
 
     def _route(self, inputs, mask, training):
         inputs = ops.cast(inputs, self.compute_dtype)
-        shape = ops.shape(inputs)
-        positions = shape[:-1]
-        flat = (shape[0], math.prod(shape[1:-1]))
+        *positions, dim = ops.shape(inputs)
+        flat = (positions[0], math.prod(positions[1:]))  # (B, L)
         if mask is not None:
-            mask = ops.cast(mask, "bool")
-            missing = len(positions) - len(mask.shape)
-            if missing < 0:
-                raise ValueError(
-                    "`mask` must have the shape of the inputs without their "
-                    "last axis, or of their first axes. Received: "
-                    f"mask.shape={tuple(mask.shape)}, "
-                    f"inputs.shape={tuple(inputs.shape)}"
-                )
-            mask = ops.reshape(mask, (*ops.shape(mask), *(1,) * missing))
-            mask = ops.reshape(ops.broadcast_to(mask, positions), flat)
-        tokens = ops.reshape(inputs, (*flat, shape[-1]))
+            mask = ops.reshape(flatten_mask(mask, positions), flat)
+        tokens = ops.reshape(inputs, (*flat, dim))
         return self.router(tokens, mask=mask, training=training)
 
     def _width(self, dim):
@@ -243,12 +232,6 @@ class SoftMoE(keras.layers.Layer):
             "experts": serialize_part(self.experts),
             "causal": self.causal,
         }
-
-
-def _default_name():
-    """`"soft_moe"`, `"soft_moe_1"`, ...: Keras would make it `"soft_mo_e"`."""
-    number = keras.backend.get_uid("soft_moe") - 1
-    return f"soft_moe_{number}" if number else "soft_moe"
 
 
 def _get_router(identifier, **kwargs):

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.losses.device_balance_loss import DeviceBalanceLoss
+from keras_moe.ops.checks import check_int_up_to
 from keras_moe.ops.masking import group_means
 
 
@@ -65,15 +66,7 @@ class CommunicationBalanceLoss(DeviceBalanceLoss):
 
     def __init__(self, num_devices, max_devices, weight=0.02, per="batch"):
         super().__init__(num_devices, weight, per)
-        in_range = isinstance(max_devices, int) and (
-            1 <= max_devices <= num_devices
-        )
-        if not in_range:
-            raise ValueError(
-                "`max_devices` must be an int between 1 and `num_devices`. "
-                f"Received: max_devices={max_devices!r}, "
-                f"num_devices={num_devices}"
-            )
+        check_int_up_to("max_devices", max_devices, "num_devices", num_devices)
         self.max_devices = max_devices
 
     def device_shares(self, routing, mask, groups):

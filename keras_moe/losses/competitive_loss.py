@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_positive
+
 
 @keras.saving.register_keras_serializable("keras_moe")
 class CompetitiveLoss(keras.losses.Loss):
@@ -35,7 +37,8 @@ class CompetitiveLoss(keras.losses.Loss):
         y_pred: Tensor of shape `(batch, num_experts, dim + 1)`.
 
     Raises:
-        ValueError: If `variance` is not positive, or the shapes do not fit.
+        ValueError: If `variance` is not positive and finite, or the shapes do
+            not fit.
 
     Example:
 
@@ -64,10 +67,7 @@ class CompetitiveLoss(keras.losses.Loss):
         dtype=None,
     ):
         super().__init__(name=name, reduction=reduction, dtype=dtype)
-        if not variance > 0:
-            raise ValueError(
-                f"`variance` must be positive. Received: variance={variance}"
-            )
+        check_positive("variance", variance)
         self.variance = variance
 
     def call(self, y_true, y_pred):

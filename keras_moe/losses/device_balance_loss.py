@@ -4,6 +4,7 @@ from keras import ops
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import counts_by_expert
 from keras_moe.ops.assignments import expert_scores
+from keras_moe.ops.checks import check_int
 from keras_moe.ops.masking import group_means
 
 
@@ -64,11 +65,7 @@ class DeviceBalanceLoss(GroupedLoss):
 
     def __init__(self, num_devices, weight=0.05, per="batch"):
         super().__init__(weight, per)
-        if not isinstance(num_devices, int) or num_devices < 1:
-            raise ValueError(
-                "`num_devices` must be a positive int. "
-                f"Received: num_devices={num_devices!r}"
-            )
+        check_int("num_devices", num_devices, minimum=1)
         self.num_devices = num_devices
 
     def experts_per_device(self, num_experts):

@@ -2,9 +2,11 @@ import keras
 from keras import ops
 
 from keras_moe.losses.grouped_loss import GroupedLoss
-from keras_moe.losses.grouped_loss import check_one_of
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.balance import entropy
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import is_int
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.masking import group_means
 
 KINDS = ("token", "marginal")
@@ -85,12 +87,14 @@ class EntropyLoss(GroupedLoss):
     ):
         super().__init__(weight, per)
         check_one_of("kind", kind, KINDS)
-        if threshold is not None and (kind != "marginal" or not threshold > 0):
+        if threshold is not None and (
+            kind != "marginal" or not is_number(threshold) or threshold <= 0
+        ):
             raise ValueError(
                 "`threshold` must be None, or positive with kind='marginal'. "
-                f"Received: threshold={threshold}, kind={kind!r}"
+                f"Received: threshold={threshold!r}, kind={kind!r}"
             )
-        if modality is not None and not isinstance(modality, int):
+        if modality is not None and not is_int(modality):
             raise ValueError(
                 "`modality` must be an int or None. "
                 f"Received: modality={modality!r}"

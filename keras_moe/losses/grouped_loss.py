@@ -60,10 +60,3 @@ def _at_least_one(groups):
     if isinstance(groups, int):
         return max(groups, 1)
     return ops.maximum(groups, 1) if ops.is_tensor(groups) else groups
-
-
-def check_one_of(name, value, values):
-    if value not in values:
-        raise ValueError(
-            f"`{name}` must be one of {values}. Received: {name}={value!r}"
-        )

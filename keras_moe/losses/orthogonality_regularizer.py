@@ -1,6 +1,9 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import is_int
+
 
 @keras.saving.register_keras_serializable("keras_moe")
 class OrthogonalityRegularizer(keras.regularizers.Regularizer):
@@ -40,9 +43,11 @@ class OrthogonalityRegularizer(keras.regularizers.Regularizer):
     """
 
     def __init__(self, weight=1e-2, expert_axis=-1):
-        if not weight >= 0:
+        check_at_least("weight", weight, 0)
+        if not is_int(expert_axis):
             raise ValueError(
-                f"`weight` must be at least 0. Received: weight={weight}"
+                "`expert_axis` must be an int. "
+                f"Received: expert_axis={expert_axis!r}"
             )
         self.weight = weight
         self.expert_axis = expert_axis

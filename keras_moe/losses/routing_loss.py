@@ -1,3 +1,6 @@
+from keras_moe.ops.checks import check_at_least
+
+
 class RoutingLoss:
     """Base class of losses on routing decisions.
 
@@ -15,17 +18,14 @@ class RoutingLoss:
         weight: float. Factor of the loss, not negative.
 
     Raises:
-        ValueError: If `weight` is negative.
+        ValueError: If `weight` is negative or not finite.
     """
 
     uses_sequences = False
     uses_context = False
 
     def __init__(self, weight):
-        if not weight >= 0:
-            raise ValueError(
-                f"`weight` must be at least 0. Received: weight={weight}"
-            )
+        check_at_least("weight", weight, 0)
         self.weight = weight
 
     def __call__(self, routing, mask=None, num_sequences=1, context=None):

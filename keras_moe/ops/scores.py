@@ -15,9 +15,7 @@ def score(logits, activation):
         `(T, E)`, not negative.
     """
     if activation == "softmax":
-        if logits.shape[-1] == 1:  # Keras warns of such a softmax
-            return ops.ones_like(logits)
-        return ops.softmax(logits, axis=-1)
+        return softmax(logits)
     if activation == "sigmoid":
         return ops.sigmoid(logits)
     if activation == "sqrt_softplus":
@@ -29,6 +27,23 @@ def score(logits, activation):
         f"`activation` must be one of {SCORE_ACTIVATIONS}. "
         f"Received: activation={activation!r}"
     )
+
+
+def softmax(x, axis=-1):
+    """`ops.softmax`, without the warning that over one number it is one."""
+    if x.shape[axis] == 1:
+        return ops.ones_like(x)
+    return ops.softmax(x, axis=axis)
+
+
+def rankable(scores):
+    """The scores, with no NaN and nothing below -1e30.
+
+    In a choice where minus infinity stands for what is out of the question, all
+    else then comes first.
+    """
+    lowest = ops.full_like(scores, -1e30)
+    return ops.where(scores > lowest, scores, lowest)
 
 
 def normalize_weights(weights, epsilon=1e-20, order=1):

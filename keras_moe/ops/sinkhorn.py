@@ -3,6 +3,8 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_int
+
 # Stands for minus infinity, where that would make NaN of a difference.
 LOWEST = -1e30
 
@@ -44,7 +46,7 @@ def sinkhorn(logits, num_iterations=20, mask=None):
     - [Sinkhorn and Knopp, 1967](https://doi.org/10.2140/pjm.1967.21.343)
     - [Clark et al., 2022](https://arxiv.org/abs/2202.01169), section 2 (S-BASE)
     """
-    check_num_iterations(num_iterations)
+    check_int("num_iterations", num_iterations, minimum=1)
     logits = ops.convert_to_tensor(logits)
     if keras.backend.standardize_dtype(logits.dtype) != "float64":
         logits = ops.cast(logits, "float32")
@@ -69,14 +71,6 @@ def sinkhorn(logits, num_iterations=20, mask=None):
     if keep is not None:
         matrix = ops.where(keep, matrix, ops.zeros_like(matrix))
     return matrix
-
-
-def check_num_iterations(num_iterations):
-    if not isinstance(num_iterations, int) or num_iterations < 1:
-        raise ValueError(
-            "`num_iterations` must be a positive int. "
-            f"Received: num_iterations={num_iterations!r}"
-        )
 
 
 def _log_sum(x, axis):

@@ -2,9 +2,11 @@ import keras
 from keras import ops
 
 from keras_moe.ops.balanced_assignment import balanced_assignment
+from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.linear_router import LinearRouter
@@ -79,6 +81,7 @@ class BASERouter(LinearRouter):
     """
 
     looks_ahead = True
+    distinct_choices = True
 
     def __init__(
         self,
@@ -102,9 +105,7 @@ class BASERouter(LinearRouter):
     def call(self, tokens, mask=None, training=None, num_sequences=1):
         if mask is not None:
             mask = ops.cast(mask, "bool")
-            keep = ops.expand_dims(mask, -1)  # (T, 1)
-            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
-        logits = self.logits(tokens, training)  # (T, E)
+        logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         probs = ops.sigmoid(logits)
         if training:
             chosen = self._assigned(logits, mask, num_sequences)
@@ -114,9 +115,10 @@ class BASERouter(LinearRouter):
         some = ops.minimum(chosen, self.num_experts - 1)
         weights = ops.take_along_axis(probs, some, axis=-1)
         if mask is not None:
-            none = ops.full_like(chosen, self.num_experts)
-            chosen = ops.where(keep, chosen, none)
-            weights = ops.where(keep, weights, ops.zeros_like(weights))
+            missing = ops.expand_dims(ops.logical_not(mask), -1)  # (T, 1)
+            chosen, weights = existing_choices(
+                chosen, weights, missing, self.num_experts
+            )
         return Routing(logits, probs, chosen, weights)
 
     def _assigned(self, logits, mask, num_sequences):

@@ -3,8 +3,9 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_positive
 from keras_moe.ops.masking import zero_masked
-from keras_moe.routers.checks import check_int
 from keras_moe.routers.top_k_router import TopKRouter
 
 
@@ -83,14 +84,8 @@ class CosineRouter(TopKRouter):
         **kwargs,
     ):
         check_int("projection_dim", projection_dim, minimum=1)
-        for name, value in (
-            ("initial_temperature", initial_temperature),
-            ("max_scale", max_scale),
-        ):
-            if not value > 0:
-                raise ValueError(
-                    f"`{name}` must be positive. Received: {name}={value}"
-                )
+        check_positive("initial_temperature", initial_temperature)
+        check_positive("max_scale", max_scale)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(
                 stddev=0.01, seed=kwargs.get("seed")

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import score
 from keras_moe.routers.linear_router import LinearRouter
@@ -60,13 +61,13 @@ class DenseRouter(LinearRouter):
       (multi-gate mixtures)
     """
 
+    distinct_choices = True
+
     def __init__(self, num_experts, score_activation="softmax", **kwargs):
         super().__init__(num_experts, **kwargs)
-        if score_activation not in ("softmax", "sigmoid"):
-            raise ValueError(
-                "`score_activation` must be 'softmax' or 'sigmoid'. "
-                f"Received: score_activation={score_activation!r}"
-            )
+        check_one_of(
+            "score_activation", score_activation, ("softmax", "sigmoid")
+        )
         self.score_activation = score_activation
 
     def call(self, tokens, mask=None, training=None):

@@ -2,10 +2,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_positive
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.masking import masked_mean
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
+from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
+from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.router import Router
 
 
@@ -101,6 +106,8 @@ class DSelectKRouter(Router):
     - [Hazimeh et al., 2021](https://arxiv.org/abs/2106.03760), section 3
     """
 
+    distinct_choices = True
+
     def __init__(
         self,
         num_experts,
@@ -115,23 +122,10 @@ class DSelectKRouter(Router):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
-            raise ValueError(
-                "`top_k` must be an int between 1 and `num_experts`. "
-                f"Received: top_k={top_k!r}, num_experts={num_experts}"
-            )
-        if not 0 < gamma < float("inf"):
-            raise ValueError(
-                f"`gamma` must be positive and finite. Received: gamma={gamma}"
-            )
-        for name, weight in (
-            ("entropy_weight", entropy_weight),
-            ("unused_code_weight", unused_code_weight),
-        ):
-            if not weight >= 0:
-                raise ValueError(
-                    f"`{name}` must be at least 0. Received: {name}={weight}"
-                )
+        check_top_k(top_k, num_experts)
+        check_positive("gamma", gamma)
+        check_at_least("entropy_weight", entropy_weight, 0)
+        check_at_least("unused_code_weight", unused_code_weight, 0)
         self.top_k = top_k
         self.gamma = gamma
         self.per_token = per_token
@@ -186,13 +180,11 @@ class DSelectKRouter(Router):
         return ops.einsum("td,du->tu", tokens, kernel) + bias
 
     def call(self, tokens, mask=None, training=None):
-        if mask is not None:
-            # Not even a NaN of a masked token may reach a loss.
-            keep = ops.expand_dims(mask, -1)
-            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
+        # Not even a NaN of a masked token may reach a loss.
+        tokens = zero_masked(tokens, mask)
         selectors = self.selectors(tokens)  # (T, K, E)
         if self.top_k > 1:
-            mixture = ops.softmax(self._affine("mixture", tokens), axis=-1)
+            mixture = softmax(self._affine("mixture", tokens))
             probs = ops.einsum("tk,tke->te", mixture, selectors)
         else:
             probs = selectors[:, 0]

@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import positive_choices
@@ -78,6 +79,8 @@ class EntmaxRouter(LinearRouter):
       (entmax)
     """
 
+    distinct_choices = True
+
     def __init__(
         self,
         num_experts,
@@ -87,9 +90,9 @@ class EntmaxRouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not 1 < alpha < float("inf"):
+        if not is_number(alpha) or alpha <= 1:
             raise ValueError(
-                f"`alpha` must be above 1 and finite. Received: alpha={alpha}"
+                f"`alpha` must be above 1 and finite. Received: alpha={alpha!r}"
             )
         check_max_experts(max_experts, num_experts)
         self.alpha = alpha

@@ -2,17 +2,20 @@ import keras
 from keras import ops
 
 from keras_moe.ops.capacity import expert_capacity
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import check_positive
+from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import group_size
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.ranking import descending_ranks
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import score
-from keras_moe.routers.checks import check_at_least
-from keras_moe.routers.checks import check_int
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -91,6 +94,7 @@ class ExpertChoiceRouter(LinearRouter):
     """
 
     looks_ahead = True
+    distinct_choices = True
 
     def __init__(
         self,
@@ -104,11 +108,7 @@ class ExpertChoiceRouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not 0 < capacity_factor < float("inf"):
-            raise ValueError(
-                "`capacity_factor` must be positive and finite. "
-                f"Received: capacity_factor={capacity_factor!r}"
-            )
+        check_positive("capacity_factor", capacity_factor)
         if capacity is not None:
             check_int("capacity", capacity, 1)
         check_int("capacity_multiple_of", capacity_multiple_of, 1)
@@ -137,9 +137,8 @@ class ExpertChoiceRouter(LinearRouter):
 
     def call(self, tokens, mask=None, training=None, num_sequences=1):
         if mask is not None:
-            mask = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (T, 1)
-            tokens = ops.where(mask, tokens, ops.zeros_like(tokens))
-        logits = self.logits(tokens, training)  # (T, E)
+            mask = ops.cast(mask, "bool")
+        logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         noisy = logits
         if training and self.noise_stddev > 0:
             noisy = logits + keras.random.normal(
@@ -150,16 +149,17 @@ class ExpertChoiceRouter(LinearRouter):
             )
         probs = score(noisy, self.score_activation)
         chosen = self._chosen(probs, mask, num_sequences)
-        expert = ops.arange(self.num_experts, dtype="int32")
-        none = ops.full_like(expert, self.num_experts)
-        indices = ops.where(chosen, expert, none)
-        weights = ops.where(chosen, probs, ops.zeros_like(probs))
+        experts = ops.arange(self.num_experts, dtype="int32")
+        indices, weights = existing_choices(
+            experts, probs, ops.logical_not(chosen), self.num_experts
+        )
         return Routing(logits, probs, indices, weights)
 
     def _chosen(self, probs, mask, num_sequences):
         """Which experts take which tokens, `(T, E)` bool."""
         values = probs
         if mask is not None:
+            mask = ops.expand_dims(mask, -1)  # (T, 1)
             values = ops.where(mask, probs, ops.full_like(probs, -1.0))
         groups = num_groups(self.per, num_sequences)
         values = to_groups(values, groups)  # (G, S, E)

@@ -2,9 +2,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.noise import gumbel
+from keras_moe.ops.scores import rankable
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.top_k_router import TopKRouter
 
 POLICIES = ("random", "sampling", "all")
@@ -94,20 +96,19 @@ class GShardRouter(TopKRouter):
                 f"expert_bias={self.bias_kind}, "
                 f"expert_dropout={self.expert_dropout}"
             )
-        if np.ndim(threshold) == 0:
-            threshold = float(threshold)
-            thresholds = [threshold] * (top_k - 1)
-        else:
-            thresholds = threshold = [float(t) for t in threshold]
-        if len(thresholds) != top_k - 1 or not all(t > 0 for t in thresholds):
+        one = np.ndim(threshold) == 0
+        thresholds = [threshold] * (top_k - 1) if one else list(threshold)
+        if len(thresholds) != top_k - 1 or not all(
+            is_number(t) and t > 0 for t in thresholds
+        ):
             raise ValueError(
                 "`threshold` must be positive, or as many positive numbers as "
                 f"there are choices after the first, {top_k - 1}. "
-                f"Received: threshold={threshold}"
+                f"Received: threshold={threshold!r}"
             )
         self.policy = policy
-        self.threshold = threshold
-        self._thresholds = thresholds
+        self._thresholds = [float(t) for t in thresholds]
+        self.threshold = self._thresholds[0] if one else self._thresholds
         self.random_in_inference = random_in_inference
         if policy != "all":
             self.add_seed_generator()
@@ -144,7 +145,9 @@ class GShardRouter(TopKRouter):
         experts = ops.arange(self.num_experts, dtype="int32")
         is_first = ops.equal(ops.expand_dims(experts, 0), first)
         drawn = ops.where(
-            is_first, ops.full_like(logits, float("-inf")), logits + draws
+            is_first,
+            ops.full_like(logits, float("-inf")),
+            rankable(logits + draws),
         )
         others = top_k_indices(drawn, self.top_k - 1)
         return ops.concatenate([first, others], axis=-1)

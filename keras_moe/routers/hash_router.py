@@ -2,13 +2,15 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_number
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
-from keras_moe.routers.checks import check_at_least
-from keras_moe.routers.checks import check_int
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.hash_table import balanced_table
 from keras_moe.routers.hash_table import checked_table
@@ -138,6 +140,7 @@ class HashRouter(LinearRouter):
         check_one_of("weights", weights, WEIGHTS)
         check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
         check_at_least("normalize_epsilon", normalize_epsilon, 0)
+        check_number("weight_scale", weight_scale)
         if normalize_weights is None:
             normalize_weights = top_k > 1
         if top_k == 1 and normalize_weights and weights == "learned":
@@ -181,10 +184,7 @@ class HashRouter(LinearRouter):
         indices = ops.take(self.table, ids, axis=0)  # (T, K)
         if self.weights_kind == "uniform":
             return self._uniform(indices)
-        if mask is not None:
-            keep = ops.expand_dims(mask, -1)
-            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
-        logits = self.logits(tokens, training)
+        logits = self.logits(zero_masked(tokens, mask), training)
         probs = score(logits, self.score_activation)
         weights = ops.take_along_axis(probs, indices, axis=-1)
         if self.normalize_weights:
@@ -223,8 +223,7 @@ class HashRouter(LinearRouter):
         ids = ops.reshape(ids, (-1,))
         if dtype not in ("int64", "uint32", "uint64"):
             ids = ops.cast(ids, "int32")
-        if mask is not None:
-            ids = ops.where(mask, ids, ops.zeros_like(ids))
+        ids = zero_masked(ids, mask)
         if not backend.is_symbolic(ids) and bool(ops.any(ids < 0)):
             raise ValueError(
                 "`context` must not contain negative ids, but where `mask` is "

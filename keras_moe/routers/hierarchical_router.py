@@ -1,12 +1,14 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_int_up_to
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
+from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_at_least
-from keras_moe.routers.checks import check_int
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -161,8 +163,8 @@ class HierarchicalRouter(LinearRouter):
                 seed=self.seed_generator,
             )
             group_logits, inner_logits = self._levels(both)
-        group_probs = _softmax(group_logits)  # (T, A)
-        inner_probs = _softmax(inner_logits)  # (T, A, B)
+        group_probs = softmax(group_logits)  # (T, A)
+        inner_probs = softmax(inner_logits)  # (T, A, B)
         groups = top_k_indices(group_logits, self.top_k_groups)  # (T, K1)
         group_weights = ops.take_along_axis(group_probs, groups, axis=-1)
         if self.normalize_group_weights:
@@ -218,19 +220,9 @@ class HierarchicalRouter(LinearRouter):
         }
 
 
-def _softmax(logits):
-    if logits.shape[-1] == 1:  # Keras warns that it is always 1
-        return ops.ones_like(logits)
-    return ops.softmax(logits, axis=-1)
-
-
 def _check_level(name, top_k, size_name, size, normalize_name, normalize):
     """Checks the choices on one level; whether to normalize their weights."""
-    if not isinstance(top_k, int) or not 1 <= top_k <= size:
-        raise ValueError(
-            f"`{name}` must be an int between 1 and `{size_name}`. "
-            f"Received: {name}={top_k!r}, {size_name}={size}"
-        )
+    check_int_up_to(name, top_k, size_name, size)
     if normalize is None:
         return top_k > 1
     if normalize and top_k == 1:

@@ -1,6 +1,9 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_positive
+from keras_moe.ops.checks import check_rate
 from keras_moe.routers.router import Router
 
 
@@ -54,16 +57,9 @@ class LinearRouter(Router):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not 0 <= jitter < 1:
-            raise ValueError(
-                "`jitter` must be at least 0 and below 1. "
-                f"Received: jitter={jitter}"
-            )
-        if not temperature > 0:
-            raise ValueError(
-                "`temperature` must be positive. "
-                f"Received: temperature={temperature}"
-            )
+        check_rate("jitter", jitter)
+        check_positive("temperature", temperature)
+        check_at_least("normalize_inputs_epsilon", normalize_inputs_epsilon, 0)
         self.jitter = jitter
         self.temperature = temperature
         self.use_bias = use_bias

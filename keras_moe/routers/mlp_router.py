@@ -4,10 +4,11 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import check_positive
 from keras_moe.ops.masking import zero_masked
-from keras_moe.routers.checks import check_at_least
-from keras_moe.routers.checks import check_int
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.top_k_router import TopKRouter
 
 RESIDUALS = (None, "projection", "logits")
@@ -169,15 +170,14 @@ class MLPRouter(TopKRouter):
         check_at_least(
             "normalize_projection_epsilon", normalize_projection_epsilon, 0
         )
-        if standardize_logits is not None and (
-            not standardize_logits > 0 or num_experts < 2
-        ):
-            raise ValueError(
-                "`standardize_logits` must be positive or None, and None with "
-                "one expert. Received: "
-                f"standardize_logits={standardize_logits}, "
-                f"num_experts={num_experts}"
-            )
+        if standardize_logits is not None:
+            check_positive("standardize_logits", standardize_logits)
+            if num_experts < 2:
+                raise ValueError(
+                    "`standardize_logits` must be None with one expert. "
+                    f"Received: standardize_logits={standardize_logits}, "
+                    f"num_experts={num_experts}"
+                )
         check_int("zero_weight_experts", zero_weight_experts, minimum=0)
         if zero_weight_experts >= num_experts:
             raise ValueError(

@@ -4,9 +4,11 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import is_int
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.load import expected_load
-from keras_moe.routers.checks import check_at_least
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.top_k_router import TopKRouter
 
 
@@ -99,9 +101,7 @@ class NoisyTopKRouter(TopKRouter):
         **kwargs,
     ):
         learned = noise_stddev == "learned"
-        if not learned and not (
-            isinstance(noise_stddev, (int, float)) and noise_stddev > 0
-        ):
+        if not learned and not (is_number(noise_stddev) and noise_stddev > 0):
             raise ValueError(
                 "`noise_stddev` must be 'learned' or a positive number. "
                 f"Received: noise_stddev={noise_stddev!r}"
@@ -109,7 +109,7 @@ class NoisyTopKRouter(TopKRouter):
         check_at_least("noise_epsilon", noise_epsilon, 0)
         check_one_of("load_threshold", load_threshold, ("exact", "shared"))
         if score_after_selection is None:
-            score_after_selection = isinstance(top_k, int) and top_k > 1
+            score_after_selection = is_int(top_k) and top_k > 1
         if kernel_initializer is None and learned:
             kernel_initializer = "zeros"
         super().__init__(

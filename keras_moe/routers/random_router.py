@@ -1,9 +1,9 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.router import Router
 
@@ -56,6 +56,8 @@ class RandomRouter(Router):
     >>> keras.ops.convert_to_numpy(routing.expert_indices).tolist()
     [[0, 1], [2, 3], [0, 1]]
     """
+
+    distinct_choices = True
 
     def __init__(
         self, num_experts, top_k=2, kind="uniform", seed=None, **kwargs

@@ -1,8 +1,11 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import positive_choices
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -100,6 +103,8 @@ class ReLURouter(LinearRouter):
     - [Wang et al., 2024](https://arxiv.org/abs/2412.14711), section 3
     """
 
+    distinct_choices = True
+
     def __init__(
         self,
         num_experts,
@@ -110,22 +115,20 @@ class ReLURouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not 0 < top_k <= num_experts:
+        if not is_number(top_k) or not 0 < top_k <= num_experts:
             raise ValueError(
                 "`top_k` must be above 0 and at most `num_experts`. "
-                f"Received: top_k={top_k}, num_experts={num_experts}"
+                f"Received: top_k={top_k!r}, num_experts={num_experts}"
             )
         check_max_experts(max_experts, num_experts)
-        if not _RANGE[0] <= initial_l1_coefficient <= _RANGE[1]:
+        if not is_number(initial_l1_coefficient) or not (
+            _RANGE[0] <= initial_l1_coefficient <= _RANGE[1]
+        ):
             raise ValueError(
                 "`initial_l1_coefficient` must be between 1e-30 and 1e30. "
-                f"Received: initial_l1_coefficient={initial_l1_coefficient}"
+                f"Received: initial_l1_coefficient={initial_l1_coefficient!r}"
             )
-        if not 1 <= l1_multiplier < float("inf"):
-            raise ValueError(
-                "`l1_multiplier` must be at least 1 and finite. "
-                f"Received: l1_multiplier={l1_multiplier}"
-            )
+        check_at_least("l1_multiplier", l1_multiplier, 1)
         self.top_k = top_k
         self.max_experts = max_experts
         self.initial_l1_coefficient = initial_l1_coefficient
@@ -147,11 +150,8 @@ class ReLURouter(LinearRouter):
         )
 
     def call(self, tokens, mask=None, training=None):
-        if mask is not None:
-            # Not even a NaN of a masked token may reach the loss.
-            keep = ops.expand_dims(mask, -1)
-            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
-        logits = self.logits(tokens, training)  # (T, E)
+        # Not even a NaN of a masked token may reach the loss.
+        logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         probs = ops.relu(logits)
         top_k = check_max_experts(self.max_experts, self.num_experts)
         indices, weights = positive_choices(logits, probs, top_k)
@@ -162,8 +162,7 @@ class ReLURouter(LinearRouter):
     def _regularize(self, probs, mask):
         num_tokens = ops.cast(ops.shape(probs)[0], "float32")
         if mask is not None:
-            keep = ops.expand_dims(mask, -1)
-            probs = ops.where(keep, probs, ops.zeros_like(probs))
+            probs = zero_masked(probs, mask)
             num_tokens = ops.sum(ops.cast(mask, "float32"))
         counts = ops.sum(ops.cast(probs > 0, "float32"), axis=0)  # (E,)
         scale = self.num_experts / self.top_k

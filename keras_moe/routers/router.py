@@ -1,5 +1,7 @@
 import keras
 
+from keras_moe.ops.checks import check_int
+
 
 class Router(keras.layers.Layer):
     """Base class of routers: scores the experts for each token and chooses.
@@ -61,11 +63,7 @@ class Router(keras.layers.Layer):
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
-        if not isinstance(num_experts, int) or num_experts < 1:
-            raise ValueError(
-                "`num_experts` must be a positive int. "
-                f"Received: num_experts={num_experts!r}"
-            )
+        check_int("num_experts", num_experts, minimum=1)
         self.num_experts = num_experts
         self.allow_lookahead = allow_lookahead
         self.supports_masking = True

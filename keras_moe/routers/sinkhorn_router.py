@@ -1,16 +1,18 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.ops.sinkhorn import check_num_iterations
 from keras_moe.ops.sinkhorn import sinkhorn
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -83,6 +85,7 @@ class SinkhornRouter(LinearRouter):
     """
 
     looks_ahead = True
+    distinct_choices = True
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class SinkhornRouter(LinearRouter):
     ):
         super().__init__(num_experts, **kwargs)
         check_top_k(top_k, num_experts)
-        check_num_iterations(num_iterations)
+        check_int("num_iterations", num_iterations, minimum=1)
         check_per(per)
         if score_activation is None:
             score_activation = "sigmoid" if top_k == 1 else "softmax"
@@ -107,9 +110,8 @@ class SinkhornRouter(LinearRouter):
 
     def call(self, tokens, mask=None, training=None, num_sequences=1):
         if mask is not None:
-            keep = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (T, 1)
-            tokens = ops.where(keep, tokens, ops.zeros_like(tokens))
-        logits = self.logits(tokens, training)  # (T, E)
+            mask = ops.cast(mask, "bool")
+        logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         probs = score(logits, self.score_activation)
         ranked = logits
         if training:
@@ -117,9 +119,10 @@ class SinkhornRouter(LinearRouter):
         indices = top_k_indices(ranked, self.top_k)  # (T, K)
         weights = ops.take_along_axis(probs, indices, axis=-1)
         if mask is not None:
-            none = ops.full_like(indices, self.num_experts)
-            indices = ops.where(keep, indices, none)
-            weights = ops.where(keep, weights, ops.zeros_like(weights))
+            missing = ops.expand_dims(ops.logical_not(mask), -1)  # (T, 1)
+            indices, weights = existing_choices(
+                indices, weights, missing, self.num_experts
+            )
         return Routing(logits, probs, indices, weights)
 
     def _balanced(self, logits, mask, num_sequences):

@@ -4,7 +4,12 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import check_positive
 from keras_moe.ops.noise import gumbel
+from keras_moe.ops.scores import softmax
 from keras_moe.routers.router import Router
 
 _NORMALIZATIONS = ("l2", "rms", "layer")
@@ -130,28 +135,11 @@ class SoftRouter(Router):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not isinstance(slots_per_expert, int) or slots_per_expert < 1:
-            raise ValueError(
-                "`slots_per_expert` must be a positive int. "
-                f"Received: slots_per_expert={slots_per_expert!r}"
-            )
-        if normalization not in _NORMALIZATIONS:
-            raise ValueError(
-                f"`normalization` must be one of {_NORMALIZATIONS}. "
-                f"Received: normalization={normalization!r}"
-            )
-        if not epsilon > 0:
-            raise ValueError(
-                f"`epsilon` must be positive. Received: epsilon={epsilon}"
-            )
-        for name, value in (
-            ("noise_stddev", noise_stddev),
-            ("gumbel_noise", gumbel_noise),
-        ):
-            if not value >= 0:
-                raise ValueError(
-                    f"`{name}` must be at least 0. Received: {name}={value}"
-                )
+        check_int("slots_per_expert", slots_per_expert, minimum=1)
+        check_one_of("normalization", normalization, _NORMALIZATIONS)
+        check_positive("epsilon", epsilon)
+        check_at_least("noise_stddev", noise_stddev, 0)
+        check_at_least("gumbel_noise", gumbel_noise, 0)
         self.slots_per_expert = slots_per_expert
         self.normalization = normalization
         self.epsilon = epsilon
@@ -217,12 +205,12 @@ class SoftRouter(Router):
             noisy = self._add_noise(noisy)
         shape = ops.shape(logits)
         slots = self.num_experts * self.slots_per_expert
-        combine = _softmax(ops.reshape(noisy, (*shape[:2], slots)), axis=2)
+        combine = softmax(ops.reshape(noisy, (*shape[:2], slots)))
         combine = ops.reshape(combine, shape)
         if keep is not None:
             # Not infinity: with all tokens masked it would make NaN.
             noisy = ops.where(keep, noisy, -1e30)
-        dispatch = _softmax(noisy, axis=1)
+        dispatch = softmax(noisy, axis=1)
         if keep is not None:
             dispatch = ops.where(keep, dispatch, ops.zeros_like(dispatch))
             combine = ops.where(keep, combine, ops.zeros_like(combine))
@@ -286,9 +274,3 @@ class SoftRouter(Router):
             ),
             "seed": self.seed,
         }
-
-
-def _softmax(x, axis):
-    if x.shape[axis] == 1:  # of which `ops.softmax` would warn
-        return ops.ones_like(x)
-    return ops.softmax(x, axis=axis)

@@ -1,11 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
+from keras_moe.ops.scores import rankable
+from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_at_least
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -106,7 +108,7 @@ class SparseMixerRouter(LinearRouter):
             weights.append(weight)
         return Routing(
             logits,
-            ops.softmax(logits, axis=-1),
+            softmax(logits),
             ops.concatenate(indices, axis=-1),
             ops.concatenate(weights, axis=-1),
         )
@@ -114,7 +116,7 @@ class SparseMixerRouter(LinearRouter):
     def _choose(self, logits, left, training):
         """The next expert and its weight, `(T, 1)` each."""
         lowest = ops.full_like(logits, float("-inf"))
-        values = ops.where(left, ops.stop_gradient(logits), lowest)
+        values = ops.where(left, rankable(ops.stop_gradient(logits)), lowest)
         first = top_k_indices(values, 1)
         best = ops.take_along_axis(values, first, axis=-1)  # (T, 1)
         # Not a quotient: all of them may be 0.
@@ -122,15 +124,18 @@ class SparseMixerRouter(LinearRouter):
         tolerance = tolerance * ops.maximum(
             ops.abs(ops.stop_gradient(logits)), best
         )
-        near = best - values <= tolerance
+        near = ops.logical_and(left, best - values <= tolerance)
+        # The best one is near, even if it is no number.
+        near = ops.logical_or(near, _is_expert(first, self.num_experts))
         candidates = ops.where(near, logits, lowest)
-        probs = ops.softmax(candidates, axis=-1)
+        probs = softmax(candidates)
         if not training:
             return first, ops.take_along_axis(probs, first, axis=-1)
         draws = gumbel(
             ops.shape(logits), self.compute_dtype, self.seed_generator
         )
-        expert = top_k_indices(candidates + draws, 1)
+        drawn = ops.where(near, rankable(candidates + draws), lowest)
+        expert = top_k_indices(drawn, 1)
         weight = ops.take_along_axis(probs, expert, axis=-1)
         draws = keras.random.uniform(
             ops.shape(weight),

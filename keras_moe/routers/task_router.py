@@ -3,11 +3,11 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import score
-from keras_moe.routers.checks import check_int
-from keras_moe.routers.checks import check_one_of
 from keras_moe.routers.top_k_router import TopKRouter
 
 KERNELS = ("per_task", "shared", "task")

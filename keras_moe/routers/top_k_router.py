@@ -1,6 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import check_at_least
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_number
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import check_positive
+from keras_moe.ops.checks import check_rate
+from keras_moe.ops.checks import is_int
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
@@ -8,11 +15,7 @@ from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_at_least
 from keras_moe.routers.checks import check_groups
-from keras_moe.routers.checks import check_int
-from keras_moe.routers.checks import check_one_of
-from keras_moe.routers.checks import check_rate
 from keras_moe.routers.expert_bias import BIAS_KINDS
 from keras_moe.routers.expert_bias import add_expert_bias
 from keras_moe.routers.expert_bias import update_expert_bias
@@ -170,7 +173,7 @@ class TopKRouter(LinearRouter):
         super().__init__(num_experts, **kwargs)
         check_int("num_always_on", num_always_on, minimum=0)
         num_candidates = num_experts - num_always_on
-        if not isinstance(top_k, int) or not 1 <= top_k <= num_candidates:
+        if not is_int(top_k) or not 1 <= top_k <= num_candidates:
             always_on = f", num_always_on={num_always_on}" * (num_always_on > 0)
             raise ValueError(
                 "`top_k` must be an int between 1 and `num_experts`. "
@@ -198,11 +201,9 @@ class TopKRouter(LinearRouter):
         check_at_least("gumbel_noise", gumbel_noise, 0)
         check_at_least("bias_update_rate", bias_update_rate, 0)
         check_rate("expert_dropout", expert_dropout)
-        if logit_softcap is not None and not logit_softcap > 0:
-            raise ValueError(
-                "`logit_softcap` must be positive or None. "
-                f"Received: logit_softcap={logit_softcap}"
-            )
+        check_number("weight_scale", weight_scale)
+        if logit_softcap is not None:
+            check_positive("logit_softcap", logit_softcap)
         check_int("bias_update_steps", bias_update_steps, minimum=1)
         check_groups(
             num_candidates, top_k, num_expert_groups, top_k_groups, group_score

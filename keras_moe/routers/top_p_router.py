@@ -1,11 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.ops.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
+from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -82,6 +84,8 @@ class TopPRouter(LinearRouter):
     - [Huang et al., 2024](https://arxiv.org/abs/2403.07652), section 2
     """
 
+    distinct_choices = True
+
     def __init__(
         self,
         num_experts,
@@ -91,10 +95,10 @@ class TopPRouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        if not 0 < top_p <= 1:
+        if not is_number(top_p) or not 0 < top_p <= 1:
             raise ValueError(
                 "`top_p` must be above 0 and at most 1. "
-                f"Received: top_p={top_p}"
+                f"Received: top_p={top_p!r}"
             )
         check_max_experts(max_experts, num_experts)
         self.top_p = top_p
@@ -105,7 +109,7 @@ class TopPRouter(LinearRouter):
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
-        probs = ops.softmax(logits, axis=-1)
+        probs = softmax(logits)
         top_k = check_max_experts(self.max_experts, self.num_experts)
         indices = top_k_indices(logits, top_k)  # (T, K)
         weights = ops.take_along_axis(probs, indices, axis=-1)

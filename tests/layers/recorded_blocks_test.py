@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_moe
 from tests import blocks
+from tests.blocks.activations import exact_gelu
 from tests.routing_cases.cases import combine_matrix
 from tests.test_case import TestCase
 
@@ -210,7 +211,7 @@ class OwnPartsTest(TestCase):
         inputs = keras.Input(arrays["x"].shape[1:])
         dataset = keras.Input((), dtype="int32")
         hidden = keras.layers.Dense(
-            len(w["fc1.bias"]), activation=blocks.exact_gelu, name="fc1"
+            len(w["fc1.bias"]), activation=exact_gelu, name="fc1"
         )(inputs)
         shared = keras.layers.Dense(len(w["fc2.bias"]), name="fc2")(hidden)
         experts = keras_moe.experts.LayerExperts(

@@ -134,6 +134,12 @@ class SparseMixerRouterTest(LogitsChecks, TestCase):
             routing.expert_indices, router(self.tokens()).expert_indices
         )
 
+    def test_one_expert(self):
+        for training in (False, True):
+            routing = SparseMixerRouter(1, 1)(self.tokens(), training=training)
+            self.assertAllEqual(routing.expert_indices, np.zeros((TOKENS, 1)))
+            self.assertAllEqual(routing.expert_weights, np.ones((TOKENS, 1)))
+
     def test_recorded_block(self):
         spec = json.loads(PHIMOE.with_suffix(".json").read_text())["spec"]
         with np.load(PHIMOE.with_suffix(".npz")) as archive:
