@@ -1,7 +1,12 @@
+import math
+
 import keras
 
 from keras_moe.ops.capacity import CAPACITY_RULES
 from keras_moe.ops.capacity import expert_capacity
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+from keras_moe.ops.checks import check_positive
 from keras_moe.ops.dispatch_plan import DROP_POLICIES
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import group_size
@@ -78,36 +83,20 @@ class Capacity:
             ("capacity_factor", capacity_factor),
             ("eval_capacity_factor", eval_capacity_factor),
         ):
-            if factor is not None and (
-                not isinstance(factor, (int, float)) or not factor > 0
-            ):
-                raise ValueError(
-                    f"`{name}` must be positive or None. "
-                    f"Received: {name}={factor!r}"
-                )
-        for name, number in (("multiple_of", multiple_of), ("size", size)):
-            if number is None and name == "size":
-                continue
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(
-                    f"`{name}` must be a positive int. "
-                    f"Received: {name}={number!r}"
-                )
+            # Infinity drops nothing.
+            if factor not in (None, math.inf):
+                check_positive(name, factor)
+        check_int("multiple_of", multiple_of, minimum=1)
+        if size is not None:
+            check_int("size", size, minimum=1)
         if size is not None and (capacity_factor or eval_capacity_factor):
             raise ValueError(
                 "`size` stands in the place of the capacity factors. Received: "
                 f"size={size}, capacity_factor={capacity_factor}, "
                 f"eval_capacity_factor={eval_capacity_factor}"
             )
-        for name, value, known in (
-            ("rule", rule, CAPACITY_RULES),
-            ("drop_policy", drop_policy, DROP_POLICIES),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f"`{name}` must be one of {known}. "
-                    f"Received: {name}={value!r}"
-                )
+        check_one_of("rule", rule, CAPACITY_RULES)
+        check_one_of("drop_policy", drop_policy, DROP_POLICIES)
         check_per(per)
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor

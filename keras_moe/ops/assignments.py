@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.ops.groups import to_groups
 from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_k_indices
 
 ASSIGNMENTS = ("all", "first", "logits")
@@ -45,9 +46,7 @@ def expert_scores(routing, scores="router", mask=None):
     """
     if scores == "softmax":
         logits = zero_masked(ops.cast(routing.logits, "float32"), mask)
-        if logits.shape[-1] == 1:  # Keras warns of such a softmax
-            return ops.ones_like(logits)
-        return ops.softmax(logits, axis=-1)
+        return softmax(logits)
     probs = zero_masked(ops.cast(routing.probs, "float32"), mask)
     if scores == "raw":
         return probs

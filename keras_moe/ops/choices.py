@@ -1,5 +1,6 @@
 from keras import ops
 
+from keras_moe.ops.checks import is_int
 from keras_moe.ops.selection import top_k_indices
 
 
@@ -7,8 +8,7 @@ def check_max_experts(max_experts, num_experts):
     """`K`: `max_experts`, or all experts for `None`."""
     if max_experts is None:
         return num_experts
-    is_int = isinstance(max_experts, int) and not isinstance(max_experts, bool)
-    if not is_int or not 1 <= max_experts <= num_experts:
+    if not is_int(max_experts) or not 1 <= max_experts <= num_experts:
         raise ValueError(
             "`max_experts` must be an int between 1 and `num_experts`, or "
             f"None. Received: max_experts={max_experts!r}, "

@@ -1,10 +1,11 @@
 from keras import ops
 
+from keras_moe.ops.checks import is_int
+
 
 def check_per(per):
     """Raises unless `per` is `"batch"`, `"sequence"` or a positive int."""
-    positive = isinstance(per, int) and not isinstance(per, bool) and per > 0
-    if per not in ("batch", "sequence") and not positive:
+    if per not in ("batch", "sequence") and not (is_int(per) and per > 0):
         raise ValueError(
             "`per` must be 'batch', 'sequence' or a positive int, a number of "
             f"sequences. Received: per={per!r}"
