@@ -295,7 +295,9 @@ class MoE(keras.layers.Layer):
         if training:
             self._add_losses(routing, mask, positions[0], context)
             if self.statistics is not None:
-                self.statistics.record(routing, sending.group_sizes, mask)
+                self.statistics.record(
+                    routing, sending.group_sizes, mask, sending.limited
+                )
         outputs = ops.reshape(outputs, (*positions, *ops.shape(outputs)[1:]))
         return (outputs, routing) if self.return_routing else outputs
 

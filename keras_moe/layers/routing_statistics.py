@@ -3,7 +3,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.masking import masked_mean
+from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import expert_counts
 
 DETAILS = ("auto", "summary", "per_expert")
@@ -78,32 +78,30 @@ class RoutingStatistics(keras.layers.Layer):
             self.token_count,
         )
 
-    def record(self, routing, group_sizes, mask=None):
+    def record(self, routing, group_sizes, mask=None, dropped=True):
         """Adds one call's routing to the counts.
 
         Args:
             routing: A `Routing`.
             group_sizes: `(E,)` int32. Rows of each expert after dropping.
             mask: `(T,)` bool, or `None`.
+            dropped: bool. Whether any choice can have been dropped. Defaults to
+                `True`.
         """
         self._recorded = True
-        counts = expert_counts(routing, self.num_experts, mask)
-        processed = ops.sum(ops.cast(group_sizes, "float32"))
-        num_tokens = ops.cast(ops.shape(routing.probs)[0], "float32")
+        probs = ops.stop_gradient(zero_masked(routing.probs, mask))
+        counts = kept = ops.cast(group_sizes, "float32")
+        if dropped:
+            counts = expert_counts(routing, self.num_experts, mask)
+        num_tokens = ops.cast(ops.shape(probs)[0], "float32")
         if mask is not None:
             num_tokens = ops.sum(ops.cast(mask, "float32"))
-        entropy = masked_mean(_entropy(routing.probs), mask)
-        for counter, increment in zip(
-            self._counters(),
-            (
-                counts,
-                ops.sum(counts) - processed,
-                ops.cast(entropy, "float32") * num_tokens,
-                num_tokens,
-            ),
-            strict=True,
-        ):
-            counter.assign(counter + ops.stop_gradient(increment))
+        entropy = ops.cast(ops.sum(_entropy(probs)), "float32")
+        _add(self.expert_counts, counts)
+        _add(self.entropy_sum, entropy)
+        _add(self.token_count, num_tokens)
+        if dropped:
+            _add(self.dropped_count, ops.sum(counts - kept))
 
     def reset(self):
         if not self.built:
@@ -213,6 +211,10 @@ class _RoutingMetric(keras.metrics.Metric):
 
     def result(self):
         return self._result()
+
+
+def _add(counter, increment):
+    counter.assign(counter + increment)
 
 
 def _entropy(probs):

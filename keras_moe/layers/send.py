@@ -25,6 +25,7 @@ class Sending(NamedTuple):
         group_sizes: `(E,)` int32. Rows of each expert.
         max_group_size: An upper bound of them, static where sizes are.
         compact: bool. Whether there are fewer rows than choices.
+        limited: bool. Whether choices may have been dropped.
     """
 
     weights: Any
@@ -32,6 +33,7 @@ class Sending(NamedTuple):
     group_sizes: Any
     max_group_size: Any
     compact: bool
+    limited: bool
 
 
 def plan_sending(layer, routing, mask, training, num_sequences):
@@ -65,7 +67,12 @@ def plan_sending(layer, routing, mask, training, num_sequences):
             groups = -(-num_tokens // group_size)
             max_group_size = min(size * groups, max_group_size)
     return Sending(
-        weights, plan, group_sizes, max_group_size, max_rows is not None
+        weights,
+        plan,
+        group_sizes,
+        max_group_size,
+        compact=max_rows is not None,
+        limited=size is not None,
     )
 
 
@@ -95,8 +102,8 @@ def mix_tokens(layer, tokens, sending, training):
 
 def send_rows(layer, tokens, routing, sending, training):
     """Sends copies of the tokens to the experts, and back: `(T, ...)`."""
-    weights, plan, group_sizes, max_group_size, compact = sending
-    if not compact:
+    weights, plan, group_sizes, max_group_size, *_ = sending
+    if not sending.compact:
         plan = with_positions(plan, routing)
     rows = to_rows(tokens, plan)  # (N, ...)
     if layer.weights_on == "input":

@@ -11,8 +11,8 @@ class GroupedLoss(RoutingLoss):
 
     A subclass computes one number for each group of tokens in
     `group_losses(routing, mask, groups)`, `(G,)` float32, from a `mask` `(T,)`
-    that is never `None`. The loss is their mean; groups without a token are
-    left out of it.
+    or `None`. The loss is their mean; groups without a token are left out of
+    it.
 
     Args:
         weight: float. Factor of the loss, not negative.
@@ -32,11 +32,16 @@ class GroupedLoss(RoutingLoss):
         self.per = per
 
     def call(self, routing, mask=None, num_sequences=1):
-        if mask is None:
-            mask = ops.ones_like(routing.expert_indices[:, 0], dtype="bool")
-        mask = ops.cast(mask, "bool")
         groups = _at_least_one(self.num_groups(num_sequences))
-        losses = self.group_losses(routing, mask, groups)
+        if mask is None:
+            losses = self.group_losses(routing, None, groups)
+            num_tokens = ops.shape(routing.expert_indices)[0]
+            if isinstance(num_tokens, int) and num_tokens > 0:
+                return ops.mean(losses)
+            mask = ops.ones_like(routing.expert_indices[:, 0], dtype="bool")
+        else:
+            mask = ops.cast(mask, "bool")
+            losses = self.group_losses(routing, mask, groups)
         counts = token_counts(mask, groups)
         losses = ops.where(counts > 0, losses, ops.zeros_like(losses))
         present = ops.sum(ops.cast(counts > 0, "float32"))

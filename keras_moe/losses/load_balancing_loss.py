@@ -122,17 +122,25 @@ class LoadBalancingLoss(GroupedLoss):
         num_experts = routing.probs.shape[-1]
         experts = assigned_experts(routing, self.assignments)
         counts = counts_by_expert(experts, num_experts, mask, groups)  # (G, E)
-        tokens = token_counts(mask, groups)  # (G,)
         if self.per == "global":
             counts = backend.all_reduce_sum(counts)
-            tokens = backend.all_reduce_sum(tokens)
-        total = ops.expand_dims(tokens, -1)
         if self.normalize_by_top_k:
             total = ops.sum(counts, axis=-1, keepdims=True)
+        else:
+            total = self._token_counts(experts, mask, groups)
         share = ops.stop_gradient(counts / ops.maximum(total, 1.0))
         scores = expert_scores(routing, self.scores, mask)
         scores = group_means(scores, mask, groups)  # (G, E)
         return num_experts * ops.sum(share * scores, axis=-1)
+
+    def _token_counts(self, experts, mask, groups):
+        """`(G, 1)`."""
+        if mask is None:
+            mask = ops.ones_like(experts[:, 0], dtype="bool")
+        tokens = token_counts(mask, groups)
+        if self.per == "global":
+            tokens = backend.all_reduce_sum(tokens)
+        return ops.expand_dims(tokens, -1)
 
     def get_config(self):
         return {

@@ -63,13 +63,21 @@ def sums_by_expert(values, experts, num_experts, mask, groups):
         experts: `(T, K)` int32, the expert of each value. `num_experts` stands
             for none.
         num_experts: int.
-        mask: `(T,)` bool. `False` tokens do not count.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count.
         groups: `G`, an int or an integer tensor.
 
     Returns:
         `(G, E)` float32.
     """
-    experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
+    if mask is not None:
+        experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
+    if isinstance(groups, int) and groups == 1:
+        sums = ops.segment_sum(
+            ops.reshape(zero_masked(values, mask), (-1,)),
+            ops.reshape(experts, (-1,)),
+            num_segments=num_experts + 1,
+        )
+        return ops.expand_dims(sums[:-1], 0)
     experts = to_groups(ops.cast(experts, "int32"), groups)  # (G, T / G, K)
     first = ops.cast(ops.arange(groups), "int32") * (num_experts + 1)
     segments = experts + ops.reshape(first, (-1, 1, 1))
@@ -87,7 +95,7 @@ def counts_by_expert(experts, num_experts, mask, groups):
     Args:
         experts: `(T, K)` int32. `num_experts` stands for none.
         num_experts: int.
-        mask: `(T,)` bool. `False` tokens do not count.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count.
         groups: `G`, an int or an integer tensor.
 
     Returns:

@@ -59,12 +59,16 @@ def group_means(values, mask, groups):
 
     Args:
         values: `(T, ...)` float32.
-        mask: `(T,)` bool. `False` tokens do not count, NaN included.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count, NaN included.
         groups: `G`, an int or an integer tensor.
 
     Returns:
         `(G, ...)`.
     """
+    if mask is None and isinstance(groups, int) and groups == 1:
+        return ops.expand_dims(masked_mean(values), 0)
+    if mask is None:
+        mask = ops.ones((ops.shape(values)[0],), "bool")
     totals = ops.sum(to_groups(zero_masked(values, mask), groups), axis=1)
     counts = ops.maximum(token_counts(mask, groups), 1.0)
     return totals / ops.reshape(counts, (-1,) + (1,) * (len(values.shape) - 1))

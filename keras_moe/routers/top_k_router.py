@@ -308,7 +308,8 @@ class TopKRouter(LinearRouter):
             ranked = ranked + self.expert_bias
         ranked = ops.stop_gradient(ranked)
         candidates = self.num_experts - self.num_always_on
-        ranked = ranked[:, :candidates]
+        if self.num_always_on:
+            ranked = ranked[:, :candidates]
         if training and self.expert_dropout > 0:
             draws = keras.random.uniform(
                 ops.shape(ranked), seed=self.seed_generator
@@ -343,7 +344,8 @@ class TopKRouter(LinearRouter):
             weights = normalize_weights(
                 weights, self.normalize_epsilon, self.normalize_order
             )
-        weights = weights * self.weight_scale
+        if self.weight_scale != 1:
+            weights = weights * self.weight_scale
         if self.learned_scale == "global":
             weights = weights * self.scale
         if self.learned_scale == "expert":
