@@ -1,147 +1,54 @@
-"""TensorFlow kernels.
+"""Grouped matmuls.
 
-`expert_loop`, for eager and graph mode, is a while loop with one product per
-group. `row_blocks`, for XLA, where every shape is static, is a loop over
-blocks of rows whose trip count is data.
-
-Danger: XLA compiles `expert_loop` without an error and returns wrong values.
-Two things keep it out of reach there: it raises `NotImplementedError` while
-XLA traces, and it sends its group sizes through a string operation, which no
-XLA compiler accepts, so that whatever still gets there fails loudly.
+`expert_loop`, for eager and graph mode, is a loop with one product for each
+group with rows. `row_blocks`, for XLA, where every shape is static, is a loop
+over blocks of rows whose trip count is data.
 """
 
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util
+
+from keras_moe.backend.tensorflow.groups import Groups
+from keras_moe.backend.tensorflow.xla import compiles_with_xla
 
 
-def top_k_indices(scores, k):
-    return tf.math.top_k(scores, k).indices
+def _loop_rows(lhs, rhs, groups, transpose_rhs=False):
+    def step(i, products):
+        group, rows = groups.locate(i)
+        product = tf.matmul(lhs[rows], rhs[group], transpose_b=transpose_rhs)
+        return (products.write(i, product),)
 
-
-def with_gradient(forward, backward, inputs, constants):
-    @tf.custom_gradient
-    def call(*inputs):
-        def gradients(grad):
-            return backward(grad, *inputs, *constants)
-
-        return forward(*inputs, *constants), gradients
-
-    return call(*inputs)
-
-
-def is_symbolic(tensor):
-    return not tf.executing_eagerly()
-
-
-def all_reduce_sum(tensor):
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return tensor
-    # Replicas would wait for each other in the middle of the forward pass. They
-    # share the list of losses that Keras' layers add to: one's are then lost,
-    # another's count twice.
-    raise NotImplementedError(
-        "Under a TensorFlow strategy with several replicas, their loads "
-        "cannot be added up within a step: leave `expert_bias` out, or set "
-        "its `bias_update_rate` to 0, and take `per='batch'` rather than "
-        "'global'; or use JAX. "
-        f"Received: {context.num_replicas_in_sync} replicas"
-    )
-
-
-def _compiles_with_xla():
-    return not tf.executing_eagerly() and (
-        control_flow_util.GraphOrParentsInXlaContext(
-            tf.compat.v1.get_default_graph()
-        )
-    )
-
-
-def _refuse_xla(group_sizes):
-    return tf.strings.to_number(tf.strings.as_string(group_sizes), tf.int32)
-
-
-def slice_bounds(group_sizes):
-    if _compiles_with_xla():
-        return None
-    if tf.executing_eagerly():
-        ends = tf.cumsum(group_sizes).numpy().tolist()
-        return list(zip([0, *ends[:-1]], ends, strict=True))
-    group_sizes = _refuse_xla(group_sizes)
-    ends = tf.cumsum(group_sizes)
-    starts = ends - group_sizes
-    return list(zip(tf.unstack(starts), tf.unstack(ends), strict=True))
-
-
-def _loop(num_steps, body, state):
-    """Calls `state = body(i, state)` for `i` in `range(num_steps)`."""
-    return tf.while_loop(
-        lambda i, state: i < num_steps,
-        lambda i, state: (i + 1, body(i, state)),
-        (tf.constant(0), state),
-        parallel_iterations=1,
-    )[1]
-
-
-def _loop_rows(lhs, rhs, starts, ends, transpose_rhs=False):
-    num_groups = rhs.shape[0]
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
-
-    def body(group, products):
-        rows = lhs[starts[group] : ends[group]]
-        product = tf.matmul(rows, rhs[group], transpose_b=transpose_rhs)
-        return products.write(group, product)
-
-    products = _loop(
-        num_groups,
-        body,
-        tf.TensorArray(
-            lhs.dtype,
-            num_groups + 1,
-            False,
-            element_shape=(None, width),
-            infer_shape=False,
-        ),
-    )
-    of_no_group = tf.zeros((tf.shape(lhs)[0] - ends[-1], width), lhs.dtype)
-    out = products.write(num_groups, of_no_group).concat()
-    return tf.ensure_shape(out, (lhs.shape[0], width))
+    (products,) = groups.loop(step, groups.array_of_rows(lhs.dtype, width))
+    return tf.ensure_shape(groups.concat(products), (lhs.shape[0], width))
 
 
-def _loop_groups(lhs, grad, starts, ends):
-    num_groups = starts.shape[0]
-    shape = (lhs.shape[1], grad.shape[1])
-
-    def body(group, products):
-        rows = slice(starts[group], ends[group])
+def _loop_groups(lhs, grad, groups):
+    def step(i, products):
+        group, rows = groups.locate(i)
         product = tf.matmul(lhs[rows], grad[rows], transpose_a=True)
-        return products.write(group, product)
+        return (products.write(group, product),)
 
-    return _loop(
-        num_groups,
-        body,
-        tf.TensorArray(lhs.dtype, num_groups, element_shape=shape),
-    ).stack()
+    shape = (lhs.shape[1], grad.shape[1])
+    (products,) = groups.loop(step, groups.array_of_groups(lhs.dtype, shape))
+    return products.stack()
 
 
 def expert_loop(lhs, rhs, group_sizes):
-    if _compiles_with_xla():
+    if compiles_with_xla():
         raise NotImplementedError("XLA needs static shapes")
     # A variable read inside of a custom gradient would be asked for there.
     lhs, rhs = tf.convert_to_tensor(lhs), tf.convert_to_tensor(rhs)
-    group_sizes = _refuse_xla(group_sizes)
-    ends = tf.cumsum(group_sizes)
-    starts = ends - group_sizes
+    groups = Groups(group_sizes, tf.shape(lhs)[0])
 
     @tf.custom_gradient
     def forward(lhs, rhs):
         def backward(grad):
             return (
-                _loop_rows(grad, rhs, starts, ends, transpose_rhs=True),
-                _loop_groups(lhs, grad, starts, ends),
+                _loop_rows(grad, rhs, groups, transpose_rhs=True),
+                _loop_groups(lhs, grad, groups),
             )
 
-        return _loop_rows(lhs, rhs, starts, ends), backward
+        return _loop_rows(lhs, rhs, groups), backward
 
     return forward(lhs, rhs)
 
@@ -193,6 +100,16 @@ class _Blocks:
         offset = self.first * self.size - self.starts
         place = row + tf.gather(offset, tf.minimum(group, self.num_groups - 1))
         return tf.where(in_a_group, place, 0), in_a_group[:, None]
+
+
+def _loop(num_steps, body, state):
+    """Calls `state = body(i, state)` for `i` in `range(num_steps)`."""
+    return tf.while_loop(
+        lambda i, state: i < num_steps,
+        lambda i, state: (i + 1, body(i, state)),
+        (tf.constant(0), state),
+        parallel_iterations=1,
+    )[1]
 
 
 def _block_rows(lhs, rhs, blocks, transpose_rhs=False):
@@ -266,6 +183,3 @@ def _row_blocks(lhs, rhs, group_sizes):
         return _block_rows(lhs, rhs, blocks), backward
 
     return forward(lhs, rhs)
-
-
-GROUPED_MATMUL = {"expert_loop": expert_loop, "row_blocks": row_blocks}

@@ -1,0 +1,70 @@
+"""TensorFlow kernels.
+
+For eager and graph mode there are loops over experts (`expert_loop`), whose
+groups have the shapes that the data give them. For XLA, where every shape is
+static, there are blocks of rows (`row_blocks`).
+"""
+
+import tensorflow as tf
+
+from keras_moe.backend.tensorflow import fused_blocks
+from keras_moe.backend.tensorflow import fused_loop
+from keras_moe.backend.tensorflow import grouped_matmul
+from keras_moe.backend.tensorflow.xla import compiles_with_xla
+from keras_moe.backend.tensorflow.xla import refuse_xla
+
+GROUPED_MATMUL = {
+    "expert_loop": grouped_matmul.expert_loop,
+    "row_blocks": grouped_matmul.row_blocks,
+}
+FUSED_EXPERTS = {
+    "expert_loop": fused_loop.expert_loop,
+    "row_blocks": fused_blocks.row_blocks,
+}
+
+
+def top_k_indices(scores, k):
+    return tf.math.top_k(scores, k).indices
+
+
+def with_gradient(forward, backward, inputs, constants):
+    @tf.custom_gradient
+    def call(*inputs):
+        def gradients(grad):
+            return backward(grad, *inputs, *constants)
+
+        return forward(*inputs, *constants), gradients
+
+    return call(*inputs)
+
+
+def is_symbolic(tensor):
+    return not tf.executing_eagerly()
+
+
+def all_reduce_sum(tensor):
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensor
+    # Replicas would wait for each other in the middle of the forward pass. They
+    # share the list of losses that Keras' layers add to: one's are then lost,
+    # another's count twice.
+    raise NotImplementedError(
+        "Under a TensorFlow strategy with several replicas, their loads "
+        "cannot be added up within a step: leave `expert_bias` out, or set "
+        "its `bias_update_rate` to 0, and take `per='batch'` rather than "
+        "'global'; or use JAX. "
+        f"Received: {context.num_replicas_in_sync} replicas"
+    )
+
+
+def slice_bounds(group_sizes):
+    if compiles_with_xla():
+        return None
+    if tf.executing_eagerly():
+        ends = tf.cumsum(group_sizes).numpy().tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+    group_sizes = refuse_xla(group_sizes)
+    ends = tf.cumsum(group_sizes)
+    starts = ends - group_sizes
+    return list(zip(tf.unstack(starts), tf.unstack(ends), strict=True))
