@@ -1,57 +1,12 @@
-"""PyTorch kernels.
+"""Grouped matmuls.
 
-`grouped_mm` is PyTorch's own grouped matmul, used where its rules for dtype,
-alignment and device allow. `expert_loop` is one product per group, written in
-place into the result.
+`grouped_mm` is PyTorch's own, used where its rules for dtype, alignment and
+device allow. `expert_loop` is one product per group, written in place into the
+result.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
-
-
-def top_k_indices(scores, k):
-    # `torch.topk` promises nothing about ties.
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].to(torch.int32)
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, forward, backward, constants, *inputs):
-        ctx.save_for_backward(*inputs)
-        ctx.backward, ctx.constants = backward, constants
-        return forward(*inputs, *constants)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = ctx.saved_tensors
-        return None, None, None, *ctx.backward(grad, *inputs, *ctx.constants)
-
-
-def with_gradient(forward, backward, inputs, constants):
-    return _WithGradient.apply(forward, backward, constants, *inputs)
-
-
-def is_symbolic(tensor):
-    return tensor.device.type == "meta"
-
-
-def all_reduce_sum(tensor):
-    if not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ):
-        return tensor
-    total = tensor.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total
-
-
-@torch.compiler.disable  # the sizes of the slices are data
-def slice_bounds(group_sizes):
-    if is_symbolic(group_sizes):
-        return None
-    ends = torch.cumsum(group_sizes, 0).tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _clear_rows_of_no_group(out, ends):
@@ -154,6 +109,3 @@ def expert_loop(lhs, rhs, group_sizes):
     if lhs.device.type == "meta":
         raise NotImplementedError("meta tensors have no group sizes")
     return _ExpertLoop.apply(lhs, rhs, group_sizes.tolist())
-
-
-GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}

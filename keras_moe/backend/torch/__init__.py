@@ -1,0 +1,55 @@
+"""PyTorch: what `keras_moe.backend` lists, and the tables of its kernels."""
+
+import torch
+
+from keras_moe.backend.torch.fused_experts import expert_loop as fused_loop
+from keras_moe.backend.torch.grouped_matmul import expert_loop
+from keras_moe.backend.torch.grouped_matmul import grouped_mm
+
+GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
+FUSED_EXPERTS = {"expert_loop": fused_loop}
+
+
+def top_k_indices(scores, k):
+    # `torch.topk` promises nothing about ties.
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :k].to(torch.int32)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, constants, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.backward, ctx.constants = backward, constants
+        return forward(*inputs, *constants)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        return None, None, None, *ctx.backward(grad, *inputs, *ctx.constants)
+
+
+def with_gradient(forward, backward, inputs, constants):
+    return _WithGradient.apply(forward, backward, constants, *inputs)
+
+
+def is_symbolic(tensor):
+    return tensor.device.type == "meta"
+
+
+def all_reduce_sum(tensor):
+    if not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    ):
+        return tensor
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+@torch.compiler.disable  # the sizes of the slices are data
+def slice_bounds(group_sizes):
+    if is_symbolic(group_sizes):
+        return None
+    ends = torch.cumsum(group_sizes, 0).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
