@@ -1,0 +1,48 @@
+"""JAX kernels."""
+
+import jax
+from jax import lax
+
+from keras_moe.backend.jax import fused_experts
+from keras_moe.backend.jax import grouped_matmul
+from keras_moe.backend.jax.blocks import block_sizes as block_sizes
+
+GROUPED_MATMUL = {
+    "row_blocks": grouped_matmul.row_blocks,
+    "ragged_dot": grouped_matmul.ragged_dot,
+}
+FUSED_EXPERTS = {"row_blocks": fused_experts.row_blocks}
+
+
+def top_k_indices(scores, k):
+    return lax.top_k(scores, k)[1]
+
+
+def with_gradient(forward, backward, inputs, constants):
+    # Everything is an argument: rematerialization forbids closing over traced
+    # arrays.
+    @jax.custom_vjp
+    def call(inputs, constants):
+        return forward(*inputs, *constants)
+
+    def call_forward(inputs, constants):
+        return forward(*inputs, *constants), (inputs, constants)
+
+    def call_backward(residuals, grad):
+        inputs, constants = residuals
+        return backward(grad, *inputs, *constants), None
+
+    call.defvjp(call_forward, call_backward)
+    return call(inputs, constants)
+
+
+def is_symbolic(tensor):
+    return isinstance(tensor, jax.core.Tracer)
+
+
+def all_reduce_sum(tensor):
+    return tensor  # one program sees the batch of all devices
+
+
+def slice_bounds(group_sizes):
+    return None  # whatever is not compiled now will be somewhere else
