@@ -25,7 +25,8 @@ ALLOWED = {
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
-    *("fractions", "functools", "inspect", "math", "numbers", "typing"),
+    *("fractions", "functools", "inspect", "itertools", "math", "numbers"),
+    *("typing", "weakref"),
 }
 
 

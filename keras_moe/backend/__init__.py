@@ -3,15 +3,18 @@
 `jax.py`, `tensorflow.py` and `torch.py` hold the same names; the one of the
 active Keras backend is re-exported here:
 
-- `GROUPED_MATMUL`: implementations of the grouped matmul by name, best first.
-  Each takes `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when
-  the arguments, the device or the execution mode are not for it.
+- `GROUPED_MATMUL`: implementations of the grouped matmul by name. Each takes
+  `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when the arguments,
+  the device or the execution mode are not for it.
+- `best_first(lhs)`: the names of those worth trying for the device of `lhs`.
 - `FUSED_EXPERTS`: implementations, in the same manner, of a whole bank of
   feed-forward experts from tokens to tokens, which copy no row and keep less
   for the backward pass. Each takes what `ops.fused_experts` describes. There
   may be none.
 - `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
   axis in descending order, ties to the lower index.
+- `stable_argsort(keys, num_keys)`: the order that sorts whole numbers from 0 to
+  `num_keys - 1`, `(N,)` int32, equal ones as they come.
 - `with_gradient(forward, backward, inputs, constants)`: `forward(*inputs,
   *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
   for each of the inputs.
@@ -21,7 +24,7 @@ active Keras backend is re-exported here:
   a list of pairs that may be used in slices, of ints if they are known. `None`
   where no slice may depend on data, since all shapes have to be static.
 
-`reference.py` needs `keras.ops` alone and always comes last.
+`reference.py` needs `keras.ops` alone and is always tried last.
 """
 
 import keras
@@ -44,15 +47,23 @@ GROUPED_MATMUL = {
     **native.GROUPED_MATMUL,
     "reference": reference.grouped_matmul,
 }
-FUSED_EXPERTS = getattr(native, "FUSED_EXPERTS", {})
+FUSED_EXPERTS = native.FUSED_EXPERTS
 # The names on all backends.
 KNOWN_GROUPED_MATMULS = (
     "row_blocks",
     "expert_loop",
     "grouped_mm",
+    "ragged_dot",
     "reference",
 )
+
+
+def best_first(lhs):
+    return (*native.best_first(lhs), "reference")
+
+
 top_k_indices = native.top_k_indices
+stable_argsort = native.stable_argsort
 with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum

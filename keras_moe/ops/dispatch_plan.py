@@ -6,6 +6,8 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe import backend
+
 DROP_POLICIES = ("position", "token", "priority", "weight", "random")
 
 
@@ -66,7 +68,7 @@ def plan_dispatch(
         rank = _rank_among_equals(keys, order)
         fits = ops.logical_and(rank < capacity, experts < num_experts)
         experts = ops.where(fits, experts, num_experts)
-    choices = ops.cast(ops.argsort(experts), "int32")  # stable
+    choices = backend.stable_argsort(experts, num_experts + 1)
     if max_rows is not None:
         choices = choices[:max_rows]
     if mask is not None or capacity is not None or max_rows is not None:
@@ -76,7 +78,8 @@ def plan_dispatch(
 
 def with_positions(plan, routing):
     """The plan, told where each choice has its row."""
-    positions = ops.argsort(plan.choices)
+    num_choices = ops.shape(plan.choices)[0]
+    positions = backend.stable_argsort(plan.choices, num_choices)
     return plan._replace(
         positions=by_token(positions, *ops.shape(routing.expert_indices))
     )

@@ -4,7 +4,7 @@ from keras_moe import backend
 
 
 def grouped_matmul_implementations():
-    """Names that `implementation=` takes on this backend, best first."""
+    """Names that `implementation=` takes on this backend."""
     return tuple(backend.GROUPED_MATMUL)
 
 
@@ -32,8 +32,9 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
         rhs: `(E, D, F)`, same dtype. `E`, `D` and `F` must be static.
         group_sizes: `(E,)` int32, with a sum of at most `N` (not checked).
         implementation: `None` takes the first of
-            `grouped_matmul_implementations()` that can run here. A name forces
-            that one, and raises `NotImplementedError` where it cannot.
+            `grouped_matmul_implementations()` that is worth it on the device
+            and can run here. A name forces that one, and raises
+            `NotImplementedError` where it cannot.
 
     Returns:
         `(N, F)`, in the dtype of `lhs`.
@@ -56,9 +57,9 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     _check_operands(lhs, rhs, group_sizes)
     if implementation is not None:
         return backend.GROUPED_MATMUL[implementation](lhs, rhs, group_sizes)
-    for candidate in backend.GROUPED_MATMUL.values():
+    for name in backend.best_first(lhs):
         try:
-            return candidate(lhs, rhs, group_sizes)
+            return backend.GROUPED_MATMUL[name](lhs, rhs, group_sizes)
         except NotImplementedError:
             continue  # not for these arguments here; the reference always is
     raise NotImplementedError("No implementation of `grouped_matmul` can run.")

@@ -106,7 +106,7 @@ class MixTest(TestCase):
         ("own_activation", lambda: GLUExperts(4, 3, activation=shifted)),
         ("named", lambda: GLUExperts(4, 3, implementation="reference")),
         ("several_kinds", lambda: MixedExperts([GLUExperts(4, 3)])),
-        ("dtype", lambda: GLUExperts(4, 3, dtype="float64")),
+        ("dtype", lambda: GLUExperts(4, 3, dtype="bfloat16")),
         (
             "regularized",
             lambda: GLUExperts(4, 3, activity_regularizer="l2"),

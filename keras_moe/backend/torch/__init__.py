@@ -10,10 +10,18 @@ GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
 FUSED_EXPERTS = {"expert_loop": fused_loop}
 
 
+def best_first(lhs):
+    return tuple(GROUPED_MATMUL)
+
+
 def top_k_indices(scores, k):
     # `torch.topk` promises nothing about ties.
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :k].to(torch.int32)
+
+
+def stable_argsort(keys, num_keys):
+    return torch.sort(keys, stable=True).indices.to(torch.int32)
 
 
 class _WithGradient(torch.autograd.Function):
