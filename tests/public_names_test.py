@@ -10,7 +10,10 @@ import numpy as np
 
 import keras_moe
 
-FOLDERS = ("experts", "layers", "losses", "ops", "routers")
+FOLDERS = (
+    *("callbacks", "experts", "layers", "losses", "metrics", "models"),
+    *("ops", "routers"),
+)
 
 
 def public_names():

@@ -1,0 +1,3 @@
+"""Callbacks for `fit`."""
+
+from keras_moe.callbacks.combine_logs import CombineLogs as CombineLogs

@@ -1,0 +1,85 @@
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class BalancedExperts(keras.layers.Layer):
+    """Adds experts of domains, or of tasks, in learned proportions (M3oE).
+
+    ```
+    balance = sigmoid(balance_logit)               own against the others
+    mix[n]  = balance * experts[n]
+              + (1 - balance) / (N - 1) * sum over the other m of experts[m]
+    y[n]    = inputs[n] + sigmoid(weight_logit) * mix[n]
+    ```
+
+    Two scalars are learned. M3oE adds such experts of domains, then such of
+    tasks, to what a `MultiGateMoE` mixes.
+
+    Args:
+        initializer: Initializer of the two logits. Defaults to `"zeros"`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, N, dim)`.
+        experts: Tensor of shape `(batch, N, dim)`, the expert of each domain.
+
+    Input shape:
+        `(batch, N, dim)`
+
+    Output shape:
+        The same as the input.
+
+    Weights:
+        `balance_logit` and `weight_logit`, scalars.
+
+    Raises:
+        ValueError: If the shapes differ, or are not of rank 3.
+
+    Example:
+
+    >>> layer = keras_moe.layers.BalancedExperts()
+    >>> x = keras.ops.ones((2, 3, 4))
+    >>> tuple(layer(x, x).shape)
+    (2, 3, 4)
+
+    Reference:
+
+    - [Zhang et al., 2024](https://arxiv.org/abs/2404.18465)
+    """
+
+    def __init__(self, initializer="zeros", **kwargs):
+        super().__init__(**kwargs)
+        self.initializer = keras.initializers.get(initializer)
+
+    def build(self, inputs_shape, experts_shape):
+        first, second = tuple(inputs_shape), tuple(experts_shape)
+        if len(first) != 3 or first[1] is None or first[1:] != second[1:]:
+            raise ValueError(
+                "`inputs` and `experts` must be of the same shape (batch, N, "
+                f"dim). Received: inputs_shape={first}, experts_shape={second}"
+            )
+        self.balance_logit, self.weight_logit = (
+            self.add_weight(name=name, shape=(), initializer=self.initializer)
+            for name in ("balance_logit", "weight_logit")
+        )
+
+    def call(self, inputs, experts):
+        experts = ops.cast(experts, self.compute_dtype)
+        number = experts.shape[1]
+        mixed = experts
+        if number > 1:
+            balance = ops.sigmoid(ops.convert_to_tensor(self.balance_logit))
+            rest = ops.sum(experts, axis=1, keepdims=True) - experts
+            mixed = balance * experts + (1 - balance) / (number - 1) * rest
+        weight = ops.sigmoid(ops.convert_to_tensor(self.weight_logit))
+        return inputs + weight * mixed
+
+    def compute_output_shape(self, inputs_shape, experts_shape):
+        return tuple(inputs_shape)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initializer": keras.initializers.serialize(self.initializer),
+        }

@@ -1,0 +1,172 @@
+import keras
+from keras import ops
+
+from keras_moe.layers.features.feature_data import FeatureData
+from keras_moe.layers.features.feature_data import checked_features
+from keras_moe.layers.features.sharing import check_shared
+from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class FeatureEmbedding(FeatureData, keras.layers.Layer):
+    """One vector of the features of an example.
+
+    Each feature gives a vector: `Categorical`, `MultiCategorical`, `Sequence`
+    and `Bucketized` from a table of learned vectors, `Numeric` and `Embedded`
+    from its own values. Features that name the same `table` share it.
+
+    What a model takes are numbers. Strings, missing values and lists of any
+    length become numbers in NumPy, with the data: `encode` makes arrays of a
+    pandas frame or a dict of columns. What features need to know of the data
+    (vocabularies, means, boundaries of buckets) is given to them, or learned by
+    `adapt` or `from_data` from a frame, a dict or a stream of these, such as a
+    `tf.data.Dataset` or a generator of batches. All that is saved with the
+    layer, so that a loaded model can still encode:
+    `model.get_layer("features").encode(frame)`.
+
+    Args:
+        features: List of features. What they lack, `embedding_dim` too, is
+            written into them: they belong to this layer.
+        embedding_dim: int. Width of the vectors of tables, for features that
+            say none. Defaults to `16`.
+        output: `"concat"` for one tensor, `"stack"` for the vectors side by
+            side, which must then be of one width, or `"dict"` for a dict by
+            feature. Defaults to `"concat"`.
+        embeddings_initializer: Initializer of the tables. Defaults to
+            `"uniform"`.
+        embeddings_regularizer: Regularizer of the tables. Defaults to `None`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Dict of tensors by feature: ids `(batch,)`, lists
+            `(batch, length)`, numbers `(batch,)`, vectors `(batch, dim)`. Other
+            entries are ignored.
+
+    Output shape:
+        `(batch, sum of widths)`, `(batch, num_features, width)`, or a dict of
+        `(batch, width)`.
+
+    Raises:
+        ValueError: If arguments are out of range, two features have one name,
+            or features share a table but differ in its size; when built, if a
+            feature still lacks what `adapt` would learn; when called, if the
+            input of a feature is not there.
+
+    Example:
+
+    >>> data = {"city": ["Rome", "Oslo", "Rome"], "age": [31.0, 40.0, None]}
+    >>> features = keras_moe.layers.FeatureEmbedding.from_data(
+    ...     data, embedding_dim=4)
+    >>> features(features.encode(data)).shape[1]
+    5
+    """
+
+    def __init__(
+        self,
+        features,
+        embedding_dim=16,
+        output="concat",
+        embeddings_initializer="uniform",
+        embeddings_regularizer=None,
+        **kwargs,
+    ):
+        # A price must not be rounded to half precision before it is scaled.
+        super().__init__(autocast=False, **{"name": "features", **kwargs})
+        check_int("embedding_dim", embedding_dim, 1)
+        check_one_of("output", output, ("concat", "stack", "dict"))
+        self.features = checked_features(features)
+        self.embedding_dim = embedding_dim
+        self.output_kind = output
+        self.embeddings_initializer = keras.initializers.get(
+            embeddings_initializer
+        )
+        self.embeddings_regularizer = keras.regularizers.get(
+            embeddings_regularizer
+        )
+        for feature in self.features:
+            if feature.table is not None and feature.embedding_dim is None:
+                feature.embedding_dim = embedding_dim
+        self._tables = {}
+        # Layers are tracked, and saved, in what holds them here.
+        self._combiners = [
+            feature.layer
+            for feature in self.features
+            if getattr(feature, "layer", None) is not None
+        ]
+
+    def build(self, input_shape=None):
+        self._check_adapted()
+        check_shared(self.features)
+        for feature in self.features:
+            if feature.table is None:
+                continue
+            if feature.table not in self._tables:
+                self._tables[feature.table] = self._make_table(feature)
+            layer = getattr(feature, "layer", None)
+            if layer is not None and not layer.built:
+                layer.build((None, feature.length, feature.embedding_dim))
+        widths = {feature.width for feature in self.features}
+        if self.output_kind == "stack" and len(widths) > 1:
+            raise ValueError(
+                "With output='stack' all features must be of one width. "
+                f"Received: { {f.name: f.width for f in self.features} }"
+            )
+
+    def _make_table(self, feature):
+        initializer = self.embeddings_initializer
+        if isinstance(initializer, keras.initializers.Initializer):
+            # One initializer gives all tables of one shape the same numbers.
+            initializer = initializer.clone()
+        table = keras.layers.Embedding(
+            feature.num_ids + 2,
+            feature.embedding_dim,
+            embeddings_initializer=initializer,
+            embeddings_regularizer=self.embeddings_regularizer,
+            dtype=self.dtype_policy,
+            name=f"table_{feature.table}",
+        )
+        table.build((None,))
+        return table
+
+    def call(self, inputs):
+        self._check_names(inputs)
+        vectors = {}
+        for feature in self.features:
+            x = ops.convert_to_tensor(inputs[feature.name])
+            if len(x.shape) == 2 and not feature.input_shape:
+                x = ops.squeeze(x, axis=1)
+            table = self._tables.get(feature.table)
+            vector = feature.embed(x, table)
+            vectors[feature.name] = ops.cast(vector, self.compute_dtype)
+        if self.output_kind == "dict":
+            return vectors
+        if self.output_kind == "stack":
+            return ops.stack(list(vectors.values()), axis=1)
+        return ops.concatenate(list(vectors.values()), axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        batch = input_shape[self.features[0].name][0]
+        widths = {feature.name: feature.width for feature in self.features}
+        if self.output_kind == "dict":
+            return {name: (batch, width) for name, width in widths.items()}
+        if self.output_kind == "stack":
+            return (batch, len(widths), self.features[0].width)
+        return (batch, sum(widths.values()))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "features": [
+                keras.saving.serialize_keras_object(feature)
+                for feature in self.features
+            ],
+            "embedding_dim": self.embedding_dim,
+            "output": self.output_kind,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+            "embeddings_regularizer": keras.regularizers.serialize(
+                self.embeddings_regularizer
+            ),
+        }

@@ -1,0 +1,1 @@
+"""What each feature of a recommendation model is, and how it is embedded."""

@@ -1,0 +1,100 @@
+"""Columns of pandas frames, dicts and batches of a stream, in NumPy."""
+
+import numpy as np
+
+
+def is_table(data):
+    """Whether it is a frame or a dict of columns, and no stream of these."""
+    return isinstance(data, dict) or hasattr(data, "columns")
+
+
+def tables(data):
+    """The tables of a table, or of a stream of tables or `(table, ...)`."""
+    if is_table(data):
+        yield data
+        return
+    for batch in data:
+        table = batch[0] if isinstance(batch, (list, tuple)) else batch
+        if not is_table(table):
+            raise ValueError(
+                "`data` must be a pandas frame, a dict of arrays, or an "
+                "iterable of these (or of tuples that begin with one). "
+                f"Received an entry of type {type(table).__name__}"
+            )
+        yield table
+
+
+def column_names(table):
+    return list(table) if isinstance(table, dict) else list(table.columns)
+
+
+def column(table, name):
+    """The values of a column, and which of them are missing.
+
+    Missing are NaN, `None` and `pandas.NA`.
+    """
+    if name not in column_names(table):
+        raise ValueError(
+            f"No column {name!r} in the data. "
+            f"Received: {sorted(map(str, column_names(table)))}"
+        )
+    given = table[name]
+    is_missing = given.isna() if hasattr(given, "isna") else None
+    values = to_numpy(given)
+    if is_missing is not None:
+        return values, np.asarray(is_missing)
+    return values, missing(values)
+
+
+def to_numpy(values):
+    """An array; lists of different lengths become an array of lists."""
+    if isinstance(values, (list, tuple)):
+        if any(isinstance(v, (list, tuple, np.ndarray)) for v in values):
+            rows = np.empty(len(values), object)
+            for i, value in enumerate(values):
+                rows[i] = value
+            return rows
+        # NumPy would make strings of the NaNs among strings.
+        is_text = any(isinstance(v, (str, bytes)) for v in values)
+        values = np.asarray(values, object if is_text else None)
+    values = np.asarray(values)
+    if values.dtype.kind == "S":
+        values = np.char.decode(values, "utf-8")
+    return values
+
+
+def missing(values):
+    if values.dtype.kind == "f":
+        return np.isnan(values)
+    if values.dtype.kind != "O":
+        return np.zeros(values.shape, bool)
+    flags = [_is_missing(value) for value in values.ravel()]
+    return np.array(flags, bool).reshape(values.shape)
+
+
+def _is_missing(value):
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, (float, np.floating)) and value != value
+
+
+def plain(value):
+    """A value as JSON and dicts have it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def as_floats(values, is_missing, name):
+    """float64 values, NaN where they are missing."""
+    if values.dtype.kind in "biuf":
+        return values.astype("float64")
+    floats = np.full(values.shape, np.nan)
+    try:
+        floats[~is_missing] = values[~is_missing].astype("float64")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Feature {name!r} must be made of numbers. Received: "
+            f"dtype={values.dtype}, such as {values[~is_missing][0]!r}"
+        ) from error
+    return floats

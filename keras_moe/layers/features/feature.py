@@ -1,0 +1,94 @@
+import keras
+import numpy as np
+
+
+class Feature:
+    """Base class of the features of a `FeatureEmbedding`.
+
+    A feature is a description. It says what the model takes (`input_shape`,
+    `input_dtype`), makes that of raw columns (`encode`), learns what it lacks
+    from data (`statistics`, `adapt`), and makes a vector of it (`embed`).
+
+    Args:
+        name: str. Name of the feature: of its column and of the model's input.
+    """
+
+    input_dtype = "float32"
+    input_shape = ()
+    # Those with a table have a name for it, and say how many ids it has.
+    table = None
+
+    def __init__(self, name):
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(
+                "`name` must be a string that is not empty and has no '/'. "
+                f"Received: name={name!r}"
+            )
+        self.name = name
+
+    @property
+    def lacks(self):
+        """What has to be learned from data before it can be used, or `None`."""
+        return None
+
+    def statistics(self):
+        """An object with `update(values, missing)`, or `None`."""
+        return None
+
+    def adapt(self, statistics):
+        """Takes what it lacks from the statistics of all data."""
+
+    def encode(self, values, missing):
+        """What the model takes, a NumPy array, of a raw column."""
+        raise NotImplementedError
+
+    def check(self, values):
+        """Raises if a NumPy array is not what the model takes."""
+        rank = 1 + len(self.input_shape)
+        shape = values.shape
+        if shape[1:] == (1,) and rank == 1:
+            shape = shape[:1]
+        fits = len(shape) == rank and all(
+            expected in (None, size)
+            for expected, size in zip(self.input_shape, shape[1:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"Feature {self.name!r} must be of shape "
+                f"{('batch', *self.input_shape)}. Received: {values.shape}"
+            )
+        if values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"Feature {self.name!r} must be made of numbers in what the "
+                "model takes; `FeatureEmbedding.encode` makes them of strings "
+                f"and other columns. Received: dtype={values.dtype}"
+            )
+
+    def embed(self, inputs, table=None):
+        """The feature's vector `(B, width)` of its input."""
+        raise NotImplementedError
+
+    @property
+    def width(self):
+        """Width of the vector."""
+        raise NotImplementedError
+
+    def keras_input(self):
+        return keras.Input(
+            self.input_shape, dtype=self.input_dtype, name=self.name
+        )
+
+    def get_config(self):
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.name!r})"
+
+
+def check_finite(name, values):
+    if np.isinf(values).any():
+        raise ValueError(f"Feature {name!r} must not have infinite values.")

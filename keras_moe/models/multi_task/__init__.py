@@ -1,0 +1,1 @@
+"""Tasks, their heads, losses and weightings: what all such models share."""

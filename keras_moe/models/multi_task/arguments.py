@@ -1,0 +1,100 @@
+"""What a `MultiTaskModel` makes of its arguments and of those of `compile`."""
+
+import keras
+
+from keras_moe.metrics.binary_auc import BinaryAUC
+from keras_moe.metrics.masked import Masked
+from keras_moe.models.multi_task.labels import check_labels
+from keras_moe.models.multi_task.weighting.static_weighting import (
+    StaticWeighting,
+)
+
+
+def check_graph(inputs, outputs, tasks):
+    names = [task.name for task in tasks]
+    if not isinstance(outputs, dict) or set(outputs) != set(names):
+        raise ValueError(
+            "`outputs` must be a dict with one tensor a task. Received: "
+            f"outputs={outputs!r}, tasks={names}"
+        )
+    for task in tasks:
+        shape = tuple(outputs[task.name].shape)
+        if len(shape) != 2 or shape[1] != task.output_dim:
+            raise ValueError(
+                f"The output of task {task.name!r} must be of shape (batch, "
+                f"{task.output_dim}). Received: shape={shape}"
+            )
+    for name, tensor in inputs.items() if isinstance(inputs, dict) else ():
+        if tensor.name != name:
+            raise ValueError(
+                "`inputs` must be a dict of `keras.Input` by their names. "
+                f"Received: {name!r} of name {tensor.name!r}"
+            )
+
+
+def check_compile(model, weighting, loss_weights):
+    """Raises if the model cannot be trained in this way."""
+    if loss_weights is not None:
+        raise ValueError(
+            "The weight of a task is `TaskSpec.weight`; `loss_weights` is not "
+            f"taken. Received: loss_weights={loss_weights!r}"
+        )
+    # On TensorFlow alone there is one.
+    strategy = getattr(model, "distribute_strategy", None)
+    replicas = getattr(strategy, "num_replicas_in_sync", 1)
+    if replicas > 1 and not isinstance(weighting, StaticWeighting):
+        raise ValueError(
+            "Under a TensorFlow strategy each replica would weigh the tasks by "
+            "its own part of the batch. Use task_weighting='static'. Received: "
+            f"task_weighting={weighting!r}, {replicas} replicas"
+        )
+
+
+def check_data(model, x, y):
+    """Raises if NumPy arrays cannot be features or labels of the model."""
+    check_labels(model.tasks, y)
+    for layer in model.layers if isinstance(x, dict) else ():
+        if hasattr(layer, "check_data"):
+            layer.check_data(x)
+
+
+def by_task(argument, given, tasks):
+    """A dict by task of what `compile` was given."""
+    names = [task.name for task in tasks]
+    if given is None or isinstance(given, str) and given == "auto":
+        return {name: given for name in names}
+    if not isinstance(given, dict) or not set(given) <= set(names):
+        raise ValueError(
+            f"`{argument}` must be 'auto', or a dict by task. Received: "
+            f"{argument}={given!r}, tasks={names}"
+        )
+    return given
+
+
+def masked_metrics(argument, given, tasks):
+    given = by_task(argument, given, tasks)
+    masked = {}
+    for task in tasks:
+        masked[task.name] = [
+            Masked(_auto_metric(task) if m == "auto" else m)
+            for m in as_list(given.get(task.name))
+        ]
+        if len(tasks) == 1:
+            # Of a single output Keras leaves the name out.
+            for metric in masked[task.name]:
+                metric.name = f"{task.name}_{metric.name}"
+    return masked if any(masked.values()) else None
+
+
+def _auto_metric(task):
+    if task.type == "binary":
+        return BinaryAUC()
+    if task.type == "regression":
+        return keras.metrics.RootMeanSquaredError(name="rmse")
+    return keras.metrics.SparseCategoricalAccuracy(name="accuracy")
+
+
+def as_list(value):
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

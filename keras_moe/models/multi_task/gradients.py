@@ -1,0 +1,49 @@
+import keras
+from keras import ops
+
+from keras_moe.backend.jacobian import jacobian
+
+
+def gradient_products(model, *args):
+    """Inner products of the gradients of all tasks' losses.
+
+    Args:
+        model: A compiled `MultiTaskModel`.
+        *args: The arguments of its `train_step`: `(state, data)` on JAX,
+            `(data,)` elsewhere.
+
+    Returns:
+        Tensor `(T, T)`.
+    """
+    *state, data = args
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    variables = list(model.trainable_variables)
+    if state:  # On JAX the variables themselves are empty in a step.
+        values, non_trainable = list(state[0][0]), state[0][1]
+        mapping = list(
+            zip(model.non_trainable_variables, non_trainable, strict=True)
+        )
+    else:
+        values, mapping = [v.value for v in variables], []
+    selected = {
+        id(v) for v in model.task_weighting.select(variables, model.tasks)
+    }
+
+    def losses(values):
+        # Nothing that is assigned in this scope stays: the step itself will
+        # start from the same state, and draw the same dropout masks.
+        trained = zip(variables, values, strict=True)
+        with keras.StatelessScope([*trained, *mapping]):
+            y_pred = model(x, training=True)
+            return model.weighted_losses(y, y_pred, sample_weight)[0]
+
+    rows = []
+    for row in jacobian(losses, values):
+        gradients = [
+            ops.reshape(ops.cast(gradient, "float32"), (-1,))
+            for variable, gradient in zip(variables, row, strict=True)
+            if id(variable) in selected
+        ]
+        rows.append(ops.concatenate(gradients))
+    rows = ops.stack(rows)
+    return ops.stop_gradient(ops.matmul(rows, ops.transpose(rows)))

@@ -1,0 +1,198 @@
+"""Labels of several tasks: which are there, and what each example loses."""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+AUTO_LOSSES = {
+    "binary": "binary_crossentropy",
+    "regression": "mean_squared_error",
+    "multiclass": "sparse_categorical_crossentropy",
+}
+
+
+def labels_of(tasks, y, entire_space=False):
+    """The labels `{task: (B,) float32}`, NaN where a task has none.
+
+    Args:
+        tasks: Sequence of `TaskSpec`.
+        y: Dict of tensors `(B,)` or `(B, 1)` by the name of the task. For a
+            single task the tensor alone will do.
+        entire_space: bool. Whether tasks have labels outside their sample
+            space too.
+
+    Raises:
+        ValueError: If a task has no entry, or one of another shape.
+    """
+    if len(tasks) == 1 and y is not None and not isinstance(y, dict):
+        y = {tasks[0].name: y}
+    missing = [
+        t.name
+        for t in tasks
+        if not isinstance(y, dict) or y.get(t.name) is None
+    ]
+    if missing:
+        raise ValueError(
+            "`y` must be a dict with the labels of every task (NaN where an "
+            f"example has none). Missing: {missing}. Received: "
+            f"{sorted(y) if isinstance(y, dict) else type(y).__name__}"
+        )
+    labels = {}
+    for task in tasks:
+        label, shape = y[task.name], tuple(y[task.name].shape)
+        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
+            raise ValueError(
+                f"The labels of task {task.name!r} must be of shape (batch,) "
+                f"or (batch, 1). Received: shape={shape}"
+            )
+        label = ops.cast(label, "float32")
+        if len(shape) == 2:
+            label = ops.squeeze(label, axis=1)
+        if task.missing_value is not None:
+            label = ops.where(label == task.missing_value, math.nan, label)
+        labels[task.name] = label
+    if entire_space:
+        return labels
+    by_name = {task.name: task for task in tasks}
+
+    def inside(name):
+        space = by_name[name].sample_space
+        if space is None:
+            return labels[name]
+        # A comparison with NaN is false: who knows of no click, knows of no
+        # sample either.
+        return ops.where(inside(space) > 0.5, labels[name], math.nan)
+
+    return {task.name: inside(task.name) for task in tasks}
+
+
+def resolve_loss(task, identifier):
+    """A function `(y_true (B, 1), y_pred (B, O)) -> (B,)`."""
+    if identifier is None or identifier == "auto":
+        identifier = AUTO_LOSSES[task.type]
+    loss = keras.losses.get(identifier)
+    # A loss object would reduce over missing labels too.
+    return loss.call if isinstance(loss, keras.losses.Loss) else loss
+
+
+def weights_of(tasks, sample_weight):
+    """The sample weights `{task: (B,)}`, or `None` for those without."""
+    weights = {}
+    for task in tasks:
+        weight = sample_weight
+        if isinstance(weight, dict):
+            weight = weight.get(task.name)
+        if weight is not None:
+            weight = ops.reshape(ops.cast(weight, "float32"), (-1,))
+        weights[task.name] = weight
+    return weights
+
+
+def task_losses(tasks, losses, y, y_pred, sample_weight, entire_space):
+    """Lists of the tasks' losses and of the numbers of their labels.
+
+    Args:
+        tasks: Sequence of `TaskSpec`.
+        losses: Dict of functions by task, see `resolve_loss`.
+        y: As in `labels_of`.
+        y_pred: Dict of predictions by task.
+        sample_weight: Tensor `(B,)`, a dict of these by task, or `None`.
+        entire_space: As in `labels_of`.
+    """
+    labels = labels_of(tasks, y, entire_space)
+    weights = weights_of(tasks, sample_weight)
+    found = [
+        task_loss(
+            task,
+            losses[task.name],
+            labels[task.name],
+            y_pred[task.name],
+            weights[task.name],
+        )
+        for task in tasks
+    ]
+    return [loss for loss, _ in found], [count for _, count in found]
+
+
+def task_loss(task, loss, label, y_pred, weight=None):
+    """The mean loss of the examples with a label, and their number.
+
+    ```
+    loss = sum of weight * class_weight * loss / number of labels
+    ```
+
+    It is 0 if there is no label.
+    """
+    known = ops.logical_not(ops.isnan(label))  # (B,)
+    # Not only the loss of a missing label but its gradient too must be no NaN.
+    label = ops.where(known, label, 0.0)
+    y_pred = ops.cast(y_pred, "float32")
+    if len(y_pred.shape) == 1:
+        y_pred = ops.expand_dims(y_pred, 1)
+    values = ops.reshape(loss(ops.expand_dims(label, 1), y_pred), (-1,))
+    if task.class_weights is not None:
+        values = values * _class_weights(task, label)
+    if weight is not None:
+        values = values * weight
+    count = ops.sum(ops.cast(known, "float32"))
+    total = ops.sum(ops.where(known, ops.cast(values, "float32"), 0.0))
+    return total / ops.maximum(count, 1.0), count
+
+
+def _class_weights(task, label):
+    if task.type == "binary":  # The label may be a probability.
+        negative, positive = task.class_weights
+        return negative + (positive - negative) * label
+    return ops.take(
+        ops.convert_to_tensor(task.class_weights, "float32"),
+        ops.cast(label, "int32"),
+        axis=0,
+    )
+
+
+def check_labels(tasks, y):
+    """Raises if NumPy labels cannot be what their tasks say.
+
+    What is neither a NumPy array nor a pandas column is not looked at.
+    """
+    if len(tasks) == 1 and not isinstance(y, dict):
+        y = {tasks[0].name: y}
+    for task in tasks if isinstance(y, dict) else ():
+        values = y.get(task.name)
+        if hasattr(values, "to_numpy"):
+            values = values.to_numpy()
+        if not isinstance(values, np.ndarray):
+            continue
+        if values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"The labels of task {task.name!r} must be numbers. "
+                f"Received: dtype={values.dtype}"
+            )
+        values = values[~np.isnan(values)]
+        if task.missing_value is not None:
+            values = values[values != task.missing_value]
+        if not values.size:
+            raise ValueError(
+                f"Task {task.name!r} has no label at all: all are missing. "
+                "Leave the task out, or give it labels."
+            )
+        upper = {"binary": 1, "multiclass": task.output_dim - 1}.get(task.type)
+        if upper is None:
+            wrong = ~np.isfinite(values)
+        else:
+            wrong = (values < 0) | (values > upper)
+        if task.type == "multiclass":
+            wrong |= values != np.floor(values)
+        if wrong.any():
+            raise ValueError(
+                f"The labels of the {task.type} task {task.name!r} must be "
+                + (
+                    "finite"
+                    if upper is None
+                    else f"{'whole numbers ' * (task.type == 'multiclass')}"
+                    f"from 0 to {upper}"
+                )
+                + f", or NaN if missing. Received: {values[wrong][:5]}"
+            )

@@ -1,0 +1,293 @@
+"""What features learn of data, and how they encode it: all in NumPy."""
+
+import unittest
+
+import numpy as np
+from absl.testing import parameterized
+
+from keras_moe import layers
+
+try:
+    import pandas as pd
+except ImportError:
+    pd = None
+
+NAN = float("nan")
+DATA = {
+    "user": [7, 3, 7, 7, 5, 3],
+    "city": ["Rome", None, "Oslo", "Rome", NAN, "Bonn"],
+    "age": [20.0, 30.0, NAN, 40.0, 50.0, 60.0],
+    "tags": [["a"], ["b", "a"], [], None, ["c", "a", "a"], ["b"]],
+    "vip": [True, False, True, True, True, False],
+    "vector": np.arange(12.0).reshape(6, 2),
+}
+
+
+def made(data=DATA, **kwargs):
+    return layers.FeatureEmbedding.from_data(
+        data, categorical=["user"], embedding_dim=3, **kwargs
+    )
+
+
+class FeatureDataTest(parameterized.TestCase):
+    def check(self, layer, encoded):
+        by_name = {feature.name: feature for feature in layer.features}
+        self.assertEqual(
+            {n: type(f).__name__ for n, f in by_name.items()},
+            {
+                "user": "Categorical",
+                "city": "Categorical",
+                "age": "Numeric",
+                "tags": "MultiCategorical",
+                "vip": "Categorical",
+                "vector": "Embedded",
+            },
+        )
+        # The most frequent first, ties by name.
+        self.assertEqual(by_name["user"].vocabulary, [7, 3, 5])
+        self.assertEqual(by_name["city"].vocabulary, ["Rome", "Bonn", "Oslo"])
+        self.assertEqual(by_name["tags"].vocabulary, ["a", "b", "c"])
+        self.assertEqual(by_name["tags"].length, 3)
+        self.assertEqual(by_name["age"].offset, 40.0)
+        np.testing.assert_allclose(by_name["age"].scale, np.sqrt(200))
+        expected = {
+            "user": [0, 1, 0, 0, 2, 1],
+            "city": [0, -1, 2, 0, -1, 1],
+            "age": [20, 30, NAN, 40, 50, 60],
+            "tags": [
+                [0, -1, -1],
+                [1, 0, -1],
+                [-1, -1, -1],
+                [-1, -1, -1],
+                [2, 0, 0],
+                [1, -1, -1],
+            ],
+            "vip": [0, 1, 0, 0, 0, 1],
+            "vector": np.arange(12.0).reshape(6, 2),
+        }
+        self.assertEqual(list(encoded), list(expected))
+        for name, values in expected.items():
+            np.testing.assert_array_equal(encoded[name], values, name)
+            dtype = "float32" if name in ("age", "vector") else "int32"
+            self.assertEqual(encoded[name].dtype, dtype)
+        layer.check_data(encoded)
+
+    def test_dict(self):
+        layer = made()
+        self.check(layer, layer.encode(DATA))
+
+    @unittest.skipIf(pd is None, "needs pandas")
+    def test_frame(self):
+        frame = pd.DataFrame({**DATA, "vector": [None] * 6})
+        frame["vector"] = list(DATA["vector"])
+        layer = layers.FeatureEmbedding(
+            [*made().features[:-1], layers.Embedded("vector")], 3
+        )
+        layer.adapt(frame)
+        self.check(layer, layer.encode(frame))
+        for dtype in ("category", "string", object):
+            other = frame.assign(city=frame["city"].astype(dtype))
+            layer = made(other, exclude=["vector"])
+            np.testing.assert_array_equal(
+                layer.encode(other)["city"], [0, -1, 2, 0, -1, 1]
+            )
+        nullable = pd.DataFrame(
+            {
+                "n": pd.array([1, None, 3], dtype="Int64"),
+                "b": pd.array([True, None, False], dtype="boolean"),
+            },
+            index=[5, 6, 9],  # Not that of the rows.
+        )
+        layer = layers.FeatureEmbedding.from_data(nullable)
+        encoded = layer.encode(nullable)
+        np.testing.assert_array_equal(encoded["n"], [1, NAN, 3])
+        self.assertEqual(layer.features[1].vocabulary, [False, True])
+        np.testing.assert_array_equal(encoded["b"], [1, -1, 0])
+
+    def test_stream(self):
+        def batches(with_label):
+            for i in (0, 2, 3):
+                stop = {0: 2, 2: 3, 3: 6}[i]
+                table = {name: v[i:stop] for name, v in DATA.items()}
+                yield (table, np.zeros(stop - i)) if with_label else table
+
+        for with_label in (True, False):
+            layer = made(batches(with_label))
+            self.check(layer, layer.encode(DATA))
+
+    def test_tf_data(self):
+        try:
+            import tensorflow as tf
+        except ImportError:
+            self.skipTest("needs TensorFlow")
+        data = {
+            "city": ["Rome", "Oslo", "Rome"],
+            "age": [1.0, 2.0, 3.0],
+            "list": [[1, 2], [1, 0], [3, 1]],
+        }
+        dataset = tf.data.Dataset.from_tensor_slices(data).batch(2)
+        layer = layers.FeatureEmbedding.from_data(dataset)
+        encoded = layer.encode(next(iter(dataset)))
+        np.testing.assert_array_equal(encoded["city"], [0, 1])
+        self.assertEqual(layer.features[0].vocabulary, ["Rome", "Oslo"])
+        np.testing.assert_array_equal(encoded["list"], [[0, 2], [0, 1]])
+
+    def test_unknown_and_rare_values(self):
+        data = {"a": list("xxxxyyyzzw")}
+        layer = layers.FeatureEmbedding.from_data(data, min_count=2)
+        self.assertEqual(layer.features[0].vocabulary, ["x", "y", "z"])
+        layer = layers.FeatureEmbedding.from_data(data, max_vocabulary=2)
+        self.assertEqual(layer.features[0].vocabulary, ["x", "y"])
+        new = {"a": ["w", "z", "y", "new", None]}
+        np.testing.assert_array_equal(
+            layer.encode(new)["a"], [-2, -2, 1, -2, -1]
+        )
+        with self.assertRaisesRegex(ValueError, "occurs at least 5 times"):
+            layers.FeatureEmbedding.from_data(data, min_count=5)
+
+    def test_ids_in_the_data(self):
+        layer = layers.FeatureEmbedding(
+            [
+                layers.Categorical("a", num_ids=4),
+                layers.Sequence("b", num_ids=4, length=2),
+                layers.MultiCategorical("c", num_ids=4, length=2, mask_id=0),
+            ]
+        )
+        data = {
+            "a": [3.0, NAN, 0.0],
+            "b": [[1, 2, 3], [2], []],
+            "c": [[1, 2, 3], [2], []],
+        }
+        encoded = layer.encode(data)
+        np.testing.assert_array_equal(encoded["a"], [3, -1, 0])
+        np.testing.assert_array_equal(encoded["b"], [[2, 3], [2, -1], [-1, -1]])
+        np.testing.assert_array_equal(encoded["c"], [[1, 2], [2, 0], [0, 0]])
+        for name, column, message in (
+            ("a", [4, 1, 1], "whole numbers from 0 to 3"),
+            ("a", ["x", "y", "z"], "has no vocabulary"),
+            ("b", [[4], [1], [1]], "whole numbers from 0 to 3"),
+            ("b", ["1", "2", "3"], "strings need a `separator`"),
+            ("b", [1, 2, 3], "must be made of lists"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                layer.encode({**data, name: column})
+
+    def test_lists_of_floats_are_vectors(self):
+        layer = layers.FeatureEmbedding.from_data(
+            {"a": [None, [1.0, 2.0]], "b": [[], ["x"]], "c": [[], [1, 2]]}
+        )
+        names = [type(feature).__name__ for feature in layer.features]
+        self.assertEqual(names, ["Embedded", *["MultiCategorical"] * 2])
+        self.assertEqual(layer.features[0].dim, 2)
+
+    def test_strings_of_lists(self):
+        feature = layers.MultiCategorical("a", separator="|")
+        layer = layers.FeatureEmbedding([feature])
+        data = {"a": ["x|y", "", "y", None, "|y|"]}
+        layer.adapt(data)
+        self.assertEqual(feature.vocabulary, ["y", "x"])
+        np.testing.assert_array_equal(
+            layer.encode(data)["a"],
+            [[1, 0], [-1, -1], [0, -1], [-1, -1], [0, -1]],
+        )
+
+    def test_shared_vocabulary(self):
+        features = [
+            layers.Categorical("item"),
+            layers.Sequence("history", table="item"),
+        ]
+        layer = layers.FeatureEmbedding(features)
+        data = {"item": ["a", "b"], "history": [["c", "b"], ["c", "c"]]}
+        layer.adapt(data)
+        for feature in features:
+            self.assertEqual(feature.vocabulary, ["c", "b", "a"])
+        layer.build()
+        # What was given to one holds for the other.
+        features = [
+            layers.Categorical("item", vocabulary=["a", "b"]),
+            layers.Sequence("history", table="item", length=2),
+        ]
+        layer = layers.FeatureEmbedding(features)
+        layer.adapt(data)
+        self.assertEqual(features[1].vocabulary, ["a", "b"])
+        np.testing.assert_array_equal(
+            layer.encode(data)["history"], [[-2, 1], [-2, -2]]
+        )
+
+    def test_numbers(self):
+        x = np.random.default_rng(0).normal(1e6, 2.0, 1000)
+        parts = [{"a": x[:1]}, {"a": x[1:300]}, {"a": x[300:]}]
+        feature = layers.Numeric("a")
+        layers.FeatureEmbedding([feature]).adapt(parts)
+        np.testing.assert_allclose(feature.offset, x.mean())
+        np.testing.assert_allclose(feature.scale, x.std(), rtol=1e-9)
+        feature = layers.Numeric("a", "minmax", log=True)
+        layers.FeatureEmbedding([feature]).adapt(parts)
+        logs = np.log1p(x)
+        np.testing.assert_allclose(feature.offset, logs.min())
+        np.testing.assert_allclose(feature.scale, np.ptp(logs))
+        feature = layers.Numeric("a")
+        layers.FeatureEmbedding([feature]).adapt({"a": [3, 3, None]})
+        self.assertEqual((feature.offset, feature.scale), (3.0, 1.0))
+        feature = layers.Numeric("a", offset=5.0)
+        layers.FeatureEmbedding([feature]).adapt(parts)
+        self.assertEqual(feature.offset, 5.0)
+
+    def test_buckets(self):
+        x = np.random.default_rng(0).normal(size=5000)
+        feature = layers.Bucketized("a", num_buckets=4)
+        layers.FeatureEmbedding([feature]).adapt([{"a": x[:99]}, {"a": x[99:]}])
+        np.testing.assert_allclose(
+            feature.boundaries, np.quantile(x, [0.25, 0.5, 0.75]), rtol=1e-6
+        )
+        feature = layers.Bucketized("a")
+        layers.FeatureEmbedding([feature]).adapt({"a": [0] * 90 + [1] * 10})
+        self.assertEqual(feature.num_ids, 3)  # Quantiles of 0 and 0.1.
+        x = np.random.default_rng(0).normal(size=300_000)
+        feature = layers.Bucketized("a", num_buckets=4)
+        layers.FeatureEmbedding([feature]).adapt(
+            {"a": part} for part in np.split(x, 10)
+        )
+        np.testing.assert_allclose(
+            feature.boundaries, np.quantile(x, [0.25, 0.5, 0.75]), atol=0.02
+        )
+
+    def test_errors(self):
+        for kwargs, message in (
+            ({"categorical": ["b"]}, "must hold names of columns"),
+            (
+                {"categorical": ["a"], "exclude": ["a"]},
+                "must hold names of columns",
+            ),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                layers.FeatureEmbedding.from_data({"a": ["x"]}, **kwargs)
+        for column in ([None, None], np.array(["2020-01-01"], "datetime64[D]")):
+            with self.assertRaisesRegex(ValueError, "cannot be told from"):
+                layers.FeatureEmbedding.from_data({"a": column})
+        for feature in (
+            layers.Numeric("a"),
+            layers.Bucketized("a"),
+            layers.Embedded("a"),
+        ):
+            with self.assertRaisesRegex(ValueError, "are missing"):
+                layers.FeatureEmbedding([feature]).adapt({"a": [None, NAN]})
+        layer = layers.FeatureEmbedding([layers.Numeric("a")])
+        with self.assertRaisesRegex(ValueError, "must be made of numbers"):
+            layer.adapt({"a": ["x"]})
+        with self.assertRaisesRegex(ValueError, "infinite"):
+            layer.adapt({"a": [np.inf]})
+        with self.assertRaisesRegex(ValueError, "No column 'a' in the data"):
+            layer.adapt({"b": [1.0]})
+        with self.assertRaisesRegex(ValueError, "must be a pandas frame"):
+            layer.adapt([3])
+        with self.assertRaisesRegex(ValueError, "must not be empty"):
+            layers.FeatureEmbedding.from_data(iter([]))
+        layer.adapt({"a": [1.0, 2.0]})
+        with self.assertRaisesRegex(ValueError, "must be a pandas frame or"):
+            layer.encode([1.0])
+        with self.assertRaisesRegex(ValueError, "No column 'a'"):
+            layer.encode({"b": [1.0]})
+        layer.build()
+        with self.assertRaisesRegex(ValueError, "already built"):
+            layer.adapt({"a": [1.0]})
