@@ -25,7 +25,7 @@ class DenseGLU(keras.layers.Layer):
         self.up.build(input_shape)
         self.down.build((*input_shape[:-1], self.gate.units))
 
-    def call(self, x):
+    def call(self, x, training=None):
         return self.down(self.gate(x) * self.up(x))
 
 
@@ -47,7 +47,7 @@ class AllExperts(keras.layers.Layer):
             name="down", shape=(num_experts, width, dim)
         )
 
-    def call(self, x):
+    def call(self, x, training=None):
         probs = ops.softmax(ops.matmul(x, self.router))
         weights, indices = ops.top_k(probs, self.shape.top_k)
         weights = weights / ops.sum(weights, axis=-1, keepdims=True)
@@ -100,10 +100,10 @@ def keras_hub_block(shape):
         norm_top_k_prob=True,
     )
     # The block has no public name of its own.
-    return _Batched(backbone.transformer_layers[0].mlp)
+    return Batched(backbone.transformer_layers[0].mlp)
 
 
-class _Batched(keras.layers.Layer):
+class Batched(keras.layers.Layer):
     """Tokens as one sequence, and the outputs alone, of another's block."""
 
     def __init__(self, block, **kwargs):

@@ -167,15 +167,20 @@ def memory(arguments):
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     model.fit(x, y, batch_size=len(x), epochs=3, verbose=0)
-    gradients = sum(v.value.nbytes for v in model.trainable_variables)
-    state = sum(v.value.nbytes for v in model.variables)
-    state += sum(v.value.nbytes for v in model.optimizer.variables)
     peak = _status("VmHWM") - before
+    gradients = _bytes(model.trainable_variables)
+    state = _bytes(model.variables) + _bytes(model.optimizer.variables)
     return {
         "peak_mb": peak / 1e6,
         "weights_gradients_optimizer_mb": (state + gradients) / 1e6,
         "above_mb": (peak - state - gradients) / 1e6,
     }
+
+
+def _bytes(variables):
+    from keras import ops
+
+    return sum(ops.convert_to_numpy(v).nbytes for v in variables)
 
 
 def _status(entry):

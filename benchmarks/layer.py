@@ -4,7 +4,7 @@
     python -m benchmarks.layer --backend tensorflow --xla --shapes A C
 
 The dense twin is a gated feed-forward layer as wide as the experts of one token
-together, in the same framework and compile mode. All are timed in turn. Forward
+together, in the same framework and compile mode, timed in turn with it. Forward
 is inference; forward with gradients is a training call with the layer's default
 losses and statistics, and the gradients of the input and all weights.
 """
@@ -42,7 +42,38 @@ def compare(shape, arguments):
     from benchmarks import steps
 
     x = blocks.inputs(shape)
-    layers = {"dense": blocks.DenseGLU(shape), "keras_moe": blocks.moe(shape)}
+    own = {"dense": (blocks.DenseGLU(shape), x)}
+    own["keras_moe"] = blocks.moe(shape), x
+    if arguments.skew:
+        skewed = blocks.moe(shape, skewed=True)
+        own["keras_moe, skewed"] = skewed, blocks.inputs(shape, skewed=True)
+    # Apart from each other: what takes gigabytes leaves caches and memory in a
+    # state that whoever comes next has to pay for.
+    runs = [own]
+    for name, layer in peers(shape, arguments).items():
+        runs.append({"dense": own["dense"], name: (layer, x)})
+    figures = {}
+    for kind, make in (
+        ("forward", steps.forward_step),
+        ("gradients", steps.gradient_step),
+    ):
+        figures[kind] = {}
+        for run in runs:
+            functions = {
+                name: make(layer, inputs, arguments.xla)
+                for name, (layer, inputs) in run.items()
+            }
+            times = measure.alternate(functions, arguments.seconds)
+            measured = measure.summary(times, "dense")
+            figures[kind] = {**measured, **figures[kind]}
+    return figures
+
+
+def peers(shape, arguments):
+    """The layers of others that were asked for and are installed."""
+    from benchmarks import blocks
+
+    layers = {}
     if "all" in arguments.peers:
         layers["all experts"] = blocks.AllExperts(shape)
     if "keras_hub" in arguments.peers:
@@ -52,25 +83,7 @@ def compare(shape, arguments):
             layers[f"transformers, {kind}"] = blocks.transformers_block(
                 shape, kind
             )
-    layers = {name: layer for name, layer in layers.items() if layer}
-    figures = {}
-    for kind, make in (
-        ("forward", steps.forward_step),
-        ("gradients", steps.gradient_step),
-    ):
-        functions = {
-            name: make(layer, x, arguments.xla)
-            for name, layer in layers.items()
-        }
-        if arguments.skew:
-            functions["keras_moe, skewed"] = make(
-                blocks.moe(shape, skewed=True),
-                blocks.inputs(shape, skewed=True),
-                arguments.xla,
-            )
-        times = measure.alternate(functions, arguments.seconds)
-        figures[kind] = measure.summary(times, "dense")
-    return figures
+    return {name: layer for name, layer in layers.items() if layer}
 
 
 def report(name, shape, figures):

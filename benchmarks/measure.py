@@ -50,7 +50,7 @@ def choose(arguments):
     keras.utils.set_random_seed(0)
 
 
-def alternate(functions, seconds, least=5):
+def alternate(functions, seconds, least=4):
     """Times functions in turn, so that what slows the machine slows all.
 
     Args:
@@ -104,8 +104,9 @@ def conditions(arguments):
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    given = {k: v for k, v in vars(arguments).items() if k != "json"}
     return {
-        "arguments": vars(arguments),
+        "arguments": given,
         "versions": versions,
         "python": platform.python_version(),
         "processor": _processor(),

@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import inspect
+import subprocess
+import sys
 import unittest
 
 import keras
@@ -79,3 +81,13 @@ class PublicNamesTest(unittest.TestCase):
                 self.assertEqual(results.failed, 0, name)
                 examples += results.attempted
         self.assertGreater(examples, 15)
+
+    def test_nothing_optional_is_imported(self):
+        program = (
+            "import sys, keras; before = set(sys.modules); import keras_moe; "
+            "new = set(sys.modules) - before; "
+            "found = new & {'pandas', 'tensorflow', 'torch', 'jax', "
+            "'keras_hub', 'keras_rs', 'tensorboard', 'matplotlib'}; "
+            "sys.exit(f'imported {found}' if found else 0)"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True)

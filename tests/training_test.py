@@ -20,8 +20,8 @@ from keras_moe.layers import SoftMoE
 from tests.test_case import TestCase
 
 E = 4
-# In these forty steps the published weights, 1e-2 and less, do not always revive
-# an expert that had no token at first; ten times as much does.
+# In these forty steps the published weights, 1e-2 and less, do not always
+# revive an expert that had no token at first; ten times as much does.
 BALANCE = losses.LoadBalancingLoss(1e-1)
 NOTHING_NEEDED = None
 
