@@ -282,7 +282,8 @@ class MoE(keras.layers.Layer):
             sent = call_masked(self.pre_experts, tokens, mask)
         sending = plan_sending(self, routing, mask, training, positions[0])
         outputs = None
-        if type(self).exchange is MoE.exchange:  # the identity
+        # Unless a subclass, or an attribute, says how rows travel.
+        if getattr(self.exchange, "__func__", None) is MoE.exchange:
             outputs = mix_tokens(self, sent, sending, training)
         if outputs is None:
             outputs = send_rows(self, sent, routing, sending, training)
@@ -329,9 +330,9 @@ class MoE(keras.layers.Layer):
         """Takes rows to their experts and brings back what these make of them.
 
         The seam for expert parallelism: here rows will travel to the devices
-        that own their experts. So far one device owns them all, and unless a
-        subclass overrides this method, experts that can (`mix`) take the
-        tokens themselves.
+        that own their experts. So far one device owns them all, and unless
+        this method is overridden, experts that can (`mix`) take the tokens
+        themselves.
         """
         kwargs = {}
         if getattr(self.experts, "uses_max_group_size", False):
