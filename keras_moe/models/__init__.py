@@ -29,3 +29,5 @@ from keras_moe.models.multi_task.weighting.task_weighting import (
 from keras_moe.models.multi_task.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.models.recommendation.mmoe import MMoE as MMoE
+from keras_moe.models.recommendation.ple import PLE as PLE

@@ -1,0 +1,1 @@
+"""Ready-made recommendation models: a dict of features in, one of tasks out."""

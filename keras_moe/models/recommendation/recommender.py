@@ -1,0 +1,99 @@
+import keras
+
+from keras_moe.models.multi_task.assemble import assemble
+from keras_moe.models.multi_task.multi_task_model import MultiTaskModel
+
+
+class Recommender(MultiTaskModel):
+    """What the ready-made models have in common.
+
+    A model is its embedding, its trunk and its heads. A subclass makes the
+    trunk of its arguments, and these are what is saved.
+
+    Args:
+        tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
+            tasks.
+        embedding: What makes a vector of the features: a
+            `keras_moe.layers.FeatureEmbedding`, an adapted
+            `keras.utils.FeatureSpace`, or a layer called with the dict of
+            inputs.
+        trunk: What `keras_moe.models.multi_task.assemble` takes. One with an
+            attribute `gates`, a list with a dict `{unit: tensor (B, E)}` for
+            each of its levels, lets users read them.
+        heads: `"towers"`, `"esmm"`, `"aitm"` or a function
+            `(list of tensors, tasks) -> {task: prediction}`.
+        inputs: Dict of `keras.Input` by name, if `embedding` has no
+            `inputs()`.
+        arguments: Dict of the other arguments of the subclass.
+        **kwargs: Arguments of `keras.Model`.
+    """
+
+    def __init__(
+        self,
+        tasks,
+        embedding,
+        trunk,
+        heads="towers",
+        inputs=None,
+        arguments=None,
+        **kwargs,
+    ):
+        graph = assemble(tasks, embedding, trunk, heads, inputs)
+        super().__init__(**graph, **kwargs)
+        self.heads = heads
+        self._gates = list(getattr(trunk, "gates", ()))
+        self._arguments = {
+            "embedding": embedding,
+            "heads": heads,
+            "inputs": inputs,
+            **(arguments or {}),
+        }
+
+    def gate_weights(self, x, level=-1, batch_size=None):
+        """How much each task takes of each expert, example by example.
+
+        Args:
+            x: Features, as for `predict`.
+            level: int. Which level of experts, from the first at 0. Defaults
+                to `-1`, the last.
+            batch_size: int. As for `predict`. Defaults to `None`, 32.
+
+        Returns:
+            Dict of NumPy arrays `(B, E)` by task, and by `"shared"` where the
+            shared experts of a level have a gate of their own. Experts are in
+            the order of `keras_moe.layers.MultiGateMoE`: by task, the shared
+            ones last. The weights of experts that a task does not see are 0.
+
+        Raises:
+            ValueError: If the model has no gates, or no such level.
+        """
+        if not -len(self._gates) <= level < len(self._gates):
+            raise ValueError(
+                f"`level` must be one of the {len(self._gates)} levels with "
+                f"gates. Received: level={level!r}"
+            )
+        inputs, _ = self._graph
+        if isinstance(inputs, dict):
+            inputs = dict(inputs)
+            x = {name: x[name] for name in inputs}
+        # Local, since Keras would save a model that is an attribute.
+        gates = keras.Model(inputs, dict(self._gates[level]))
+        return gates.predict(x, batch_size=batch_size, verbose=0)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            "tasks": list(self.tasks),
+            **self._arguments,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = {
+            key: keras.saving.deserialize_keras_object(value, custom_objects)
+            if isinstance(value, (dict, list))
+            else value
+            for key, value in config.items()
+        }
+        return cls(**config)
