@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_moe.experts import activations
-from keras_moe.layers.parts import check_choice
 from keras_moe.layers.stacked_dense import StackedDense
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import check_positive
 from keras_moe.ops.scores import softmax
 
@@ -76,7 +76,7 @@ class AITMTransfer(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_choice("info_normalization", info_normalization, (None, "batch"))
+        check_one_of("info_normalization", info_normalization, (None, "batch"))
         check_positive("normalization_epsilon", normalization_epsilon)
         self.share_attention = share_attention
         self.attention_use_bias = attention_use_bias

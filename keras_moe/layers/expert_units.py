@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from keras_moe.layers.parts import check_choice
 from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import is_int
 
 VISIBILITIES = ("own_and_shared", "all")
@@ -34,7 +34,7 @@ class ExpertUnits:
         check_int("num_tasks", num_tasks, 1)
         check_int("num_shared_experts", num_shared_experts, 0)
         numbers = _numbers(num_tasks, num_task_experts)
-        check_choice("shared_sees", shared_sees, ("all", "shared"))
+        check_one_of("shared_sees", shared_sees, ("all", "shared"))
         self.num_tasks = num_tasks
         self.num_gates = num_tasks + int(output_shared)
         self.owners = np.repeat(
@@ -52,7 +52,7 @@ class ExpertUnits:
         shared = self.owners == num_tasks
         self.own = self.owners == gates
         if isinstance(visibility, str):
-            check_choice("visibility", visibility, VISIBILITIES)
+            check_one_of("visibility", visibility, VISIBILITIES)
             self.visible = np.where(
                 gates == num_tasks,
                 shared | (shared_sees == "all"),

@@ -11,7 +11,6 @@ from keras_moe.layers.flatten import to_tokens
 from keras_moe.layers.parts import agreed_num_experts
 from keras_moe.layers.parts import capacity_of
 from keras_moe.layers.parts import check_causal
-from keras_moe.layers.parts import check_choice
 from keras_moe.layers.parts import check_intermediate_dim
 from keras_moe.layers.parts import check_kept_weights
 from keras_moe.layers.parts import check_layer
@@ -31,6 +30,7 @@ from keras_moe.layers.shared_experts import add_shared_gate
 from keras_moe.layers.shared_experts import check_shared_experts
 from keras_moe.layers.shared_experts import join
 from keras_moe.losses import RoutingLoss
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
 
 
@@ -226,11 +226,11 @@ class MoE(keras.layers.Layer):
         )
         if self.capacity.drop_policy == "random":
             self.seed_generator = keras.random.SeedGenerator(self.capacity.seed)
-        check_choice("weights_on", weights_on, ("output", "input"))
+        check_one_of("weights_on", weights_on, ("output", "input"))
         self.weights_on = weights_on
         self.pre_experts = check_layer("pre_experts", pre_experts)
         self.post_experts = check_layer("post_experts", post_experts)
-        check_choice("route_per", route_per, ("token", "example"))
+        check_one_of("route_per", route_per, ("token", "example"))
         self.route_per = route_per
         check_causal(causal, self.router, self.capacity, route_per)
         check_kept_weights(self.capacity, self.router)

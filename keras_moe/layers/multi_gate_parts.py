@@ -6,7 +6,6 @@ from keras_moe.experts import activations
 from keras_moe.layers import gate_activations
 from keras_moe.layers import layer_networks
 from keras_moe.layers.feature_gates import FeatureGates
-from keras_moe.layers.parts import check_choice
 from keras_moe.layers.self_residual import ResidualWeights
 from keras_moe.layers.stacked_dense import NORMALIZATIONS
 from keras_moe.layers.stacked_dense import PLACES
@@ -17,6 +16,7 @@ from keras_moe.layers.task_gates import TaskGates
 from keras_moe.ops.checks import check_at_least
 from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_int_up_to
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import check_positive
 from keras_moe.ops.checks import check_rate
 from keras_moe.ops.checks import is_int
@@ -44,17 +44,17 @@ PLAIN = (
 
 
 def check_arguments(layer):
-    check_choice(
+    check_one_of(
         "expert_normalization", layer.expert_normalization, NORMALIZATIONS
     )
-    check_choice(
+    check_one_of(
         "expert_normalization_place", layer.expert_normalization_place, PLACES
     )
     check_rate("expert_dropout", layer.expert_dropout)
     if layer.feature_gate_rank is not None:
         check_int("feature_gate_rank", layer.feature_gate_rank, 1)
-    check_choice("gate_input", layer.gate_input, ("slot", "slot_plus_shared"))
-    check_choice(
+    check_one_of("gate_input", layer.gate_input, ("slot", "slot_plus_shared"))
+    check_one_of(
         "gate_normalization", layer.gate_normalization, (None, "batch")
     )
     if layer.gate_activation in ("top_k", "dselect_k"):
@@ -79,7 +79,7 @@ def check_arguments(layer):
     check_at_least("gate_entropy_weight", layer.gate_entropy_weight, 0)
     check_positive("gate_temperature", layer.gate_temperature)
     check_rate("gate_dropout", layer.gate_dropout)
-    check_choice(
+    check_one_of(
         "self_residual", layer.self_residual, (None, "weights", "gates")
     )
     check_positive("normalization_epsilon", layer.normalization_epsilon)

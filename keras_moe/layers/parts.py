@@ -95,13 +95,6 @@ def check_intermediate_dim(intermediate_dim, experts):
         )
 
 
-def check_choice(name, value, known):
-    if value not in known:
-        raise ValueError(
-            f"`{name}` must be one of {known}. Received: {name}={value!r}"
-        )
-
-
 def check_layer(name, layer):
     """A layer, from itself or its config; `None` stays `None`."""
     if isinstance(layer, dict):

@@ -4,11 +4,11 @@ from keras import ops
 from keras_moe.experts import activations
 from keras_moe.layers.epnet import check_pair
 from keras_moe.layers.gate_nu import GateNU
-from keras_moe.layers.parts import check_choice
 from keras_moe.layers.stacked_dense import NORMALIZATIONS
 from keras_moe.layers.stacked_dense import StackedDense
 from keras_moe.layers.stacked_mlp import as_units
 from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import check_positive
 
 
@@ -95,9 +95,9 @@ class PPNet(keras.layers.Layer):
         ):
             if value is not None:
                 check_int(name, value, 1)
-        check_choice("gate_place", gate_place, ("output", "input"))
-        check_choice("gate_reads", gate_reads, ("prior_and_inputs", "prior"))
-        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_one_of("gate_place", gate_place, ("output", "input"))
+        check_one_of("gate_reads", gate_reads, ("prior_and_inputs", "prior"))
+        check_one_of("normalization", normalization, NORMALIZATIONS)
         check_positive("scale", scale)
         check_positive("normalization_epsilon", normalization_epsilon)
         self.num_tasks = num_tasks

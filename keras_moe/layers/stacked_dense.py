@@ -4,8 +4,8 @@ from keras import ops
 from keras_moe.experts import activations
 from keras_moe.experts.per_expert import PerExpertInitializer
 from keras_moe.experts.per_expert import PerExpertRegularizer
-from keras_moe.layers.parts import check_choice
 from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import check_positive
 from keras_moe.ops.checks import check_rate
 
@@ -93,9 +93,9 @@ class StackedDense(keras.layers.Layer):
         super().__init__(**kwargs)
         check_int("num_networks", num_networks, 1)
         check_int("units", units, 1)
-        check_choice("normalization", normalization, NORMALIZATIONS)
+        check_one_of("normalization", normalization, NORMALIZATIONS)
         check_positive("normalization_epsilon", normalization_epsilon)
-        check_choice("normalization_place", normalization_place, PLACES)
+        check_one_of("normalization_place", normalization_place, PLACES)
         check_rate("dropout", dropout)
         self.num_networks = num_networks
         self.units = units
