@@ -1,16 +1,25 @@
 """Two or four simulated CPU devices, so that distribution is tested too."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Read when jax is imported, by keras.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 # Most of the time on JAX goes into compiling what then runs once.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 "
+XLA_FLAGS = [
+    "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
-)
+]
+# XLA aborts on a flag it does not know: these were tried with this release.
+jaxlib = {d.version for d in metadata.distributions(name="jaxlib")}
+if any(version.startswith("0.10.") for version in jaxlib):
+    XLA_FLAGS += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 
 import keras  # noqa: E402
 import pytest  # noqa: E402
