@@ -31,7 +31,7 @@ class BalancedExperts(keras.layers.Layer):
         The same as the input.
 
     Weights:
-        `balance_logit` and `weight_logit`, scalars.
+        `balance_logit`, unless `N` is 1, and `weight_logit`, scalars.
 
     Raises:
         ValueError: If the shapes differ, or are not of rank 3.
@@ -59,16 +59,21 @@ class BalancedExperts(keras.layers.Layer):
                 "`inputs` and `experts` must be of the same shape (batch, N, "
                 f"dim). Received: inputs_shape={first}, experts_shape={second}"
             )
-        self.balance_logit, self.weight_logit = (
-            self.add_weight(name=name, shape=(), initializer=self.initializer)
-            for name in ("balance_logit", "weight_logit")
+        self.balance_logit = None
+        if first[1] > 1:
+            self.balance_logit = self._add_scalar("balance_logit")
+        self.weight_logit = self._add_scalar("weight_logit")
+
+    def _add_scalar(self, name):
+        return self.add_weight(
+            name=name, shape=(), initializer=self.initializer
         )
 
     def call(self, inputs, experts):
         experts = ops.cast(experts, self.compute_dtype)
         number = experts.shape[1]
         mixed = experts
-        if number > 1:
+        if self.balance_logit is not None:
             balance = ops.sigmoid(ops.convert_to_tensor(self.balance_logit))
             rest = ops.sum(experts, axis=1, keepdims=True) - experts
             mixed = balance * experts + (1 - balance) / (number - 1) * rest

@@ -1,6 +1,7 @@
 """Ready-made models, and what trains them."""
 
 from keras_moe.models.multi_task.group_auc_callback import GroupAUC as GroupAUC
+from keras_moe.models.multi_task.heads import AITMHeads as AITMHeads
 from keras_moe.models.multi_task.multi_task_model import (
     MultiTaskModel as MultiTaskModel,
 )
@@ -29,5 +30,21 @@ from keras_moe.models.multi_task.weighting.task_weighting import (
 from keras_moe.models.multi_task.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.models.recommendation.adatt import AdaTT as AdaTT
+from keras_moe.models.recommendation.aitm import AITM as AITM
+from keras_moe.models.recommendation.cgc import CGC as CGC
+from keras_moe.models.recommendation.dlrm_moe import DLRMMoE as DLRMMoE
+from keras_moe.models.recommendation.esmm import ESMM as ESMM
+from keras_moe.models.recommendation.home import HoME as HoME
+from keras_moe.models.recommendation.m3oe import M3oE as M3oE
 from keras_moe.models.recommendation.mmoe import MMoE as MMoE
+from keras_moe.models.recommendation.omoe import OMoE as OMoE
+from keras_moe.models.recommendation.pepnet import PEPNet as PEPNet
 from keras_moe.models.recommendation.ple import PLE as PLE
+from keras_moe.models.recommendation.sasrec_moe import SASRecMoE as SASRecMoE
+from keras_moe.models.recommendation.shared_bottom import (
+    SharedBottom as SharedBottom,
+)
+from keras_moe.models.recommendation.snr import SNR as SNR
+from keras_moe.models.recommendation.star import STAR as STAR
+from keras_moe.models.recommendation.stem import STEM as STEM

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_moe.layers.feature_embedding import FeatureEmbedding
 from keras_moe.models.multi_task import heads as heads_lib
 from keras_moe.models.multi_task.task_spec import check_tasks
 
@@ -13,7 +14,12 @@ def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
         tasks: Sequence of `TaskSpec`, or names of binary tasks.
         embedding: What makes a vector of the features, see `embed`.
         trunk: Function or layer from a tensor `(B, D)` to a tensor
-            `(B, T, O)`, a list of `T` tensors `(B, O)`, or one `(B, O)`.
+            `(B, T, O)`, a list of `T` tensors `(B, O)`, or one `(B, O)`. If it
+            has an attribute `uses_inputs` that is true, it is called as
+            `trunk(x, inputs)`, if `uses_vectors` is, as
+            `trunk(x, inputs, vectors)`, see `feature_vectors`. After the call
+            it may have an attribute `logits`, a dict by task of what the heads
+            add to their logits; they then get it as a third argument.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
@@ -31,7 +37,7 @@ def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
     """
     tasks = check_tasks(tasks)
     make_outputs = heads_lib.get(heads)
-    inputs, x = embed(embedding, inputs)
+    inputs, embedded = _embedded(embedding, inputs)
     names = {t.name for t in tasks} & set(
         inputs if isinstance(inputs, dict) else ()
     )
@@ -40,10 +46,17 @@ def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
             "A task must not have the name of a feature: its label would be "
             f"its own input. Received: {sorted(names)}"
         )
-    features = heads_lib.split_tasks(trunk(x), tasks)
+    x, more = _joined(embedded), ()
+    if getattr(trunk, "uses_vectors", False):
+        more = (inputs, feature_vectors(embedding, embedded, x))
+    elif getattr(trunk, "uses_inputs", False):
+        more = (inputs,)
+    features = heads_lib.split_tasks(trunk(x, *more), tasks)
+    logits = getattr(trunk, "logits", None)
+    more = () if logits is None else (logits,)
     return {
         "inputs": inputs,
-        "outputs": make_outputs(features, tasks),
+        "outputs": make_outputs(features, tasks, *more),
         "tasks": tasks,
         "entire_space": make_outputs is heads_lib.esmm,
     }
@@ -64,6 +77,36 @@ def embed(embedding, inputs=None):
     Returns:
         `(inputs, tensor)`.
     """
+    inputs, outputs = _embedded(embedding, inputs)
+    return inputs, _joined(outputs)
+
+
+def feature_vectors(embedding, outputs, x):
+    """The vector `(B, width)` of each feature, by name.
+
+    Args:
+        embedding: As in `embed`, and either a `FeatureEmbedding` or one that
+            gives a dict.
+        outputs: What the embedding gives.
+        x: The same as one tensor.
+    """
+    if isinstance(outputs, dict):
+        return {name: _flat(vector) for name, vector in outputs.items()}
+    if not isinstance(embedding, FeatureEmbedding):
+        raise ValueError(
+            "This model needs the vector of each feature: `embedding` must be "
+            "a FeatureEmbedding, or give a dict. "
+            f"Received: embedding={embedding!r}"
+        )
+    vectors, start = {}, 0
+    for feature in embedding.features:
+        vectors[feature.name] = x[:, start : start + feature.width]
+        start += feature.width
+    return vectors
+
+
+def _embedded(embedding, inputs):
+    """The inputs, and what the embedding makes of them."""
     if isinstance(embedding, keras.utils.FeatureSpace):
         encoded = embedding.get_encoded_features()
         # Inputs of their own: the preprocessing stays in the data pipeline.
@@ -71,25 +114,33 @@ def embed(embedding, inputs=None):
             inputs = {k: _input_like(v, k) for k, v in encoded.items()}
         else:
             inputs = _input_like(encoded, "features")
-        outputs = inputs
-    else:
-        if inputs is None:
-            if not hasattr(embedding, "inputs"):
-                raise ValueError(
-                    "`inputs`, a dict of `keras.Input` by name, must be given "
-                    "with an embedding that has no `inputs()`. "
-                    f"Received: embedding={embedding!r}, inputs=None"
-                )
-            inputs = embedding.inputs()
-        outputs = embedding(inputs)
+        return inputs, inputs
+    if inputs is None:
+        # That of a `keras.Model` is a list.
+        if not callable(getattr(embedding, "inputs", None)):
+            raise ValueError(
+                "`inputs`, a dict of `keras.Input` by name, must be given "
+                "with an embedding that has no `inputs()`. "
+                f"Received: embedding={embedding!r}, inputs=None"
+            )
+        inputs = embedding.inputs()
+    return inputs, embedding(inputs)
+
+
+def _joined(outputs):
+    """One tensor `(B, D)` of a tensor, or of a dict or list of them."""
     if isinstance(outputs, dict):
         outputs = [outputs[key] for key in sorted(outputs)]
     if not isinstance(outputs, (list, tuple)):
         outputs = [outputs]
-    flat = [x if len(x.shape) == 2 else _flatten(x) for x in outputs]
+    flat = [_flat(x) for x in outputs]
     if len(flat) == 1:
-        return inputs, flat[0]
-    return inputs, keras.layers.Concatenate(name="concatenated_features")(flat)
+        return flat[0]
+    return keras.layers.Concatenate(name="concatenated_features")(flat)
+
+
+def _flat(x):
+    return x if len(x.shape) == 2 else _flatten(x)
 
 
 def _flatten(x):

@@ -4,27 +4,31 @@ import keras
 from keras import ops
 
 from keras_moe.layers.aitm_transfer import AITMTransfer
+from keras_moe.layers.parts import serialize_part
 from keras_moe.models.multi_task.order_penalty import OrderPenalty
+from keras_moe.ops.checks import check_at_least
 
 
-def towers(features, tasks):
+def towers(features, tasks, logits=None):
     """A tower of its own for each task.
 
     Args:
         features: List of tensors `(B, O)`, one a task.
         tasks: Sequence of `TaskSpec`.
+        logits: Dict of tensors `(B, output_dim)` by task, to be added to the
+            logits. Defaults to `None`.
 
     Returns:
         Dict of predictions by task. The last layer has the name of the task,
         all others of the tower begin with it and `_`.
     """
     return {
-        task.name: _prediction(task, _tower(task, x), task.name)
+        task.name: _prediction(task, _tower(task, x), task.name, logits)
         for task, x in zip(tasks, features, strict=True)
     }
 
 
-def esmm(features, tasks):
+def esmm(features, tasks, logits=None):
     """Towers, and products along the sample spaces (ESMM).
 
     ```
@@ -50,7 +54,7 @@ def esmm(features, tasks):
     for task, x in zip(tasks, features, strict=True):
         inside = task.sample_space is not None
         name = f"{task.name}_conditional" if inside else task.name
-        own[task.name] = _prediction(task, _tower(task, x), name)
+        own[task.name] = _prediction(task, _tower(task, x), name, logits)
     by_name, whole = {task.name: task for task in tasks}, {}
 
     def probability(name):
@@ -66,6 +70,7 @@ def esmm(features, tasks):
     return {task.name: probability(task.name) for task in tasks}
 
 
+@keras.saving.register_keras_serializable("keras_moe")
 class AITMHeads:
     """Towers of tasks that follow each other, each told by the one before.
 
@@ -82,13 +87,38 @@ class AITMHeads:
         calibration_weight: float. Weight of the loss
             `mean(max(p[t] - p[t - 1], 0))`, for binary tasks of which none is
             more probable than the one before. Defaults to `0.0`, none.
+
+    Raises:
+        ValueError: If `calibration_weight` is negative; when called, if the
+            towers end in different widths, or calibrated tasks are not binary.
+
+    Example:
+
+    >>> features = keras_moe.layers.FeatureEmbedding(
+    ...     [keras_moe.layers.Categorical("city", num_ids=10)])
+    >>> heads = keras_moe.models.AITMHeads(calibration_weight=0.6)
+    >>> model = keras_moe.models.MMoE(["click", "buy"], features, heads=heads)
+    >>> "transfer" in [layer.name for layer in model.layers]
+    True
+
+    Reference:
+
+    - [Xi et al., 2021](https://arxiv.org/abs/2105.08489)
     """
 
     def __init__(self, transfer=None, calibration_weight=0.0):
+        check_at_least("calibration_weight", calibration_weight, 0)
         self.transfer = transfer
         self.calibration_weight = calibration_weight
 
-    def __call__(self, features, tasks):
+    def __call__(self, features, tasks, logits=None):
+        others = [task for task in tasks if task.type != "binary"]
+        if self.calibration_weight and others:
+            raise ValueError(
+                "With a `calibration_weight` all tasks must be binary. "
+                f"Received: {others}, "
+                f"calibration_weight={self.calibration_weight}"
+            )
         hidden = [
             _tower(task, x) for task, x in zip(tasks, features, strict=True)
         ]
@@ -101,13 +131,27 @@ class AITMHeads:
         z = transfer(ops.stack(hidden, axis=1))
         before, outputs = None, {}
         for i, task in enumerate(tasks):
-            p = _prediction(task, z[:, i], task.name)
+            p = _prediction(task, z[:, i], task.name, logits)
             if self.calibration_weight and before is not None:
                 p = OrderPenalty(
                     self.calibration_weight, name=f"{task.name}_order"
                 )([before, p])
             before = outputs[task.name] = p
         return outputs
+
+    def get_config(self):
+        return {
+            "transfer": serialize_part(self.transfer),
+            "calibration_weight": self.calibration_weight,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        transfer = config.pop("transfer")
+        if isinstance(transfer, dict):
+            transfer = keras.saving.deserialize_keras_object(transfer)
+        return cls(transfer, **config)
 
 
 def get(identifier):
@@ -163,8 +207,12 @@ def _tower(task, x):
     return x
 
 
-def _prediction(task, x, name):
+def _prediction(task, x, name, logits=None):
     x = keras.layers.Dense(task.output_dim, name=f"{task.name}_logits")(x)
+    if logits is not None:
+        x = keras.layers.Add(name=f"{task.name}_joint_logits")(
+            [x, logits[task.name]]
+        )
     # In float32 under every dtype policy: 0.9999 is 1 in bfloat16.
     return keras.layers.Activation(task.activation, name=name, dtype="float32")(
         x

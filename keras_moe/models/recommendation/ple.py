@@ -1,20 +1,24 @@
 import keras
 
-from keras_moe.layers.multi_gate_moe import MultiGateMoE
 from keras_moe.models.multi_task.task_spec import check_tasks
 from keras_moe.models.recommendation.gated_levels import GatedLevels
+from keras_moe.models.recommendation.gated_levels import make_levels
 from keras_moe.models.recommendation.gated_levels import split_level_arguments
 from keras_moe.models.recommendation.recommender import Recommender
-from keras_moe.ops.checks import check_int
 
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PLE(Recommender):
     """Levels of experts, each task's own and shared ones (PLE).
 
-    In each level the gate of a task mixes its own experts and the shared ones,
-    which read what the gate of this task, or of the shared unit, gave in the
-    level before. The shared gate sees all experts; the last level has none.
+    ```
+    h[0, u] = x                                    for each task and "shared"
+    h[l, t] = sum of gate[l, t][e] * expert[l, e](h[l - 1, unit of e])
+              over the experts e of task t and the shared ones
+    h[l, "shared"] = the same over all experts     but in the last level
+    gate[l, u] = softmax(h[l - 1, u] @ kernel[l, u]) over the same experts
+    y[t] = tower[t](h[last, t])
+    ```
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
@@ -28,14 +32,17 @@ class PLE(Recommender):
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts in each level. Defaults to `4`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            all levels. Defaults to `(16,)`.
+            all levels; or a sequence with such a sequence for each level.
+            Defaults to `(16,)`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to
             `"towers"`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
             `inputs()`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, for
-            all levels, and `name` and `trainable` of the model.
+            all levels, and `name` and `trainable` of the model. With
+            `shared_sees="shared"` the shared gate sees only shared experts,
+            as in some public code.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -65,34 +72,21 @@ class PLE(Recommender):
         inputs=None,
         **kwargs,
     ):
-        check_int("num_levels", num_levels, 1)
         tasks = check_tasks(tasks)
         options, kwargs = split_level_arguments(kwargs)
-        levels = [
-            MultiGateMoE(
-                len(tasks),
-                expert_units,
-                num_shared_experts,
-                num_task_experts,
-                output_shared=i < num_levels - 1,
-                return_gates=True,
-                name=f"level_{i}",
-                **options,
-            )
-            for i in range(num_levels)
-        ]
+        structure = {
+            "num_levels": num_levels,
+            "num_shared_experts": num_shared_experts,
+            "num_task_experts": num_task_experts,
+            "expert_units": expert_units,
+        }
+        levels = make_levels(tasks, options=options, **structure)
         super().__init__(
             tasks,
             embedding,
             GatedLevels(tasks, levels),
             heads,
             inputs,
-            arguments={
-                "num_levels": num_levels,
-                "num_shared_experts": num_shared_experts,
-                "num_task_experts": num_task_experts,
-                "expert_units": expert_units,
-                **options,
-            },
+            arguments={**structure, **options},
             **kwargs,
         )

@@ -67,6 +67,8 @@ class Recommender(MultiTaskModel):
         Raises:
             ValueError: If the model has no gates, or no such level.
         """
+        if not self._gates:
+            raise ValueError(f"A {type(self).__name__} has no gates to read.")
         if not -len(self._gates) <= level < len(self._gates):
             raise ValueError(
                 f"`level` must be one of the {len(self._gates)} levels with "
@@ -81,11 +83,12 @@ class Recommender(MultiTaskModel):
         return gates.predict(x, batch_size=batch_size, verbose=0)
 
     def get_config(self):
+        config = {"tasks": list(self.tasks), **self._arguments}
+        # Serialized, or a copy of the model would share its embedding.
         return {
             "name": self.name,
             "trainable": self.trainable,
-            "tasks": list(self.tasks),
-            **self._arguments,
+            **keras.saving.serialize_keras_object(config),
         }
 
     @classmethod

@@ -1,0 +1,26 @@
+"""Arguments of a model that are those of a layer of it."""
+
+import inspect
+
+
+def split_arguments(layer_class, kwargs, fixed):
+    """`(arguments of the layer, arguments of keras.Model)`.
+
+    Args:
+        layer_class: Class of a layer.
+        kwargs: Dict of arguments.
+        fixed: Names of arguments of the layer that the model itself sets.
+
+    Raises:
+        ValueError: If an argument is of neither.
+    """
+    parameters = inspect.signature(layer_class.__init__).parameters
+    known = set(parameters) - {"self", "kwargs", "name", *fixed}
+    wrong = sorted(set(kwargs) - known - {"name", "trainable"})
+    if wrong:
+        raise ValueError(
+            "Besides its own arguments the model takes these of "
+            f"{layer_class.__name__}: {sorted(known)}. Received: {wrong}"
+        )
+    options = {key: kwargs[key] for key in kwargs if key in known}
+    return options, {key: kwargs[key] for key in kwargs if key not in known}
