@@ -17,6 +17,7 @@ from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import RoutingLoss
 from keras_moe.routers import TopKRouter
+from tests.replicas import two_replicas
 from tests.test_case import TestCase
 
 pytestmark = [
@@ -34,9 +35,7 @@ EXPERTS, TOP_K, EXAMPLES, LENGTH, DIM = 4, 2, 80, 3, 5
 @contextlib.contextmanager
 def data_parallel():
     if keras.config.backend() == "tensorflow":
-        import tensorflow as tf
-
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with two_replicas().scope():
             yield 2
     else:
         devices = keras.distribution.list_devices("cpu")

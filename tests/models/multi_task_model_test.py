@@ -9,6 +9,7 @@ from absl.testing import parameterized
 from keras_moe import metrics
 from keras_moe import models
 from keras_moe.models.multi_task.assemble import assemble
+from tests.replicas import two_replicas
 from tests.test_case import TestCase
 
 WEIGHTINGS = (
@@ -485,14 +486,13 @@ class MultiTaskModelTest(TestCase):
     def test_strategies_of_tensorflow(self):
         if keras.config.backend() != "tensorflow":
             self.skipTest("of TensorFlow")
-        import tensorflow as tf
 
         x, y = make_data()
         # In each half of a batch as many labels.
         y["watch"] = np.nan_to_num(y["watch"])
         tasks = [SPEC("click"), SPEC("watch", "regression")]
         y = {task.name: y[task.name] for task in tasks}
-        strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        strategy = two_replicas()
         losses = []
         for scope in (contextlib.nullcontext, strategy.scope):
             keras.utils.set_random_seed(0)
