@@ -13,8 +13,14 @@ active Keras backend is re-exported here:
   may be none.
 - `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
   axis in descending order, ties to the lower index.
+- `take_chosen(x, indices)`: `take_along_axis` along the last axis, where the
+  others are the same in both.
 - `stable_argsort(keys, num_keys)`: the order that sorts whole numbers from 0 to
   `num_keys - 1`, `(N,)` int32, equal ones as they come.
+- `segment_sum(data, segment_ids, num_segments)`: as in `keras.ops`, of ids that
+  are all in the range.
+- `size_tensor(size)`: the size of an axis as an int32 scalar, also if it is
+  symbolic.
 - `with_gradient(forward, backward, inputs, constants)`: `forward(*inputs,
   *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
   for each of the inputs.
@@ -62,7 +68,10 @@ def best_first(lhs):
     return (*native.best_first(lhs), "reference")
 
 
+take_chosen = native.take_chosen
 top_k_indices = native.top_k_indices
+segment_sum = native.segment_sum
+size_tensor = native.size_tensor
 stable_argsort = native.stable_argsort
 with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic

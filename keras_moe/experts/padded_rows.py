@@ -10,6 +10,7 @@ from keras import ops
 from keras_moe.experts import layer_copies
 from keras_moe.experts.grouped_rows import bounds
 from keras_moe.experts.grouped_rows import spread
+from keras_moe.ops.sizes import as_number
 
 
 def to_buffers(rows, group_sizes, size):
@@ -23,7 +24,7 @@ def to_buffers(rows, group_sizes, size):
     slot = ops.arange(size, dtype="int32")
     for e in range(starts.shape[0]):
         real = slot < ends[e] - starts[e]
-        row = ops.where(real, starts[e] + slot, num_rows)
+        row = ops.where(real, starts[e] + slot, as_number(num_rows))
         yield ops.take(rows, row, axis=0), real
 
 
@@ -38,7 +39,8 @@ def from_buffers(buffers, group_sizes, size, num_rows):
     starts = ops.concatenate([starts, ops.zeros((1,), "int32")])
     slot = row - ops.take(starts, group)
     found = ops.logical_and(group < num_groups, slot < size)
-    place = ops.where(found, group * size + slot, num_groups * size)
+    nowhere = as_number(num_groups * size)
+    place = ops.where(found, group * size + slot, nowhere)
     nothing = ops.zeros((1, *ops.shape(buffers[0])[1:]), buffers[0].dtype)
     return ops.take(ops.concatenate([*buffers, nothing]), place, axis=0)
 

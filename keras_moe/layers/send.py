@@ -14,6 +14,7 @@ from keras_moe.ops.dispatch_plan import normalize_kept_weights
 from keras_moe.ops.dispatch_plan import plan_dispatch
 from keras_moe.ops.dispatch_plan import row_weights
 from keras_moe.ops.dispatch_plan import with_positions
+from keras_moe.ops.sizes import is_symbolic_size
 
 
 class Sending(NamedTuple):
@@ -42,7 +43,8 @@ def plan_sending(layer, routing, mask, training, num_sequences):
     group_size = capacity.group_size(num_tokens, num_sequences)
     size = capacity.of(group_size, layer.num_experts, top_k, training)
     max_rows = None
-    if hasattr(layer.router, "max_rows"):
+    # Nothing says that so many rows are no more than a symbolic size.
+    if hasattr(layer.router, "max_rows") and not is_symbolic_size(num_tokens):
         max_rows = layer.router.max_rows(num_tokens, num_sequences)
     draws = training and capacity.drop_policy == "random"
     group_sizes, plan = plan_dispatch(

@@ -18,7 +18,7 @@ def shared_output(shared_experts, tokens, mask, training):
     num_tokens = ops.shape(tokens)[0]
     rows = shared_experts(
         ops.tile(tokens, (copies,) + (1,) * (len(tokens.shape) - 1)),
-        ops.full((copies,), num_tokens, "int32"),
+        ops.zeros((copies,), "int32") + num_tokens,
         training=training,
     )
     rows = ops.reshape(rows, (copies, num_tokens, *ops.shape(rows)[1:]))

@@ -166,7 +166,7 @@ class SoftMoE(keras.layers.Layer):
                 ops.cast(slots, self.compute_dtype),
                 (num_experts * batch * num_slots, dim),
             ),
-            ops.full((num_experts,), batch * num_slots, "int32"),
+            ops.zeros((num_experts,), "int32") + batch * num_slots,
             training=training,
         )
         width = rows.shape[-1]

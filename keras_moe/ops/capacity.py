@@ -3,6 +3,10 @@ from fractions import Fraction
 
 from keras import ops
 
+from keras_moe.ops.sizes import as_number
+from keras_moe.ops.sizes import larger
+from keras_moe.ops.sizes import smaller
+
 
 def expert_capacity(
     num_tokens, num_experts, top_k, capacity_factor, rule="ceil", multiple_of=1
@@ -89,38 +93,23 @@ def _round_up(n, multiple):
     return n if multiple == 1 else -(-n // multiple) * multiple
 
 
-# Numbers, tensors, or symbolic sizes of JAX. With these Keras infers shapes,
-# none of which depends on the capacity: all they have to be is defined.
-
-
 def _equal(a, b):
+    a, b = as_number(a), as_number(b)
     if ops.is_tensor(a):
         return ops.cast(a == b, a.dtype)
     return int(a == b)
-
-
-def _max(a, b):
-    if ops.is_tensor(a):
-        return ops.maximum(a, b)
-    return max(a, b) if isinstance(a, int) else a + b
-
-
-def _min(a, b):
-    if ops.is_tensor(a):
-        return ops.minimum(a, b)
-    return min(a, b) if isinstance(a, int) else a
 
 
 _RULES = {
     "ceil": lambda n, e, k, c: _ceil(n, c * k / e),
     "floor": lambda n, e, k, c: _floor(n, c * k / e),
     "v_moe": lambda n, e, k, c: _round_up(_ceil(n, c * k / e), 4),
-    "deepspeed": lambda n, e, k, c: _max(_ceil(n, c * k / e), 4),
-    "mesh": lambda n, e, k, c: _max(_min(_floor(n, c / e), n), 4),
-    "flaxformer": lambda n, e, k, c: _max(_round(n, c / e), 4),
-    "lingvo": lambda n, e, k, c: _round_up(_max(_floor(n, c / e), 1), 4),
+    "deepspeed": lambda n, e, k, c: larger(_ceil(n, c * k / e), 4),
+    "mesh": lambda n, e, k, c: larger(smaller(_floor(n, c / e), n), 4),
+    "flaxformer": lambda n, e, k, c: larger(_round(n, c / e), 4),
+    "lingvo": lambda n, e, k, c: _round_up(larger(_floor(n, c / e), 1), 4),
     "tutel": lambda n, e, k, c: k * _floor(-(-n // e), c),
-    "maxtext": lambda n, e, k, c: _max(
+    "maxtext": lambda n, e, k, c: larger(
         _floor(-(-n * k // e), c), math.floor(c)
     ),
     "fastmoe": lambda n, e, k, c: _ceil(n, c) * k // e,

@@ -1,6 +1,7 @@
 from keras import ops
 
 from keras_moe.ops.checks import is_int
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 
 
@@ -45,7 +46,7 @@ def positive_choices(scores, weights, k):
         weight 0: these choices do not exist. A weight that is NaN stays one.
     """
     indices = top_k_indices(scores, k)
-    weights_of_choices = ops.take_along_axis(weights, indices, axis=-1)
+    weights_of_choices = take_chosen(weights, indices)
     return existing_choices(
         indices, weights_of_choices, weights_of_choices <= 0, scores.shape[-1]
     )

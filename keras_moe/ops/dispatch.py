@@ -17,6 +17,7 @@ from keras_moe.ops.dispatch_plan import by_token
 from keras_moe.ops.dispatch_plan import plan_dispatch
 from keras_moe.ops.dispatch_plan import row_weights
 from keras_moe.ops.dispatch_plan import with_positions
+from keras_moe.ops.sizes import larger
 
 
 def dispatch(
@@ -116,10 +117,10 @@ def _weighted_sum_gradients(d_out, rows, weights, plan):
     if plan.positions is None:
         d_row_weights = ops.sum(ops.cast(rows, dtype) * d_out_of_row, axis=-1)
         num_tokens, top_k = ops.shape(weights)
-        d_weights = ops.segment_sum(
+        d_weights = backend.segment_sum(
             _zero_rows_of_nobody(d_row_weights, plan),
             plan.choices,
-            num_segments=num_tokens * top_k,
+            num_tokens * top_k,
         )
         d_weights = by_token(d_weights, num_tokens, top_k)
     else:
@@ -149,8 +150,8 @@ def _to_rows_gradient(d_rows, tokens, plan):
 
 
 def _sum_by_token(rows, plan):
-    return ops.segment_sum(
-        rows, _token_of_row(plan), num_segments=ops.shape(plan.kept)[0]
+    return backend.segment_sum(
+        rows, _token_of_row(plan), ops.shape(plan.kept)[0]
     )
 
 
@@ -178,4 +179,4 @@ def _at_positions(rows, plan):
 def _token_of_row(plan):
     layout = plan.kept if plan.positions is None else plan.positions
     num_tokens = ops.shape(layout)[0]
-    return ops.mod(plan.choices, ops.maximum(num_tokens, 1))
+    return ops.mod(plan.choices, larger(num_tokens, 1))

@@ -7,6 +7,8 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.sizes import is_symbolic_size
+from keras_moe.ops.sizes import larger
 
 DROP_POLICIES = ("position", "token", "priority", "weight", "random")
 
@@ -63,7 +65,7 @@ def plan_dispatch(
         keys = experts
         if group_size is not None:
             token = ops.tile(ops.arange(num_tokens, dtype="int32"), (top_k,))
-            group = token // ops.maximum(group_size, 1)
+            group = token // larger(group_size, 1)
             keys = experts + group * (num_experts + 1)
         rank = _rank_among_equals(keys, order)
         fits = ops.logical_and(rank < capacity, experts < num_experts)
@@ -133,7 +135,7 @@ def by_token(x, num_tokens, top_k):
 
 def _count(experts, num_experts):
     ones = ops.ones_like(experts)
-    return ops.segment_sum(ones, experts, num_segments=num_experts + 1)[:-1]
+    return backend.segment_sum(ones, experts, num_experts + 1)[:-1]
 
 
 def _priority(routing, drop_policy, seed):
@@ -164,14 +166,22 @@ def _rank_among_equals(keys, order):
         keys = ops.take(keys, order)
     num_choices = ops.shape(keys)[0]
     number = ops.arange(num_choices, dtype="int32")
-    if not isinstance(num_choices, int) and not ops.is_tensor(num_choices):
-        # Keras infers shapes on JAX with symbolic sizes, which `searchsorted`
-        # does not take. Only the shape counts then.
-        return number
     by_key = ops.argsort(keys)  # stable
     ordered = ops.take(keys, by_key)
-    starts = ops.searchsorted(ordered, ordered, side="left")
+    if is_symbolic_size(num_choices):  # JAX's `searchsorted` refuses it
+        starts = _starts(ordered, number, num_choices)
+    else:
+        starts = ops.searchsorted(ordered, ordered, side="left")
     rank = number - ops.cast(starts, "int32")
     if order is not None:
         by_key = ops.take(order, by_key)
     return ops.take(rank, ops.argsort(by_key))
+
+
+def _starts(ordered, number, size):
+    """Where the first of the entries equal to each is."""
+    before = ops.concatenate([ordered[:1] - 1, ordered])[:size]
+    differs = ordered != before
+    run = ops.cumsum(ops.cast(differs, "int32")) - 1
+    first = ops.where(differs, number, 0)
+    return ops.take(backend.segment_sum(first, run, size), run)

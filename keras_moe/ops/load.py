@@ -3,6 +3,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 
 THRESHOLDS = ("exact", "shared")
@@ -70,7 +71,7 @@ def expected_load(
     if top_k == num_experts:
         return ops.ones_like(clean_logits)
     best = top_k_indices(noisy_logits, top_k + 1)  # (T, K + 1)
-    values = ops.take_along_axis(noisy_logits, best, axis=-1)
+    values = take_chosen(noisy_logits, best)
     chosen = ops.any(
         ops.expand_dims(best[:, :top_k], -1)
         == ops.arange(num_experts, dtype="int32"),

@@ -24,6 +24,19 @@ def top_k_indices(scores, k):
     return ops.cast(backend.top_k_indices(scores, k), "int32")
 
 
+def take_chosen(x, indices):
+    """What belongs to the chosen experts.
+
+    Args:
+        x: `(..., E)`.
+        indices: `(..., K)`, whole numbers from 0 to `E - 1`.
+
+    Returns:
+        `(..., K)`.
+    """
+    return backend.take_chosen(x, indices)
+
+
 def limit_to_groups(scores, num_groups, top_k_groups, group_score=2):
     """The scores, with `-inf` outside the best groups of experts.
 
@@ -44,7 +57,7 @@ def limit_to_groups(scores, num_groups, top_k_groups, group_score=2):
     num_experts = scores.shape[-1]
     grouped = ops.reshape(scores, (-1, num_groups, num_experts // num_groups))
     best = backend.top_k_indices(grouped, group_score)  # (T, G, group_score)
-    best = ops.take_along_axis(grouped, ops.cast(best, "int32"), axis=-1)
+    best = take_chosen(grouped, ops.cast(best, "int32"))
     kept = top_k_indices(ops.sum(best, axis=-1), top_k_groups)
     kept = ops.sum(ops.one_hot(kept, num_groups, dtype="int32"), axis=1)
     kept = ops.expand_dims(kept > 0, -1)  # (T, G, 1)

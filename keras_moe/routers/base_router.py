@@ -8,6 +8,7 @@ from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -113,7 +114,7 @@ class BASERouter(LinearRouter):
             chosen = top_k_indices(logits, 1)  # (T, 1)
         # Where a token has no expert, any index will do.
         some = ops.minimum(chosen, self.num_experts - 1)
-        weights = ops.take_along_axis(probs, some, axis=-1)
+        weights = take_chosen(probs, some)
         if mask is not None:
             missing = ops.expand_dims(ops.logical_not(mask), -1)  # (T, 1)
             chosen, weights = existing_choices(

@@ -11,6 +11,7 @@ from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
+from keras_moe.ops.selection import take_chosen
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.hash_table import balanced_table
 from keras_moe.routers.hash_table import checked_table
@@ -186,7 +187,7 @@ class HashRouter(LinearRouter):
             return self._uniform(indices)
         logits = self.logits(zero_masked(tokens, mask), training)
         probs = score(logits, self.score_activation)
-        weights = ops.take_along_axis(probs, indices, axis=-1)
+        weights = take_chosen(probs, indices)
         if self.normalize_weights:
             weights = normalize_weights(weights, self.normalize_epsilon)
         return Routing(logits, probs, indices, weights * self.weight_scale)

@@ -8,6 +8,7 @@ from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -166,7 +167,7 @@ class HierarchicalRouter(LinearRouter):
         group_probs = softmax(group_logits)  # (T, A)
         inner_probs = softmax(inner_logits)  # (T, A, B)
         groups = top_k_indices(group_logits, self.top_k_groups)  # (T, K1)
-        group_weights = ops.take_along_axis(group_probs, groups, axis=-1)
+        group_weights = take_chosen(group_probs, groups)
         if self.normalize_group_weights:
             group_weights = normalized(group_weights)
         experts = top_k_indices(
@@ -189,8 +190,8 @@ class HierarchicalRouter(LinearRouter):
                 ops.expand_dims(group_probs, -1) * inner_probs,
                 (-1, self.num_experts),
             ),
-            ops.take_along_axis(experts, order, axis=-1),
-            ops.take_along_axis(weights, order, axis=-1),
+            take_chosen(experts, order),
+            take_chosen(weights, order),
         )
 
     def _levels(self, both):

@@ -11,6 +11,7 @@ from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import score
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.ops.sinkhorn import sinkhorn
 from keras_moe.routers.checks import check_top_k
@@ -117,7 +118,7 @@ class SinkhornRouter(LinearRouter):
         if training:
             ranked = self._balanced(logits, mask, num_sequences)
         indices = top_k_indices(ranked, self.top_k)  # (T, K)
-        weights = ops.take_along_axis(probs, indices, axis=-1)
+        weights = take_chosen(probs, indices)
         if mask is not None:
             missing = ops.expand_dims(ops.logical_not(mask), -1)  # (T, 1)
             indices, weights = existing_choices(

@@ -7,6 +7,7 @@ from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import rankable
 from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.checks import check_top_k
 from keras_moe.routers.linear_router import LinearRouter
@@ -118,7 +119,7 @@ class SparseMixerRouter(LinearRouter):
         lowest = ops.full_like(logits, float("-inf"))
         values = ops.where(left, rankable(ops.stop_gradient(logits)), lowest)
         first = top_k_indices(values, 1)
-        best = ops.take_along_axis(values, first, axis=-1)  # (T, 1)
+        best = take_chosen(values, first)  # (T, 1)
         # Not a quotient: all of them may be 0.
         tolerance = 2 * self.jitter_epsilon
         tolerance = tolerance * ops.maximum(
@@ -130,13 +131,13 @@ class SparseMixerRouter(LinearRouter):
         candidates = ops.where(near, logits, lowest)
         probs = softmax(candidates)
         if not training:
-            return first, ops.take_along_axis(probs, first, axis=-1)
+            return first, take_chosen(probs, first)
         draws = gumbel(
             ops.shape(logits), self.compute_dtype, self.seed_generator
         )
         drawn = ops.where(near, rankable(candidates + draws), lowest)
         expert = top_k_indices(drawn, 1)
-        weight = ops.take_along_axis(probs, expert, axis=-1)
+        weight = take_chosen(probs, expert)
         draws = keras.random.uniform(
             ops.shape(weight),
             dtype=self.compute_dtype,

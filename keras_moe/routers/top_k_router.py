@@ -14,6 +14,7 @@ from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.checks import check_groups
 from keras_moe.routers.expert_bias import BIAS_KINDS
@@ -336,10 +337,10 @@ class TopKRouter(LinearRouter):
     def weigh(self, logits, probs, indices):
         """The weights of the chosen experts, `(T, K)`."""
         if self.score_after_selection:
-            chosen = ops.take_along_axis(logits, indices, axis=-1)
+            chosen = take_chosen(logits, indices)
             weights = score(chosen, self.score_activation)
         else:
-            weights = ops.take_along_axis(probs, indices, axis=-1)
+            weights = take_chosen(probs, indices)
         if self.normalize_weights:
             weights = normalize_weights(
                 weights, self.normalize_epsilon, self.normalize_order
@@ -353,7 +354,7 @@ class TopKRouter(LinearRouter):
             scale = ops.broadcast_to(
                 ops.expand_dims(self.scale, 0), ops.shape(probs)
             )
-            weights = weights * ops.take_along_axis(scale, indices, axis=-1)
+            weights = weights * take_chosen(scale, indices)
         return weights
 
     def get_config(self):

@@ -8,6 +8,7 @@ from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.linear_router import LinearRouter
 
@@ -112,7 +113,7 @@ class TopPRouter(LinearRouter):
         probs = softmax(logits)
         top_k = check_max_experts(self.max_experts, self.num_experts)
         indices = top_k_indices(logits, top_k)  # (T, K)
-        weights = ops.take_along_axis(probs, indices, axis=-1)
+        weights = take_chosen(probs, indices)
         reached = ops.cumsum(ops.stop_gradient(weights), axis=-1)
         # By the better ones alone: the first needs nobody.
         before = ops.concatenate(

@@ -106,12 +106,17 @@ class FusedJaxTest(TestCase):
             else:
                 jax.jvp(lambda x: total(x, *args[1:]), args[:1], args[:1])
 
-    def test_symbolic_sizes_are_refused(self):
+    def test_symbolic_sizes(self):
+        """The blocks, and the places behind the last row, are others."""
         import jax
         from jax import export
 
-        (rows,) = export.symbolic_shape("n")
-        spec = jax.ShapeDtypeStruct((rows, 4), "float32")
-        args = (*arguments(0, (3, 5, 2))[1:], KERNELS)
-        with self.assertRaisesRegex(NotImplementedError, "static"):
-            jax.eval_shape(lambda x: total(x, *args), spec)
+        args = (*map(jax.numpy.asarray, arguments(0, (3, 5, 2))), KERNELS)
+        tokens, rows = export.symbolic_shape("t, 2*t")
+        shapes = ((tokens, 4), (rows,), (rows,), (3,))
+        specs = [
+            jax.ShapeDtypeStruct(shape, x.dtype)
+            for shape, x in zip(shapes, args, strict=False)
+        ]
+        exported = export.export(jax.jit(self.gradients()))(*specs, KERNELS)
+        self.assert_same(exported.call(*args), self.gradients()(*args))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from keras import ops
 
 from keras_moe.backend.jax import fused_experts
 from keras_moe.backend.jax import grouped_matmul
@@ -17,7 +18,15 @@ FUSED_EXPERTS = {"row_blocks": fused_experts.row_blocks}
 
 
 def top_k_indices(scores, k):
+    if not all(isinstance(size, int) for size in scores.shape):
+        # To be exported. TensorFlow, which is to load that, is usually too old
+        # for how JAX writes `top_k` down.
+        return jnp.argsort(scores, axis=-1, descending=True)[..., :k]
     return lax.top_k(scores, k)[1]
+
+
+def take_chosen(x, indices):
+    return ops.take_along_axis(x, indices, axis=-1)
 
 
 def stable_argsort(keys, num_keys):
@@ -27,6 +36,14 @@ def stable_argsort(keys, num_keys):
     # Sorting numbers that hold both takes a fifth of the time of sorting pairs.
     keys = keys.astype("int32") * size + jnp.arange(size, dtype="int32")
     return jnp.sort(keys) % max(size, 1)
+
+
+def segment_sum(data, segment_ids, num_segments):
+    return ops.segment_sum(data, segment_ids, num_segments)
+
+
+def size_tensor(size):
+    return jnp.asarray(size, "int32")
 
 
 def with_gradient(forward, backward, inputs, constants):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 544  # products of more rows are not faster
+FOR_ANY_NUMBER = (64, 8)  # where the number of rows is symbolic
 
 
 def block_sizes(num_rows, num_groups):
@@ -34,19 +35,22 @@ def loops(group_sizes, num_rows):
     """Yields `(size, num_blocks, locate)`, one loop for each size of blocks.
 
     `locate(i)` gives of block `i` its group, its first row and which of its
-    rows are its own, `(size,)`.
+    rows are its own, `(size,)`. There must be as many rows as the largest block
+    has.
     """
     num_groups = group_sizes.shape[0]
     ends = jnp.cumsum(group_sizes)
     left, first_rows = group_sizes, ends - group_sizes
-    sizes = block_sizes(num_rows, num_groups)
+    known = isinstance(num_rows, int)
+    sizes = block_sizes(num_rows, num_groups) if known else FOR_ANY_NUMBER
     for size in sizes:
         counts = left // size
         rest = left - counts * size
         # One block more, if that is better than many smaller ones.
         counts += rest > (0 if size == sizes[-1] else size // 2)
         last = jnp.cumsum(counts)
-        number = jnp.arange(min(num_rows // size + num_groups, num_rows))
+        most = num_rows // size + num_groups
+        number = jnp.arange(min(most, num_rows) if known else most)
         # Looked up for all blocks at once: a loop takes its time to do it.
         group = jnp.searchsorted(last, number, "right", method="compare_all")
         group = jnp.minimum(group, num_groups - 1)
@@ -56,6 +60,11 @@ def loops(group_sizes, num_rows):
         yield size, last[-1], _locate(table.astype("int32"), size, num_rows)
         taken = jnp.minimum(counts * size, left)
         left, first_rows = left - taken, first_rows + taken
+
+
+def pad(x):
+    """`x` with more rows, so that a symbolic number is enough for a block."""
+    return jnp.pad(x, ((0, FOR_ANY_NUMBER[0]),) + ((0, 0),) * (x.ndim - 1))
 
 
 def _locate(table, size, num_rows):

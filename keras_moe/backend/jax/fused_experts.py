@@ -208,14 +208,13 @@ def row_blocks(
     tokens, row_weights, choices, group_sizes, kernels, biases, hidden
 ):
     num_tokens, num_rows = tokens.shape[0], row_weights.shape[0]
-    if not (isinstance(num_tokens, int) and isinstance(num_rows, int)):
-        # Keras infers shapes with symbolic sizes.
-        raise NotImplementedError("`row_blocks` needs static shapes.")
     if platform_of(tokens) != "cpu":
         # Elsewhere additions to the same token happen in any order, and the
         # many small steps are (a guess, not measured) slower than few large.
         raise NotImplementedError("`row_blocks` of experts is for CPU.")
-    if num_rows == 0:  # no block of at least one row exists
+    if not isinstance(num_rows, int):  # to be exported
+        row_weights, choices = map(blocks.pad, (row_weights, choices))
+    elif num_rows == 0:  # no block of at least one row exists
         return jnp.zeros((num_tokens, kernels[-1].shape[2]), tokens.dtype)
     return _row_blocks_compiled(
         hidden,

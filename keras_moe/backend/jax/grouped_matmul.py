@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_moe.backend import reference
 from keras_moe.backend.jax import blocks
 from keras_moe.backend.jax.platform import platform_of
 
@@ -83,10 +82,11 @@ _row_blocks_compiled = jax.jit(_row_blocks)
 
 
 def row_blocks(lhs, rhs, group_sizes):
-    if not isinstance(lhs.shape[0], int):
-        # Keras infers shapes with symbolic sizes; only the shape counts then.
-        return reference.grouped_matmul(lhs, rhs, group_sizes)
-    if lhs.shape[0] == 0:  # no block of at least one row exists
+    num_rows = lhs.shape[0]
+    if not isinstance(num_rows, int):  # to be exported
+        out = _row_blocks(blocks.pad(lhs), rhs, group_sizes)
+        return out[:num_rows]
+    if num_rows == 0:  # no block of at least one row exists
         return jnp.zeros((0, rhs.shape[2]), lhs.dtype)
     return _row_blocks_compiled(lhs, rhs, group_sizes)
 

@@ -6,6 +6,7 @@ static, there are blocks of rows (`row_blocks`).
 """
 
 import tensorflow as tf
+from keras import ops
 
 from keras_moe.backend.tensorflow import fused_blocks
 from keras_moe.backend.tensorflow import fused_loop
@@ -31,8 +32,20 @@ def top_k_indices(scores, k):
     return tf.math.top_k(scores, k).indices
 
 
+def take_chosen(x, indices):
+    return ops.take_along_axis(x, indices, axis=-1)
+
+
 def stable_argsort(keys, num_keys):
     return tf.argsort(keys, stable=True)
+
+
+def segment_sum(data, segment_ids, num_segments):
+    return ops.segment_sum(data, segment_ids, num_segments)
+
+
+def size_tensor(size):
+    return tf.convert_to_tensor(size, "int32")
 
 
 def with_gradient(forward, backward, inputs, constants):

@@ -2,7 +2,9 @@
 
 What an iteration makes of an expert's rows is small enough to stay in cache.
 The rows are gathered at once, since that is faster than group by group, and
-once more for the backward pass rather than kept.
+once more for the backward pass rather than kept. The products are kept, in the
+arrays that they were written to. A SavedModel, which holds the gradients too,
+cannot hold arrays, and gets them in one piece.
 """
 
 import tensorflow as tf
@@ -51,12 +53,21 @@ def expert_loop(
             *(groups.array_of_rows(tokens.dtype, width) for width in inner),
         )
 
+        graph, in_one_piece = _graph(), None
+        if graph is not None:
+            # Where nobody asks for them, they are never computed.
+            in_one_piece = [groups.concat(array) for array in saved]
+
         def backward(d_out):
-            return gradients(tokens, row_weights, experts, saved, d_out)
+            if _graph() is graph:
+                kept = [lambda i, rows, array=a: array.read(i) for a in saved]
+            else:
+                kept = [lambda i, rows, p=p: p[rows] for p in in_one_piece]
+            return gradients(tokens, row_weights, experts, kept, d_out)
 
         return sum_by_token(outputs), backward
 
-    def gradients(tokens, row_weights, experts, saved, d_out):
+    def gradients(tokens, row_weights, experts, kept, d_out):
         x = tf.gather(tokens, token_of_row)
         d_y = tf.gather(d_out, token_of_row)
 
@@ -66,7 +77,7 @@ def expert_loop(
                 x[rows],
                 d_y[rows],
                 row_weights[rows],
-                [array.read(i) for array in saved],
+                [products(i, rows) for products in kept],
             )
             both = zip(d_weights, d_weight, strict=True)
             return (
@@ -98,3 +109,8 @@ def expert_loop(
 def _expert(experts, index):
     # Slices of the first axis, unlike a gather, do not copy.
     return experts.with_weights([w[index] for w in experts.weights])
+
+
+def _graph():
+    """The function that is traced, or `None`."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

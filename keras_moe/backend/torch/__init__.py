@@ -20,8 +20,23 @@ def top_k_indices(scores, k):
     return order[..., :k].to(torch.int32)
 
 
+def take_chosen(x, indices):
+    # `take_along_dim`, which may broadcast, cannot be exported.
+    return torch.gather(x, -1, indices.long())
+
+
 def stable_argsort(keys, num_keys):
     return torch.sort(keys, stable=True).indices.to(torch.int32)
+
+
+def segment_sum(data, segment_ids, num_segments):
+    # That of Keras cannot be exported.
+    out = data.new_zeros(num_segments, *data.shape[1:])
+    return out.index_add(0, segment_ids, data)
+
+
+def size_tensor(size):
+    return torch.scalar_tensor(size, dtype=torch.int32)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -38,11 +53,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(forward, backward, inputs, constants):
+    if torch.compiler.is_exporting():  # the program is for inference
+        return forward(*inputs, *constants)
     return _WithGradient.apply(forward, backward, constants, *inputs)
 
 
 def is_symbolic(tensor):
-    return tensor.device.type == "meta"
+    return tensor.device.type == "meta" or torch.compiler.is_exporting()
 
 
 def all_reduce_sum(tensor):
@@ -55,9 +72,11 @@ def all_reduce_sum(tensor):
     return total
 
 
-@torch.compiler.disable  # the sizes of the slices are data
 def slice_bounds(group_sizes):
-    if is_symbolic(group_sizes):
-        return None
+    return None if is_symbolic(group_sizes) else _slice_bounds(group_sizes)
+
+
+@torch.compiler.disable  # the sizes of the slices are data
+def _slice_bounds(group_sizes):
     ends = torch.cumsum(group_sizes, 0).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))

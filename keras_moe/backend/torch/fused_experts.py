@@ -7,12 +7,19 @@ their rows are in the cache.
 import torch
 from torch.autograd.function import once_differentiable
 
+from keras_moe.backend.torch import exported
 from keras_moe.backend.torch import memory
 from keras_moe.backend.torch.batches import lay_out
 
 
+def expert_loop(*inputs):
+    if torch.compiler.is_exporting():
+        return exported.fused_experts(*inputs)
+    return _expert_loop(*inputs)
+
+
 @torch.compiler.disable  # the sizes of the batches are data
-def expert_loop(
+def _expert_loop(
     tokens, row_weights, choices, group_sizes, kernels, biases, hidden
 ):
     if tokens.device.type != "cpu":

@@ -8,6 +8,8 @@ result.
 import torch
 from torch.autograd.function import once_differentiable
 
+from keras_moe.backend.torch import exported
+
 
 def _clear_rows_of_no_group(out, ends):
     if out.device.type == "cpu":
@@ -47,8 +49,14 @@ class _GroupedMM(torch.autograd.Function):
         return d_lhs, d_rhs, None
 
 
-@torch.compiler.disable
 def grouped_mm(lhs, rhs, group_sizes):
+    if torch.compiler.is_exporting():
+        raise NotImplementedError("its shape rule knows bfloat16 only")
+    return _grouped_mm(lhs, rhs, group_sizes)
+
+
+@torch.compiler.disable
+def _grouped_mm(lhs, rhs, group_sizes):
     alignment = 16 // lhs.element_size()
     if lhs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise NotImplementedError(f"dtype {lhs.dtype}")
@@ -104,8 +112,14 @@ class _ExpertLoop(torch.autograd.Function):
         return d_lhs, d_rhs, None
 
 
-@torch.compiler.disable  # the sizes of the slices are data
 def expert_loop(lhs, rhs, group_sizes):
+    if torch.compiler.is_exporting():
+        return exported.grouped_matmul(lhs, rhs, group_sizes)
+    return _expert_loop(lhs, rhs, group_sizes)
+
+
+@torch.compiler.disable  # the sizes of the slices are data
+def _expert_loop(lhs, rhs, group_sizes):
     if lhs.device.type == "meta":
         raise NotImplementedError("meta tensors have no group sizes")
     return _ExpertLoop.apply(lhs, rhs, group_sizes.tolist())

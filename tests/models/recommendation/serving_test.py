@@ -1,9 +1,8 @@
-import os
-
 import keras
 import numpy as np
 
 from keras_moe import models
+from tests.exported import export
 from tests.models.recommendation.small_data import make_data
 from tests.models.recommendation.small_data import make_features
 from tests.models.recommendation.small_data import scramble
@@ -11,49 +10,47 @@ from tests.models.recommendation.small_data import small_tasks
 from tests.test_case import TestCase
 
 
-def served_by_tensorflow(test, model):
-    """What serves the model, exported to a SavedModel."""
-    try:
-        import tensorflow as tf
-    except ImportError:
-        test.skipTest("a SavedModel needs TensorFlow")
-    path = os.path.join(test.get_temp_dir(), "model")
-    model.export(path, format="tf_saved_model", verbose=False)
-    loaded = tf.saved_model.load(path)
-    return lambda x: loaded.serve(x)  # which does not keep its variables alone
-
-
-def served_by_torch(test, model):
-    import torch
-
-    path = os.path.join(test.get_temp_dir(), "model.pt2")
-    batch = torch.export.Dim("batch")
-    shapes = {name: {0: batch} for name in model.input}
-    model.export(
-        path, format="torch", verbose=False, dynamic_shapes=[(shapes,)]
-    )
-    program = torch.export.load(path).module()
-    return lambda x: program({k: torch.from_numpy(v) for k, v in x.items()})
-
-
 class ServingTest(TestCase):
-    def test_exported_models_predict_the_same(self):
+    def check(self, model, x):
+        scramble(model)
+        served = export(self, model)
+        for size in (len(keras.tree.flatten(x)[0]), 1):
+            part = keras.tree.map_structure(lambda v, n=size: v[:n], x)
+            expected = model.predict(part, verbose=0)
+            found = served(part)
+            keras.tree.assert_same_structure(dict_of(found), dict_of(expected))
+            for name, p in dict_of(found).items():
+                np.testing.assert_allclose(
+                    keras.ops.convert_to_numpy(p),
+                    dict_of(expected)[name],
+                    rtol=1e-5,
+                    atol=1e-5,
+                )
+
+    def test_multi_gate_models(self):
         x, _ = make_data()
-        serve = served_by_tensorflow
-        if keras.config.backend() == "torch":
-            serve = served_by_torch
-        for model in (
-            models.MMoE(small_tasks(), make_features(), 3, (4,)),
-            models.PLE(small_tasks(), make_features(), expert_units=(4,)),
-        ):
-            scramble(model)
-            served = serve(self, model)
-            for size in (24, 1):
-                part = {name: values[:size] for name, values in x.items()}
-                expected = model.predict(part, verbose=0)
-                found = served(part)
-                self.assertEqual(set(found), set(expected))
-                for task, p in found.items():
-                    np.testing.assert_allclose(
-                        keras.ops.convert_to_numpy(p), expected[task], atol=1e-5
-                    )
+        self.check(models.MMoE(small_tasks(), make_features(), 3, (4,)), x)
+        self.check(
+            models.PLE(small_tasks(), make_features(), expert_units=(4,)), x
+        )
+
+    def test_models_with_sparse_experts(self):
+        x, _ = make_data()
+        self.check(
+            models.DLRMMoE(
+                small_tasks(()),
+                make_features(),
+                4,
+                (6, 3),
+                top_k=2,
+                bottom_units=(),
+            ),
+            x,
+        )
+        ids = np.random.default_rng(0).integers(1, 13, (6, 5), dtype="int32")
+        ids[0, :3] = ids[1, 4:] = 0  # padding on both sides
+        self.check(models.SASRecMoE(12, 5, embedding_dim=4, num_experts=3), ids)
+
+
+def dict_of(outputs):
+    return outputs if isinstance(outputs, dict) else {"": outputs}
