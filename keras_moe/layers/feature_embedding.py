@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.layers.features import lookups
 from keras_moe.layers.features.feature_data import FeatureData
 from keras_moe.layers.features.feature_data import checked_features
 from keras_moe.layers.features.sharing import check_shared
@@ -131,14 +132,24 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
 
     def call(self, inputs):
         self._check_names(inputs)
-        vectors = {}
+        tensors = {f.name: _tensor(f, inputs[f.name]) for f in self.features}
+        vectors = lookups.embed_small(
+            self.features,
+            tensors,
+            self._tables,
+            joined=self.output_kind == "concat",
+        )
         for feature in self.features:
-            x = ops.convert_to_tensor(inputs[feature.name])
-            if len(x.shape) == 2 and not feature.input_shape:
-                x = ops.squeeze(x, axis=1)
-            table = self._tables.get(feature.table)
-            vector = feature.embed(x, table)
-            vectors[feature.name] = ops.cast(vector, self.compute_dtype)
+            if feature.name not in vectors:
+                table = self._tables.get(feature.table)
+                vectors[feature.name] = feature.embed(
+                    tensors[feature.name], table
+                )
+        vectors = {
+            f.name: ops.cast(vectors[f.name], self.compute_dtype)
+            for f in self.features
+            if vectors[f.name] is not None
+        }
         if self.output_kind == "dict":
             return vectors
         if self.output_kind == "stack":
@@ -170,3 +181,10 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
                 self.embeddings_regularizer
             ),
         }
+
+
+def _tensor(feature, x):
+    x = ops.convert_to_tensor(x)
+    if len(x.shape) == 2 and not feature.input_shape:
+        return ops.squeeze(x, axis=1)
+    return x

@@ -367,4 +367,4 @@ class MultiGateMoE(keras.layers.Layer):
 
 
 def _weighted_sum(weights, outputs):
-    return ops.einsum("bge,beo->bgo", weights, outputs)
+    return ops.matmul(weights, outputs)  # (B, G, E) and (B, E, O)

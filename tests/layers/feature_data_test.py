@@ -1,5 +1,6 @@
 """What features learn of data, and how they encode it: all in NumPy."""
 
+import hashlib
 import unittest
 
 import numpy as np
@@ -171,6 +172,54 @@ class FeatureDataTest(parameterized.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, message):
                 layer.encode({**data, name: column})
+
+    def test_hashed_ids(self):
+        # The first number of SplitMix64 begun at 0, as published.
+        n = 2**31 - 1
+        feature = layers.Categorical("a", num_hash_buckets=n)
+        layer = layers.FeatureEmbedding(
+            [feature, layers.Sequence("b", table="a", separator="|", length=3)]
+        )
+        layer.adapt({"b": ["x"]})  # The sequence hashes as its table does.
+        lists = ["Rome|Oslo", None, "Oslo"]
+
+        def ids(values, lists=lists):
+            return layer.encode({"a": values, "b": lists})
+
+        zero = 0xE220A8397B1DCDAF % n
+        for zeros in ([0, 0, None], [0.0, NAN, None], np.array([0, 0, 0])):
+            self.assertEqual(ids(zeros)["a"][0], zero)
+        self.assertEqual(ids([None, 0, 0])["a"].tolist(), [-1, zero, zero])
+        rome, oslo = (
+            int.from_bytes(
+                hashlib.blake2b(text, digest_size=8).digest(), "little"
+            )
+            % n
+            for text in (b"Rome", b"Oslo")
+        )
+        encoded = ids(["Rome", 0, "0"])
+        self.assertEqual(encoded["a"][:2].tolist(), [rome, zero])
+        self.assertNotEqual(encoded["a"][2], zero)
+        np.testing.assert_array_equal(
+            encoded["b"], [[rome, oslo, -1], [-1, -1, -1], [oslo, -1, -1]]
+        )
+        again = layers.Categorical.from_config(feature.get_config())
+        self.assertEqual(again.ids_of(np.array(["Rome"])).tolist(), [rome])
+
+    def test_hashing_spreads_values(self):
+        feature = layers.Categorical("a", num_hash_buckets=50)
+        for values in (np.arange(5000), np.arange(0, 500_000, 100)):
+            counts = np.bincount(feature.ids_of(values), minlength=50)
+            # 100 each, with a standard deviation of 10.
+            self.assertLess(np.abs(counts - 100).max(), 45)
+        with self.assertRaisesRegex(ValueError, "neither a `vocabulary` nor"):
+            layers.Categorical("a", num_ids=3, num_hash_buckets=3)
+        with self.assertRaisesRegex(ValueError, "num_hash_buckets"):
+            layers.Categorical("a", num_hash_buckets=0)
+        other = layers.Categorical("b", [*"xyz"], table="a")
+        feature = layers.Categorical("a", num_hash_buckets=3)
+        with self.assertRaisesRegex(ValueError, "the other hashes"):
+            layers.FeatureEmbedding([feature, other]).build()
 
     def test_lists_of_floats_are_vectors(self):
         layer = layers.FeatureEmbedding.from_data(

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.layers.features.columns import plain
 from keras_moe.layers.features.feature import Feature
+from keras_moe.layers.features.hashing import hashed_ids
 from keras_moe.ops.checks import check_int
 
 # Ids of what is no id.
@@ -25,6 +26,11 @@ class Categorical(Feature):
     position in it, `-2` for what is not in it. That is done with the data, in
     NumPy: no string enters the model.
 
+    With `num_hash_buckets`, `encode` gives each value an id by hashing it,
+    without a list of values: for very many values, or such as nobody has seen
+    yet. No value is then unknown, and some share an id. Values have the same
+    ids in every process; `3` and `3.0` are one value, `"3"` is another.
+
     The vectors of missing and unknown values are learned like others: from
     training data that has such values, as when `max_vocabulary` or `min_count`
     leave out the rare ones. Where it has none, they stay as they began.
@@ -43,6 +49,8 @@ class Categorical(Feature):
             most frequent are kept. Defaults to `None`, all.
         min_count: int. How often a value must occur to be in a learned
             vocabulary. Defaults to `1`.
+        num_hash_buckets: int. Number of ids that values are hashed to, instead
+            of a vocabulary or `num_ids`. Defaults to `None`, no hashing.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -66,6 +74,7 @@ class Categorical(Feature):
         table=None,
         max_vocabulary=None,
         min_count=1,
+        num_hash_buckets=None,
     ):
         super().__init__(name)
         if vocabulary is not None and num_ids is not None:
@@ -75,6 +84,15 @@ class Categorical(Feature):
             )
         if num_ids is not None:
             check_int("num_ids", num_ids, 1)
+        if num_hash_buckets is not None:
+            check_int("num_hash_buckets", num_hash_buckets, 1)
+            if vocabulary is not None or num_ids is not None:
+                raise ValueError(
+                    "With `num_hash_buckets` there is neither a `vocabulary` "
+                    f"nor `num_ids`. Received, for feature {name!r}: "
+                    f"num_hash_buckets={num_hash_buckets}, "
+                    f"vocabulary={vocabulary!r}, num_ids={num_ids!r}"
+                )
         if embedding_dim is not None:
             check_int("embedding_dim", embedding_dim, 1)
         if max_vocabulary is not None:
@@ -84,6 +102,7 @@ class Categorical(Feature):
         self.table = table or name
         self.max_vocabulary = max_vocabulary
         self.min_count = min_count
+        self.num_hash_buckets = num_hash_buckets
         self._given_num_ids = num_ids
         self.vocabulary = None
         if vocabulary is not None:
@@ -103,7 +122,7 @@ class Categorical(Feature):
     def num_ids(self):
         if self.vocabulary is not None:
             return len(self.vocabulary)
-        return self._given_num_ids
+        return self.num_hash_buckets or self._given_num_ids
 
     @property
     def lacks(self):
@@ -113,6 +132,7 @@ class Categorical(Feature):
         """Takes the vocabulary, or the number of ids, of another feature."""
         if other.vocabulary is not None:
             self._set_vocabulary(other.vocabulary)
+        self.num_hash_buckets = other.num_hash_buckets
         self._given_num_ids = other._given_num_ids
 
     def statistics(self):
@@ -139,6 +159,8 @@ class Categorical(Feature):
 
     def ids_of(self, values):
         """The ids of an array of values, none of them missing."""
+        if self.num_hash_buckets is not None:
+            return hashed_ids(values, self.num_hash_buckets)
         if self.vocabulary is not None:
             return [self._ids.get(v, UNKNOWN) for v in map(plain, values)]
         try:
@@ -170,10 +192,7 @@ class Categorical(Feature):
 
     def rows(self, ids):
         """The rows of the table for ids."""
-        ids = ops.cast(ids, "int32")
-        inside = ops.logical_and(ids >= 0, ids < self.num_ids)
-        rows = ops.where(inside, ids + 2, 1)
-        return ops.where(ids == MISSING, 0, rows)
+        return rows_of(ops.cast(ids, "int32"), self.num_ids)
 
     def embed(self, inputs, table=None):
         return table(self.rows(inputs))
@@ -191,7 +210,16 @@ class Categorical(Feature):
             "table": self.table,
             "max_vocabulary": self.max_vocabulary,
             "min_count": self.min_count,
+            "num_hash_buckets": self.num_hash_buckets,
         }
+
+
+def rows_of(ids, num_ids):
+    """The rows of a table with a row for missing and one for unknown ids."""
+    inside = ops.logical_and(ids >= 0, ids < num_ids)
+    rows = ops.where(inside, ids + 2, 1)
+    # `==` would compare the tensors of a graph themselves.
+    return ops.where(ops.equal(ids, MISSING), 0, rows)
 
 
 class Counts:

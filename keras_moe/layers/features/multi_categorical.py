@@ -41,6 +41,7 @@ class MultiCategorical(Categorical):
             `"drama|comedy"`. Defaults to `None`, there are no such strings.
         max_vocabulary: As in `Categorical`.
         min_count: As in `Categorical`.
+        num_hash_buckets: As in `Categorical`.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -71,6 +72,7 @@ class MultiCategorical(Categorical):
         separator=None,
         max_vocabulary=None,
         min_count=1,
+        num_hash_buckets=None,
     ):
         super().__init__(
             name,
@@ -80,6 +82,7 @@ class MultiCategorical(Categorical):
             table,
             max_vocabulary,
             min_count,
+            num_hash_buckets,
         )
         if length is not None:
             check_int("length", length, 1)
@@ -89,8 +92,8 @@ class MultiCategorical(Categorical):
         if mask_id == 0 and num_ids is None:
             raise ValueError(
                 "With `mask_id=0` no value may have the id 0, but the first "
-                "of a vocabulary has. Received, for feature "
-                f"{name!r}: mask_id=0, num_ids=None"
+                "of a vocabulary has, and a hashed one may. Received, for "
+                f"feature {name!r}: mask_id=0, num_ids=None"
             )
         self.length = length
         self.combiner = combiner

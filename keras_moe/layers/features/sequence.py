@@ -31,6 +31,7 @@ class Sequence(MultiCategorical):
         separator: As in `MultiCategorical`.
         max_vocabulary: As in `Categorical`.
         min_count: As in `Categorical`.
+        num_hash_buckets: As in `Categorical`.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -60,6 +61,7 @@ class Sequence(MultiCategorical):
         separator=None,
         max_vocabulary=None,
         min_count=1,
+        num_hash_buckets=None,
     ):
         if isinstance(combiner, dict):
             combiner = keras.saving.deserialize_keras_object(combiner)
@@ -80,6 +82,7 @@ class Sequence(MultiCategorical):
             separator=separator,
             max_vocabulary=max_vocabulary,
             min_count=min_count,
+            num_hash_buckets=num_hash_buckets,
         )
 
     @property

@@ -49,3 +49,19 @@ def check_shared(features):
                     f"{feature.table!r} and must have one `{attribute}`."
                     + (f" Received: {here} and {there}" if shown else "")
                 )
+        if _makes_ids(feature) | _makes_ids(other) == {"vocabulary", "hash"}:
+            raise ValueError(
+                f"{feature!r} and {other!r} share the table "
+                f"{feature.table!r}, but only one of them has a vocabulary, "
+                "and the other hashes its values."
+            )
+
+
+def _makes_ids(feature):
+    """How a feature makes ids of values, if it does."""
+    kinds = set()
+    if feature.vocabulary is not None:
+        kinds.add("vocabulary")
+    if feature.num_hash_buckets is not None:
+        kinds.add("hash")
+    return kinds
