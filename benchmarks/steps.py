@@ -15,18 +15,19 @@ def gradient_step(layer, x, xla=False):
     return _BACKENDS[keras.config.backend()](layer, x, xla)[1]
 
 
-def _cotangent(x):
-    return np.random.default_rng(1).normal(size=x.shape).astype("float32")
+def _cotangent(outputs):
+    shape = tuple(outputs.shape)
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
 
 
 def _jax(layer, x, xla):
     import jax
 
     x = ops.convert_to_tensor(x, dtype=layer.compute_dtype)
-    layer(x)
+    cotangent = _cotangent(layer(x))
     trainable = [v.value for v in layer.trainable_variables]
     state = [v.value for v in layer.non_trainable_variables]
-    grad = ops.convert_to_tensor(_cotangent(x), dtype=layer.compute_dtype)
+    grad = ops.convert_to_tensor(cotangent, dtype=layer.compute_dtype)
 
     @jax.jit
     def forward(trainable, state, x):
@@ -49,8 +50,8 @@ def _tensorflow(layer, x, xla):
     import tensorflow as tf
 
     x = ops.convert_to_tensor(x, dtype=layer.compute_dtype)
-    layer(x)
-    grad = ops.convert_to_tensor(_cotangent(x), dtype=layer.compute_dtype)
+    cotangent = _cotangent(layer(x))
+    grad = ops.convert_to_tensor(cotangent, dtype=layer.compute_dtype)
 
     @tf.function(jit_compile=xla)
     def forward(x):
@@ -83,20 +84,20 @@ def _torch(layer, x, xla):
     if own:
         dtype = layer.compute_dtype
         x = ops.convert_to_tensor(x, dtype=dtype).requires_grad_()
-        layer(x)
+        outputs = layer(x)
         weights = [v.value for v in layer.trainable_variables]
         call = layer
     else:
         # A block of HF transformers, which takes (batch, length, dim).
         weights = list(layer.parameters())
         x = torch.as_tensor(x, dtype=weights[0].dtype, device=weights[0].device)
-        x = x[None].requires_grad_()
+        outputs = x = x[None].requires_grad_()
 
         def call(x, training):
             outputs = layer(x)
             return outputs[0] if isinstance(outputs, tuple) else outputs
 
-    grad = torch.as_tensor(_cotangent(x)).to(x)
+    grad = torch.as_tensor(_cotangent(outputs)).to(x)
 
     def forward():
         with torch.no_grad():

@@ -9,10 +9,13 @@ import unittest.mock
 import keras
 
 import benchmarks
+from benchmarks import census
 from benchmarks import decode
 from benchmarks import fit
 from benchmarks import layer
 from benchmarks import measure
+from benchmarks import multi_gate
+from benchmarks import rows
 from benchmarks import tables
 from benchmarks.shapes import Shape
 from tests.test_case import TestCase
@@ -56,6 +59,44 @@ class BenchmarksTest(TestCase):
         with unittest.mock.patch.multiple(decode, DIM=8, INTERMEDIATE_DIM=8):
             figures = decode.compare(1, self.arguments)
         self.assertEqual(set(figures), {"dense", "8 experts", "128 experts"})
+
+    def test_multi_gate(self):
+        with (
+            unittest.mock.patch.multiple(
+                census, BATCH=8, VOCABULARIES=(3, 4), NUMBERS=1
+            ),
+            unittest.mock.patch.multiple(
+                multi_gate, STEPS=1, SIZES={"small": (2, 2)}
+            ),
+        ):
+            figures = {
+                "step": multi_gate.steps(self.arguments),
+                "trunk": multi_gate.trunks(self.arguments),
+                "start, small": {
+                    kind: multi_gate.start(kind, "small", self.arguments)
+                    for kind in census.KINDS
+                },
+            }
+            printed = _printed(multi_gate.report, figures)
+        self.assertIn("2 experts, 2 tasks", printed)
+
+    def test_rows(self):
+        arguments = argparse.Namespace(rows=16, side_rows=None, batch=8)
+        with unittest.mock.patch.object(rows, "VOCABULARIES", (30, 20, 10)):
+            figures = {
+                name: rows.train(name, arguments)
+                for name in ("dense", "experts, tables fixed")
+            }
+        dense, own = figures.values()
+        # The twin is as large: within one unit of its hidden layer.
+        self.assertLess(
+            abs(
+                dense["weights_beside_tables"] / own["weights_beside_tables"]
+                - 1
+            ),
+            0.1,
+        )
+        self.assertIn("peak memory", _printed(rows.report, figures))
 
     def test_tables_of_what_was_measured(self):
         folder = pathlib.Path(benchmarks.__file__).parent / "results"
