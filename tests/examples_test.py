@@ -9,7 +9,10 @@ import tempfile
 import unittest
 
 import keras
+import numpy as np
 import pytest
+
+from tests import example_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,6 +32,11 @@ def run(example, *arguments):
 
 @pytest.mark.large
 class ExamplesTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = pathlib.Path(folder.name)
+
     def test_digits_moe(self):
         backend = keras.config.backend()
         with tempfile.TemporaryDirectory() as folder:
@@ -58,11 +66,88 @@ class ExamplesTest(unittest.TestCase):
             self.assertGreater(min(load["training_load"]), 0.0)
         self.assertIn("test accuracy", done.stdout)
 
+    def run_recommendation(self, example, files, *arguments):
+        """Runs an example, and returns its output and `summary.json`."""
+        output = self.folder / "output"
+        done = run(
+            f"recommendation/{example}.py",
+            *("--backend", keras.config.backend(), "--epochs", "1"),
+            *("--output", str(output)),
+            *arguments,
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        found = sorted(path.name for path in output.iterdir())
+        self.assertEqual(found, sorted([*files, "summary.json", "gates.png"]))
+        self.assertGreater((output / "gates.png").stat().st_size, 3_000)
+        summary = json.loads((output / "summary.json").read_text())
+        self.assertLessEqual(summary["reloaded_max_difference"], 1e-6)
+        return done.stdout, summary
+
+    def test_census(self):
+        data = self.folder / "census"
+        data.write_text("\n".join(example_files.census_lines(300)) + "\n")
+        out, summary = self.run_recommendation(
+            "census_multitask",
+            ["SharedBottom.keras", "PLE.keras"],
+            *("--data", str(data), "--models", "PLE,SharedBottom"),
+            *("--seeds", "1", "--batch-size", "64"),
+        )
+        self.assertEqual(sum(summary["rows"].values()), 300)
+        self.assertEqual(summary["distinct_rows"], 300)
+        self.assertRegex(out, r"PLE +[\d,]+ +0\.\d{4} +0\.\d{4}")
+        for gates in summary["gates"].values():
+            for means in gates.values():
+                self.assertAlmostEqual(sum(means), 1.0, places=3)
+        self.assertEqual(
+            summary["gates"]["PLE, level 2"]["income"][4:8], [0] * 4
+        )
+
+    def test_movielens(self):
+        data = self.folder / "ml-1m"
+        example_files.write_1m(data)
+        out, summary = self.run_recommendation(
+            "movielens_multitask",
+            ["MMoE.keras"],
+            *("--data", str(data), "--models", "MMoE"),
+        )
+        rows = sum(summary["rows"].values())
+        self.assertEqual(rows, len(example_files.RATINGS))
+        self.assertIn("stars RMSE", out)
+
+    def test_synthetic_relatedness(self):
+        out, summary = self.run_recommendation(
+            "synthetic_relatedness",
+            ["MMoE.keras"],
+            *("--repeats", "2", "--examples", "64", "--correlations", "0.5"),
+        )
+        losses = summary["losses"]["0.5"]
+        difference = np.subtract(losses["SharedBottom"], losses["MMoE"])
+        mean, error, _ = summary["gaps"]["0.5"]["MMoE below SharedBottom"]
+        self.assertAlmostEqual(mean, difference.mean())
+        self.assertAlmostEqual(error, abs(np.diff(difference)[0]) / 2)
+        counts = summary["parameters"].values()
+        self.assertLess(max(counts) / min(counts), 1.06)
+
+    def test_two_stage(self):
+        out, summary = self.run_recommendation(
+            "two_stage",
+            ["ranker.keras", "user_tower.keras", "item_tower.keras"],
+            *("--users", "20", "--items", "60", "--candidates", "20"),
+        )
+        self.assertIn("candidates hold", out)
+        for row in summary["orders"].values():
+            self.assertLessEqual(
+                row["recall@10"], summary["recall_of_candidates"]
+            )
+
     def test_bad_arguments(self):
-        for arguments, message in (
-            (("--epochs", "0"), "at least 1"),
-            (("--backend", "numpy"), "'numpy'"),
+        vision, stages = "vision/digits_moe.py", "recommendation/two_stage.py"
+        for example, arguments, message in (
+            (vision, ("--epochs", "0"), "at least 1"),
+            (vision, ("--backend", "numpy"), "'numpy'"),
+            (stages, ("--candidates", "9"), "at least 10"),
+            (stages, ("--backend", "numpy"), "'numpy'"),
         ):
-            done = run("vision/digits_moe.py", *arguments)
+            done = run(example, *arguments)
             self.assertEqual(done.returncode, 2)
             self.assertIn(message, done.stderr)

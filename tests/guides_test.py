@@ -32,3 +32,14 @@ class GuidesTest(unittest.TestCase):
             r"^class PrototypeRouter.*?(?=^# )", text, re.DOTALL | re.MULTILINE
         )
         self.assertLess(len(source.group().strip().splitlines()), 40)
+
+    def test_recommendation(self):
+        module, _ = load("recommendation")
+        logs, gates, difference = module.main()
+        # A model without the features would have 0.5.
+        self.assertGreater(logs["click_auc"], 0.7)
+        self.assertGreater(logs["buy_auc"], 0.75)
+        self.assertEqual(set(gates), {"click", "buy"})
+        for weights in gates.values():
+            np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
+        self.assertLess(difference, 1e-6)
