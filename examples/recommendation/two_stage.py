@@ -194,11 +194,8 @@ both towers is a feature among others; the name of the user is none, as a few
 films each are too little to learn it again.
 """
 
-drawn = retrieve(seen_first)
 rows_user = np.repeat(np.arange(num_users), args.candidates)
-rows_item = drawn.ravel()
-kept = rng.permutation(len(rows_user))  # Some batches would lack positives.
-rows_user, rows_item = rows_user[kept], rows_item[kept]
+rows_item = retrieve(seen_first).ravel()
 labels = {
     "click": matrix(second)[rows_user, rows_item].astype("float32"),
     "like": matrix(second & liked)[rows_user, rows_item].astype("float32"),
