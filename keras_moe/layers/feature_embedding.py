@@ -1,10 +1,11 @@
 import keras
 from keras import ops
 
-from keras_moe.layers.features import lookups
 from keras_moe.layers.features.feature_data import FeatureData
 from keras_moe.layers.features.feature_data import checked_features
 from keras_moe.layers.features.sharing import check_shared
+from keras_moe.layers.features.vector_tables import embed_together
+from keras_moe.layers.features.vector_tables import make_tables
 from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_one_of
 
@@ -25,6 +26,11 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
     `tf.data.Dataset` or a generator of batches. All that is saved with the
     layer, so that a loaded model can still encode:
     `model.get_layer("features").encode(frame)`.
+
+    Small tables of one width (up to 1024 rows) are rows of one variable, which
+    is faster to read, to update and to compile than dozens; unless the
+    initializer or the regularizer would notice. `vectors` gives those of one
+    table.
 
     Args:
         features: List of features. What they lack, `embedding_dim` too, is
@@ -88,7 +94,6 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         for feature in self.features:
             if feature.table is not None and feature.embedding_dim is None:
                 feature.embedding_dim = embedding_dim
-        self._tables = {}
         # Layers are tracked, and saved, in what holds them here.
         self._combiners = [
             feature.layer
@@ -99,11 +104,17 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
     def build(self, input_shape=None):
         self._check_adapted()
         check_shared(self.features)
+        self._tables = make_tables(
+            self.features,
+            self.embeddings_initializer,
+            self.embeddings_regularizer,
+            self.dtype_policy,
+        )
+        # Where Keras finds the layers, each once.
+        self._embeddings = list(
+            dict.fromkeys(table.embedding for table in self._tables.values())
+        )
         for feature in self.features:
-            if feature.table is None:
-                continue
-            if feature.table not in self._tables:
-                self._tables[feature.table] = self._make_table(feature)
             layer = getattr(feature, "layer", None)
             if layer is not None and not layer.built:
                 layer.build((None, feature.length, feature.embedding_dim))
@@ -114,26 +125,31 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
                 f"Received: { {f.name: f.width for f in self.features} }"
             )
 
-    def _make_table(self, feature):
-        initializer = self.embeddings_initializer
-        if isinstance(initializer, keras.initializers.Initializer):
-            # One initializer gives all tables of one shape the same numbers.
-            initializer = initializer.clone()
-        table = keras.layers.Embedding(
-            feature.num_ids + 2,
-            feature.embedding_dim,
-            embeddings_initializer=initializer,
-            embeddings_regularizer=self.embeddings_regularizer,
-            dtype=self.dtype_policy,
-            name=f"table_{feature.table}",
-        )
-        table.build((None,))
-        return table
+    def vectors(self, table):
+        """The vectors of a table, as they are now.
+
+        Args:
+            table: str. Its name: that of its feature, where none was given.
+
+        Returns:
+            NumPy array `(num_ids + 2, embedding_dim)`: of missing values, of
+            unknown ones, and then of the ids from 0.
+
+        Raises:
+            ValueError: If there is no such table, or the layer is not built.
+        """
+        tables = self._tables if self.built else {}
+        if table not in tables:
+            raise ValueError(
+                "`table` must be the name of a table of a layer that is built. "
+                f"Received: table={table!r}, tables: {list(tables)}"
+            )
+        return ops.convert_to_numpy(tables[table].vectors())
 
     def call(self, inputs):
         self._check_names(inputs)
         tensors = {f.name: _tensor(f, inputs[f.name]) for f in self.features}
-        vectors = lookups.embed_small(
+        vectors = embed_together(
             self.features,
             tensors,
             self._tables,

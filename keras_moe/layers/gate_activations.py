@@ -48,7 +48,9 @@ def gate_weights(logits, visible, activation, top_k=None):
     """
     if activation == "self_gate":
         return self_gate_weights(logits, visible)
-    lowest = ops.full_like(logits, float("-inf"))
+    # A number, and no tensor of them: ONNX files that tf2onnx writes multiply
+    # the tensors with the condition, and so make NaN of the infinities.
+    lowest = float("-inf")
     if not visible.all():
         logits = ops.where(visible, logits, lowest)
     if activation == "softmax":

@@ -17,8 +17,9 @@ def expert_inputs(x, slots):
     """
     if len(x.shape) == 2:
         return x
-    each, rest = divmod(len(slots), x.shape[1])
-    if not rest and list(slots) == np.repeat(range(x.shape[1]), each).tolist():
+    num_slots = int(x.shape[1])  # a tensor while PyTorch traces
+    each, rest = divmod(len(slots), num_slots)
+    if not rest and list(slots) == np.repeat(range(num_slots), each).tolist():
         return x
     return one_by_one(x, slots)
 

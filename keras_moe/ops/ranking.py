@@ -14,8 +14,7 @@ def descending_ranks(scores):
         `(..., S)` int32, a permutation of 0 to `S - 1` along the last axis.
     """
     scores = ops.stop_gradient(scores)
-    lowest = ops.full_like(scores, float("-inf"))
-    scores = ops.where(ops.isnan(scores), lowest, scores)
+    scores = ops.where(ops.isnan(scores), float("-inf"), scores)
     # XLA sorts -0 below 0, the others take them for a tie.
     scores = ops.where(ops.equal(scores, 0), ops.zeros_like(scores), scores)
     order = ops.argsort(-scores, axis=-1)

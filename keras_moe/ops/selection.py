@@ -17,8 +17,7 @@ def top_k_indices(scores, k):
         `(T, k)` int32.
     """
     scores = ops.stop_gradient(scores)
-    lowest = ops.full_like(scores, float("-inf"))
-    scores = ops.where(ops.isnan(scores), lowest, scores)
+    scores = ops.where(ops.isnan(scores), float("-inf"), scores)
     # XLA sorts -0 below 0, the others take them for a tie.
     scores = ops.where(ops.equal(scores, 0), ops.zeros_like(scores), scores)
     return ops.cast(backend.top_k_indices(scores, k), "int32")
@@ -61,5 +60,5 @@ def limit_to_groups(scores, num_groups, top_k_groups, group_score=2):
     kept = top_k_indices(ops.sum(best, axis=-1), top_k_groups)
     kept = ops.sum(ops.one_hot(kept, num_groups, dtype="int32"), axis=1)
     kept = ops.expand_dims(kept > 0, -1)  # (T, G, 1)
-    lowest = ops.full_like(grouped, float("-inf"))
-    return ops.reshape(ops.where(kept, grouped, lowest), (-1, num_experts))
+    grouped = ops.where(kept, grouped, float("-inf"))
+    return ops.reshape(grouped, (-1, num_experts))

@@ -144,11 +144,7 @@ class GShardRouter(TopKRouter):
         )
         experts = ops.arange(self.num_experts, dtype="int32")
         is_first = ops.equal(ops.expand_dims(experts, 0), first)
-        drawn = ops.where(
-            is_first,
-            ops.full_like(logits, float("-inf")),
-            rankable(logits + draws),
-        )
+        drawn = ops.where(is_first, float("-inf"), rankable(logits + draws))
         others = top_k_indices(drawn, self.top_k - 1)
         return ops.concatenate([first, others], axis=-1)
 

@@ -116,8 +116,8 @@ class SparseMixerRouter(LinearRouter):
 
     def _choose(self, logits, left, training):
         """The next expert and its weight, `(T, 1)` each."""
-        lowest = ops.full_like(logits, float("-inf"))
-        values = ops.where(left, rankable(ops.stop_gradient(logits)), lowest)
+        values = rankable(ops.stop_gradient(logits))
+        values = ops.where(left, values, float("-inf"))
         first = top_k_indices(values, 1)
         best = take_chosen(values, first)  # (T, 1)
         # Not a quotient: all of them may be 0.
@@ -128,14 +128,14 @@ class SparseMixerRouter(LinearRouter):
         near = ops.logical_and(left, best - values <= tolerance)
         # The best one is near, even if it is no number.
         near = ops.logical_or(near, _is_expert(first, self.num_experts))
-        candidates = ops.where(near, logits, lowest)
+        candidates = ops.where(near, logits, float("-inf"))
         probs = softmax(candidates)
         if not training:
             return first, take_chosen(probs, first)
         draws = gumbel(
             ops.shape(logits), self.compute_dtype, self.seed_generator
         )
-        drawn = ops.where(near, rankable(candidates + draws), lowest)
+        drawn = ops.where(near, rankable(candidates + draws), float("-inf"))
         expert = top_k_indices(drawn, 1)
         weight = take_chosen(probs, expert)
         draws = keras.random.uniform(

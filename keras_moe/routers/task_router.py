@@ -246,5 +246,4 @@ def _limited(values, allowed):
     """`values` with `-inf` where they are not allowed."""
     if allowed is None:
         return values
-    lowest = ops.full_like(values, float("-inf"))
-    return ops.where(allowed, values, lowest)
+    return ops.where(allowed, values, float("-inf"))

@@ -241,7 +241,15 @@ class FeatureEmbeddingTest(TestCase):
         np.testing.assert_array_equal(
             model.predict(encoded, verbose=0), again.predict(encoded, verbose=0)
         )
-        self.assertLen(again.losses, 3)
+        squares = [
+            np.sum(loaded.vectors(table) ** 2)
+            for table in ("city", "tags", "price")
+        ]
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(sum(again.losses)),
+            0.01 * sum(squares),
+            rtol=1e-5,
+        )
 
     def test_missing_input(self):
         layer = layers.FeatureEmbedding(

@@ -223,3 +223,37 @@ class OrderPenaltyTest(TestCase):
             models.OrderPenalty(weight=-1.0)
         again = models.OrderPenalty.from_config(layer.get_config())
         self.assertEqual(again.weight, 2.0)
+
+    def test_description_of_tf_data(self):
+        try:
+            import tensorflow as tf
+        except ImportError:
+            self.skipTest("needs TensorFlow")
+        features = layers.FeatureEmbedding(
+            [layers.Categorical("city", num_ids=3), layers.Numeric("age")],
+            embedding_dim=2,
+        )
+        features.adapt({"city": [0, 1, 2], "age": [1.0, 2.0, 3.0]})
+        model = models.MultiTaskModel(
+            **assemble(["click"], features, keras.layers.Dense(3))
+        )
+        model.compile("adam")
+        good = {"city": np.array([0, 2, -1]), "age": np.array([1, 2, 3])}
+        y = {"click": np.array([0.0, 1.0, 1.0])}
+
+        def fit(x, y=y, run=model.fit):
+            data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+            run(data, verbose=0)
+
+        fit(good)
+        # Floats may hold NaN, which would become an unknown id in silence.
+        for name, values, message in (
+            ("city", np.array([0.0, np.nan, 1.0]), "'city' must be made of wh"),
+            ("city", np.array(["x", "y", "z"]), "'city' must be made of numb"),
+            ("age", np.array(["1", "2", "3"]), "'age' must be made of numbers"),
+        ):
+            for run in (model.fit, model.evaluate):
+                with self.assertRaisesRegex(ValueError, message):
+                    fit({**good, name: values}, run=run)
+        with self.assertRaisesRegex(ValueError, "missing from the inputs"):
+            fit({"city": good["city"]})

@@ -139,20 +139,27 @@ class MultiTaskModelTest(TestCase):
     def test_missing_labels_are_as_if_not_there(self):
         x, y = make_data()
         some = np.arange(96) % 3 != 0
-        tasks = [SPEC("click")]
-        label = np.where(some, y["click"], np.nan)
+        coded = [SPEC("click", missing_value=-1)]
         steps = []
-        for data in (
-            (x, label),
-            ({k: v[some] for k, v in x.items()}, label[some]),
+        for tasks, data, label in (
+            ([SPEC("click")], x, np.where(some, y["click"], np.nan)),
+            (coded, x, np.where(some, y["click"], -1)),
+            (
+                [SPEC("click")],
+                {k: v[some] for k, v in x.items()},
+                y["click"][some],
+            ),
         ):
             keras.utils.set_random_seed(1)
             model = make_model(tasks)
             model.compile(keras.optimizers.SGD(0.5))
-            model.train_on_batch(data[0], {"click": data[1]})
-            steps.append(values_of(model))
-        for one, other in zip(*steps, strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-6)
+            logs = model.train_on_batch(
+                data, {"click": label}, return_dict=True
+            )
+            steps.append([*values_of(model), logs["click_auc"]])
+        for other in steps[:-1]:
+            for one, two in zip(steps[-1], other, strict=True):
+                np.testing.assert_allclose(one, two, atol=1e-6)
 
     @parameterized.parameters(*WEIGHTINGS)
     def test_task_without_labels_in_a_batch(self, weighting):

@@ -1,6 +1,8 @@
 import keras
 import numpy as np
 
+NUMBERS = ("bool", "int", "uint", "float", "bfloat")  # how their dtypes begin
+
 
 class Feature:
     """Base class of the features of a `FeatureEmbedding`.
@@ -57,11 +59,28 @@ class Feature:
                 f"Feature {self.name!r} must be of shape "
                 f"{('batch', *self.input_shape)}. Received: {values.shape}"
             )
-        if values.dtype.kind not in "biuf":
+        self.check_dtype(str(values.dtype))
+
+    def check_dtype(self, dtype, unseen=False):
+        """Raises if values of a dtype are not what the model takes.
+
+        Args:
+            dtype: str.
+            unseen: bool. Whether nobody will look at the values themselves.
+        """
+        if not dtype.startswith(NUMBERS):
             raise ValueError(
                 f"Feature {self.name!r} must be made of numbers in what the "
                 "model takes; `FeatureEmbedding.encode` makes them of strings "
-                f"and other columns. Received: dtype={values.dtype}"
+                f"and other columns. Received: dtype={dtype}"
+            )
+        takes_ids = self.input_dtype == "int32"
+        if takes_ids and unseen and dtype.startswith(("float", "bfloat")):
+            raise ValueError(
+                f"Feature {self.name!r} must be made of whole numbers: a "
+                "missing id is -1, and not NaN. `FeatureEmbedding.encode` "
+                "makes ids of what is missing; or cast them. Received: "
+                f"dtype={dtype}"
             )
 
     def embed(self, inputs, table=None):

@@ -130,9 +130,9 @@ class FeatureData:
         """Raises if NumPy arrays are not what the layer takes.
 
         Args:
-            data: Dict of arrays by feature. Other entries are ignored, and
-                what is neither a NumPy array nor a pandas column is not
-                looked into.
+            data: Dict of arrays by feature, or of TensorFlow's descriptions of
+                tensors. Other entries are ignored, and what is neither a NumPy
+                array nor a pandas column is not looked into.
         """
         self._check_names(data)
         for feature in self.features:
@@ -141,6 +141,8 @@ class FeatureData:
                 values = values.to_numpy()
             if isinstance(values, np.ndarray):
                 feature.check(values)
+            elif hasattr(getattr(values, "dtype", None), "as_numpy_dtype"):
+                feature.check_dtype(values.dtype.name, unseen=True)
 
     def inputs(self):
         """A dict of `keras.Input` by feature, to make a model with."""

@@ -51,7 +51,13 @@ def check_compile(model, weighting, loss_weights):
 
 
 def check_data(model, x, y):
-    """Raises if NumPy arrays cannot be features or labels of the model."""
+    """Raises if NumPy arrays cannot be features or labels of the model.
+
+    Of a `tf.data.Dataset` nothing but its description is looked at.
+    """
+    described = getattr(x, "element_spec", None)
+    if described is not None:
+        x = described[0] if isinstance(described, tuple) else described
     check_labels(model.tasks, y)
     for layer in model.layers if isinstance(x, dict) else ():
         if hasattr(layer, "check_data"):

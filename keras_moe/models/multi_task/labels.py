@@ -51,7 +51,8 @@ def labels_of(tasks, y, entire_space=False):
         if len(shape) == 2:
             label = ops.squeeze(label, axis=1)
         if task.missing_value is not None:
-            label = ops.where(label == task.missing_value, math.nan, label)
+            missing = ops.equal(label, task.missing_value)
+            label = ops.where(missing, math.nan, label)
         labels[task.name] = label
     if entire_space:
         return labels
