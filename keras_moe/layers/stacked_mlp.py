@@ -203,7 +203,7 @@ def own_draws(initializer, number):
     """The initializer with a seed of its own for part `number`."""
     if not is_int(getattr(initializer, "seed", None)):
         return initializer
-    config = keras.initializers.serialize(initializer)
-    return keras.initializers.deserialize(
-        layer_copies.with_seeds(config, number)
-    )
+    # Not by `keras.initializers.serialize`, which imports TensorFlow, if it is
+    # installed, on every backend.
+    config = layer_copies.with_seeds(initializer.get_config(), number)
+    return type(initializer).from_config(config)
