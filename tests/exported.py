@@ -1,6 +1,8 @@
 """What serves a model, exported by Keras in the format of the backend."""
 
+import importlib
 import os
+import warnings
 
 import keras
 
@@ -35,3 +37,33 @@ def _by_torch(test, model):
     )
     program = torch.export.load(path).module()
     return lambda x: program(keras.tree.map_structure(torch.from_numpy, x))
+
+
+def export_onnx(test, model):
+    """Returns the model in ONNX's runtime as a function of NumPy arrays.
+
+    Of a model that has been called: Keras exports no other.
+    """
+    if keras.config.backend() == "jax":
+        test.skipTest("needs jax2onnx, and with it flax, equinox and others")
+    try:
+        import onnxruntime
+
+        importlib.import_module(
+            "tf2onnx" if keras.config.backend() == "tensorflow" else "onnx"
+        )
+    except ImportError as error:
+        test.skipTest(str(error))
+    path = os.path.join(test.get_temp_dir(), "model.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tf2onnx and the tracer give many
+        model.export(path, format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(path)
+
+    def run(x):
+        inputs = x if isinstance(x, dict) else {model.input.name: x}
+        return keras.tree.pack_sequence_as(
+            model.output, session.run(None, inputs)
+        )
+
+    return run

@@ -15,6 +15,8 @@ active Keras backend is re-exported here:
   axis in descending order, ties to the lower index.
 - `take_chosen(x, indices)`: `take_along_axis` along the last axis, where the
   others are the same in both.
+- `take(x, indices, axis=0)`: as in `keras.ops`, of a vector of indices that are
+  all in the range.
 - `stable_argsort(keys, num_keys)`: the order that sorts whole numbers from 0 to
   `num_keys - 1`, `(N,)` int32, equal ones as they come.
 - `segment_sum(data, segment_ids, num_segments)`: as in `keras.ops`, of ids that
@@ -69,6 +71,7 @@ def best_first(lhs):
 
 
 take_chosen = native.take_chosen
+take = native.take
 top_k_indices = native.top_k_indices
 segment_sum = native.segment_sum
 size_tensor = native.size_tensor

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import backend
+
 
 class ResidualWeights(keras.layers.Layer):
     """Adds learned weights of each unit's own experts to those of its gate.
@@ -37,5 +39,7 @@ class ResidualWeights(keras.layers.Layer):
             return gates + ops.convert_to_tensor(self.own, gates.dtype)
         places = np.zeros(self.own.shape, "int32")
         places[self.own] = np.arange(self.own.sum())
-        weights = ops.take(ops.cast(self.weight, gates.dtype), places)
+        weights = ops.cast(self.weight, gates.dtype)
+        weights = backend.take(weights, places.reshape(-1))
+        weights = ops.reshape(weights, self.own.shape)
         return gates + ops.where(self.own, weights, ops.zeros_like(weights))

@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.experts import activations
@@ -158,8 +159,9 @@ class STARDense(keras.layers.Layer):
 
 def of_domain(x, domain):
     """`(B, domains, ...)` -> `(B, ...)`, of each example's own domain."""
-    number = x.shape[1]
-    known = ops.arange(number, dtype="int32")
+    number = int(x.shape[1])  # a tensor while PyTorch traces
+    # A tensor would become one more input of an ONNX file of TensorFlow.
+    known = np.arange(number, dtype="int32")
     chosen = ops.equal(ops.cast(domain, "int32")[:, None], known)
     shape = (-1, number) + (1,) * (len(x.shape) - 2)
     chosen = ops.reshape(chosen, shape)

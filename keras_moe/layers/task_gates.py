@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.experts.per_expert import PerExpertInitializer
 from keras_moe.layers import gate_activations
 from keras_moe.layers.selector_gates import SelectorGates
@@ -152,7 +153,7 @@ class TaskGates(keras.layers.Layer):
         shape = (-1, self.num_gates * self.num_experts)
         logits = ops.reshape(logits, shape)
         seen = self._normalize(
-            ops.take(logits, self._pairs, axis=1), training=training
+            backend.take(logits, self._pairs, axis=1), training=training
         )
         logits = self._spread(seen, axis=1)
         return ops.reshape(logits, (-1, *self.visible.shape))
@@ -164,7 +165,7 @@ class TaskGates(keras.layers.Layer):
         values = ops.convert_to_tensor(values)
         zero = ops.zeros_like(values[:1] if axis == 0 else values[:, :1])
         values = ops.concatenate([values, zero], axis=axis)
-        return ops.take(values, self._places.reshape(-1), axis=axis)
+        return backend.take(values, self._places.reshape(-1), axis=axis)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.num_gates, self.num_experts)

@@ -156,7 +156,7 @@ def _sum_by_token(rows, plan):
 
 
 def _zero_rows_of_nobody(rows, plan):
-    kept = ops.take(by_choice(plan.kept), plan.choices)
+    kept = backend.take(by_choice(plan.kept), plan.choices)
     kept = ops.reshape(kept, (-1,) + (1,) * (len(rows.shape) - 1))
     return ops.where(kept, rows, ops.zeros_like(rows))
 

@@ -101,7 +101,7 @@ def row_weights(plan, expert_weights):
         expert_weights = ops.where(
             plan.kept, expert_weights, ops.zeros_like(expert_weights)
         )
-    return ops.take(by_choice(expert_weights), plan.choices)
+    return backend.take(by_choice(expert_weights), plan.choices)
 
 
 def normalize_kept_weights(plan, expert_weights):
@@ -163,19 +163,19 @@ def _priority(routing, drop_policy, seed):
 def _rank_among_equals(keys, order):
     """How many equal keys come before each in the given order, `(N,)`."""
     if order is not None:
-        keys = ops.take(keys, order)
+        keys = backend.take(keys, order)
     num_choices = ops.shape(keys)[0]
     number = ops.arange(num_choices, dtype="int32")
     by_key = ops.argsort(keys)  # stable
-    ordered = ops.take(keys, by_key)
+    ordered = backend.take(keys, by_key)
     if is_symbolic_size(num_choices):  # JAX's `searchsorted` refuses it
         starts = _starts(ordered, number, num_choices)
     else:
         starts = ops.searchsorted(ordered, ordered, side="left")
     rank = number - ops.cast(starts, "int32")
     if order is not None:
-        by_key = ops.take(order, by_key)
-    return ops.take(rank, ops.argsort(by_key))
+        by_key = backend.take(order, by_key)
+    return backend.take(rank, ops.argsort(by_key))
 
 
 def _starts(ordered, number, size):
@@ -184,4 +184,4 @@ def _starts(ordered, number, size):
     differs = ordered != before
     run = ops.cumsum(ops.cast(differs, "int32")) - 1
     first = ops.where(differs, number, 0)
-    return ops.take(backend.segment_sum(first, run, size), run)
+    return backend.take(backend.segment_sum(first, run, size), run)

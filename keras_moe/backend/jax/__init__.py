@@ -29,6 +29,10 @@ def take_chosen(x, indices):
     return ops.take_along_axis(x, indices, axis=-1)
 
 
+def take(x, indices, axis=0):
+    return ops.take(x, indices, axis=axis)
+
+
 def stable_argsort(keys, num_keys):
     size = keys.shape[0]
     if not isinstance(size, int) or num_keys * size >= 2**31:

@@ -36,6 +36,10 @@ def take_chosen(x, indices):
     return ops.take_along_axis(x, indices, axis=-1)
 
 
+def take(x, indices, axis=0):
+    return ops.take(x, indices, axis=axis)
+
+
 def stable_argsort(keys, num_keys):
     return tf.argsort(keys, stable=True)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from keras_moe.backend.torch import exported
 from keras_moe.backend.torch.fused_experts import expert_loop as fused_loop
 from keras_moe.backend.torch.grouped_matmul import expert_loop
 from keras_moe.backend.torch.grouped_matmul import grouped_mm
@@ -16,8 +17,7 @@ def best_first(lhs):
 
 def top_k_indices(scores, k):
     # `torch.topk` promises nothing about ties.
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :k].to(torch.int32)
+    return _order(scores, descending=True)[..., :k].to(torch.int32)
 
 
 def take_chosen(x, indices):
@@ -25,13 +25,27 @@ def take_chosen(x, indices):
     return torch.gather(x, -1, indices.long())
 
 
+def take(x, indices, axis=0):
+    # ONNX knows no `ravel`, which that of Keras calls.
+    indices = torch.as_tensor(indices, device=x.device)
+    return torch.index_select(x, axis, indices)
+
+
 def stable_argsort(keys, num_keys):
-    return torch.sort(keys, stable=True).indices.to(torch.int32)
+    return _order(keys, descending=False).to(torch.int32)
+
+
+def _order(x, descending):
+    if torch.jit.is_tracing():  # ONNX's own way to sort is stable
+        return torch.sort(x, dim=-1, descending=descending).indices
+    return torch.sort(x, dim=-1, descending=descending, stable=True).indices
 
 
 def segment_sum(data, segment_ids, num_segments):
     # That of Keras cannot be exported.
     out = data.new_zeros(num_segments, *data.shape[1:])
+    if exported.is_exporting():
+        return exported.add_rows(out, segment_ids, data)
     return out.index_add(0, segment_ids, data)
 
 
@@ -53,13 +67,13 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(forward, backward, inputs, constants):
-    if torch.compiler.is_exporting():  # the program is for inference
+    if exported.is_exporting():  # the program is for inference
         return forward(*inputs, *constants)
     return _WithGradient.apply(forward, backward, constants, *inputs)
 
 
 def is_symbolic(tensor):
-    return tensor.device.type == "meta" or torch.compiler.is_exporting()
+    return tensor.device.type == "meta" or exported.is_exporting()
 
 
 def all_reduce_sum(tensor):

@@ -1,4 +1,4 @@
-"""What `torch.export` can take: the experts' rows picked out one by one.
+"""What can be exported: the experts' rows picked out one by one.
 
 The fast kernels lay rows out in NumPy, or slice where the data say. A program
 that is exported knows no data. It picks the rows of each expert out by their
@@ -9,6 +9,11 @@ without this library.
 """
 
 import torch
+
+
+def is_exporting():
+    """Whether by `torch.export` or, as Keras does for ONNX, by tracing."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def grouped_matmul(lhs, rhs, group_sizes):
@@ -34,8 +39,17 @@ def fused_experts(
         x = tokens[token]
         h = hidden(*(_dense(x, *layer) for layer in layers[:-1]))
         y = _dense(h, *layers[-1]).to(dtype) * row_weights[rows, None]
-        out = out.index_add(0, token, y)
+        out = add_rows(out, token, y)
     return out.to(tokens.dtype)
+
+
+def add_rows(x, indices, rows):
+    """`x.index_add(0, indices, rows)`.
+
+    In ONNX that would forget the first of two rows with the same index.
+    """
+    indices = indices.long().reshape(-1, *(1,) * (rows.dim() - 1))
+    return x.scatter_add(0, indices.expand_as(rows), rows)
 
 
 def _dense(x, kernel, bias):
@@ -46,6 +60,6 @@ def _rows(x, group_sizes):
     """Yields the indices of the rows of each group."""
     ends = torch.cumsum(group_sizes, 0)
     number = torch.arange(x.shape[0], device=x.device)
-    group = torch.searchsorted(ends, number, right=True)
-    for index in range(len(group_sizes)):
-        yield torch.nonzero(group == index)[:, 0]
+    for size, end in zip(group_sizes, ends, strict=True):
+        inside = (number >= end - size) & (number < end)
+        yield torch.nonzero(inside)[:, 0]

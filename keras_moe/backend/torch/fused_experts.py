@@ -13,7 +13,7 @@ from keras_moe.backend.torch.batches import lay_out
 
 
 def expert_loop(*inputs):
-    if torch.compiler.is_exporting():
+    if exported.is_exporting():
         return exported.fused_experts(*inputs)
     return _expert_loop(*inputs)
 

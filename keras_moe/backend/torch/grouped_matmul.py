@@ -50,7 +50,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def grouped_mm(lhs, rhs, group_sizes):
-    if torch.compiler.is_exporting():
+    if exported.is_exporting():
         raise NotImplementedError("its shape rule knows bfloat16 only")
     return _grouped_mm(lhs, rhs, group_sizes)
 
@@ -113,7 +113,7 @@ class _ExpertLoop(torch.autograd.Function):
 
 
 def expert_loop(lhs, rhs, group_sizes):
-    if torch.compiler.is_exporting():
+    if exported.is_exporting():
         return exported.grouped_matmul(lhs, rhs, group_sizes)
     return _expert_loop(lhs, rhs, group_sizes)
 

@@ -1,9 +1,9 @@
 import keras
-import numpy as np
 from keras import ops
 
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.layers.cross_net_mix import CrossNetMix
+from keras_moe.layers.dot_products import DotProducts
 from keras_moe.layers.feature_embedding import FeatureEmbedding
 from keras_moe.layers.moe import MoE
 from keras_moe.layers.multi_gate_moe import MultiGateMoE
@@ -185,7 +185,7 @@ class Interaction:
             return CrossNetMix(**self.cross_options, name="cross")(
                 _joined(parts)
             )
-        products = dot_products(ops.stack(parts, axis=1))
+        products = DotProducts(name="dot")(ops.stack(parts, axis=1))
         return _joined([*parts[:1], products] if self.numeric else [products])
 
     def _bottom(self, x, width):
@@ -194,15 +194,6 @@ class Interaction:
             name = f"bottom_{i}"
             x = keras.layers.Dense(number, "relu", name=name)(x)
         return x
-
-
-def dot_products(x):
-    """`(B, N, D)` -> `(B, N (N - 1) / 2)`, row by row below the diagonal."""
-    number = x.shape[1]
-    products = ops.matmul(x, ops.transpose(x, (0, 2, 1)))  # (B, N, N)
-    rows, columns = np.tril_indices(number, -1)
-    places = (rows * number + columns).astype("int32")
-    return ops.take(ops.reshape(products, (-1, number**2)), places, axis=1)
 
 
 def _all_experts(tasks, num_experts, expert_units, top_k, kwargs):

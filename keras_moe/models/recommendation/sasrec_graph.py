@@ -1,6 +1,7 @@
 """What a `SASRecMoE` computes."""
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.layers.moe import MoE
@@ -21,7 +22,9 @@ def sasrec_graph(
         reverse_dtype="float32",
         name="items",
     )
-    places = ops.zeros_like(ids) + ops.arange(length, dtype="int32")
+    # Constants are in NumPy: as tensors of TensorFlow they would become inputs
+    # of an ONNX file.
+    places = ops.zeros_like(ids) + np.arange(length, dtype="int32")
     positions = keras.layers.Embedding(length, embedding_dim, name="positions")
     x = items(ids) * embedding_dim**0.5 + positions(places)
     x = keras.layers.Dropout(dropout, name="dropout")(x)
@@ -40,7 +43,8 @@ def sasrec_graph(
         h = MoE(**moe, name=f"moe_{i}")(h, mask=is_item)
         x = x + keras.layers.Dropout(dropout, name=f"moe_drop_{i}")(h)
     x = keras.layers.LayerNormalization(name="norm")(x)
-    never = ops.cast(ops.arange(num_items + 1) == 0, "float32") * NEVER
+    never = np.zeros(num_items + 1, "float32")
+    never[0] = NEVER
     # Of all items, the one with the largest position.
     number = ops.cumsum(ops.cast(is_item, "int32"), axis=1)
     is_last = ops.logical_and(is_item, ops.equal(number, number[:, -1:]))
@@ -58,7 +62,7 @@ def attention_mask(is_item, length):
     At itself even where it is padding: a softmax over nothing is NaN, and
     would reach the others.
     """
-    later = ops.triu(ops.ones((length, length), dtype="int32"), 1) > 0
-    itself = ops.eye(length, dtype="int32") > 0
+    not_later = np.tri(length, dtype="bool")
+    itself = np.eye(length, dtype="bool")
     seen = ops.logical_or(is_item[:, None, :], itself)
-    return ops.logical_and(seen, ops.logical_not(later))
+    return ops.logical_and(seen, not_later)

@@ -3,6 +3,7 @@ import numpy as np
 
 from keras_moe import models
 from tests.exported import export
+from tests.exported import export_onnx
 from tests.models.recommendation.small_data import make_data
 from tests.models.recommendation.small_data import make_features
 from tests.models.recommendation.small_data import scramble
@@ -11,8 +12,9 @@ from tests.test_case import TestCase
 
 
 class ServingTest(TestCase):
-    def check(self, model, x):
+    def check(self, model, x, export=export):
         scramble(model)
+        model(x)
         served = export(self, model)
         for size in (len(keras.tree.flatten(x)[0]), 1):
             part = keras.tree.map_structure(lambda v, n=size: v[:n], x)
@@ -50,6 +52,23 @@ class ServingTest(TestCase):
         ids = np.random.default_rng(0).integers(1, 13, (6, 5), dtype="int32")
         ids[0, :3] = ids[1, 4:] = 0  # padding on both sides
         self.check(models.SASRecMoE(12, 5, embedding_dim=4, num_experts=3), ids)
+
+    def test_onnx(self):
+        x, _ = make_data()
+        tasks = small_tasks()
+        self.check(models.PLE(tasks, make_features()), x, export_onnx)
+        self.check(models.AdaTT(tasks, make_features()), x, export_onnx)
+        # Keras cannot export its normalization of layers on PyTorch.
+        if keras.config.backend() == "tensorflow":
+            model = models.M3oE(tasks, make_features(), "tab", 4)
+            self.check(model, x, export_onnx)
+
+    def test_onnx_of_sparse_experts(self):
+        if keras.config.backend() == "tensorflow":
+            self.skipTest("tf2onnx cannot convert the loop over experts")
+        x, _ = make_data()
+        model = models.DLRMMoE(small_tasks(), make_features(), 4, top_k=2)
+        self.check(model, x, export_onnx)
 
 
 def dict_of(outputs):
