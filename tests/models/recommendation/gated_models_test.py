@@ -9,6 +9,7 @@ from tests.models.recommendation.model_checks import DIM
 from tests.models.recommendation.model_checks import assert_predicts
 from tests.models.recommendation.model_checks import batch
 from tests.models.recommendation.model_checks import check_trains_and_saves
+from tests.models.recommendation.model_checks import labels
 from tests.models.recommendation.model_checks import specs
 from tests.models.recommendation.model_checks import vectors
 from tests.models.recommendation.numpy_trunks import experts
@@ -159,6 +160,20 @@ class GatedModelsTest(TestCase):
             tasks, vectors(), expert_units=(4,), heads=heads, **kwargs
         )
         check_trains_and_saves(self, model, batch())
+
+    def test_compiled_step(self):
+        if keras.config.backend() == "torch":
+            self.skipTest("`torch.compile` takes a minute")
+        x, steps = batch(), []
+        for jit in (True, False):
+            keras.utils.set_random_seed(0)
+            model = models.PLE(specs("a", "b"), vectors(), expert_units=(4,))
+            model.compile(keras.optimizers.SGD(0.1), jit_compile=jit)
+            loss = model.train_on_batch(x, labels(model))[0]
+            weights = map(keras.ops.convert_to_numpy, model.weights)
+            steps.append([loss, *weights])
+        for compiled, plain in zip(*steps, strict=True):
+            np.testing.assert_allclose(compiled, plain, rtol=1e-4, atol=1e-6)
 
     def test_gate_weights(self):
         x = batch()
