@@ -311,9 +311,14 @@ class FeatureDataTest(parameterized.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, message):
                 layers.FeatureEmbedding.from_data({"a": ["x"]}, **kwargs)
-        for column in ([None, None], np.array(["2020-01-01"], "datetime64[D]")):
-            with self.assertRaisesRegex(ValueError, "cannot be told from"):
-                layers.FeatureEmbedding.from_data({"a": column})
+        with self.assertRaisesRegex(ValueError, "cannot be told from"):
+            layers.FeatureEmbedding.from_data({"a": [None, None]})
+        day = np.array(["2020-01-01"], "datetime64[D]")
+        for kwargs in ({}, {"categorical": ["a"]}, {"numeric": ["a"]}):
+            with self.assertRaisesRegex(ValueError, "holds dates or times"):
+                layers.FeatureEmbedding.from_data({"a": day}, **kwargs)
+        with self.assertRaisesRegex(ValueError, "must be an array or a list"):
+            layers.FeatureEmbedding.from_data({"a": 1.0})
         for feature in (
             layers.Numeric("a"),
             layers.Bucketized("a"),
@@ -340,3 +345,16 @@ class FeatureDataTest(parameterized.TestCase):
         layer.build()
         with self.assertRaisesRegex(ValueError, "already built"):
             layer.adapt({"a": [1.0]})
+        layer = layers.FeatureEmbedding(
+            [
+                layers.Categorical("user", [1, 2]),
+                layers.MultiCategorical("city", ["Rome", "Oslo"], length=2),
+            ]
+        )
+        good = {"user": [3.0, 4.0], "city": [["Bonn"], []]}
+        np.testing.assert_array_equal(layer.encode(good)["user"], [-2, -2])
+        for wrong in ({"user": ["1", "2"]}, {"city": [[1], [2]]}):
+            with self.assertRaisesRegex(ValueError, "one has strings"):
+                layer.encode({**good, **wrong})
+        with self.assertRaisesRegex(ValueError, "columns of one length"):
+            layer.encode({**good, "user": [1]})

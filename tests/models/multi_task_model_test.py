@@ -25,6 +25,17 @@ ALL_TYPES = (
 )
 
 
+class Frame:
+    """What matters here of a pandas frame."""
+
+    def __init__(self, data):
+        self.data = data
+        self.columns = list(data)
+
+    def __getitem__(self, name):
+        return self.data[name]
+
+
 def make_data(n=96, seed=0):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, 4)), rng.normal(size=n)
@@ -160,6 +171,37 @@ class MultiTaskModelTest(TestCase):
         for other in steps[:-1]:
             for one, two in zip(steps[-1], other, strict=True):
                 np.testing.assert_allclose(one, two, atol=1e-6)
+
+    def test_impossible_labels_of_a_batch(self):
+        # In arrays that `fit` gets they are an error.
+        x, y = make_data()
+        for task, label in (("click", -1.0), ("stars", 3.0), ("stars", 0.5)):
+            model = make_model()
+            model.compile("sgd")
+            wrong = {**y, task: np.where(np.arange(96) == 5, label, y[task])}
+            with self.assertRaisesRegex(ValueError, f"task '{task}' must be"):
+                model.fit(x, wrong, verbose=0)
+            try:
+                logs = model.train_on_batch(x, wrong, return_dict=True)
+            except Exception as error:  # of PyTorch's or TensorFlow's own loss
+                self.assertRegex(str(error), "0 and 1|out of bounds|range")
+            else:
+                self.assertTrue(np.isnan(logs[f"{task}_loss"]))
+
+    def test_kinds_of_labels(self):
+        x, y = make_data()
+        model = make_model([SPEC("click"), SPEC("buy")])
+        model.compile("sgd")
+        y = {"click": y["click"], "buy": y["buy"]}
+        expected = model.evaluate(x, y, verbose=0)
+        pandas = Frame({**y, "other": y["click"] * 9})
+        for labels in (pandas, {name: v.tolist() for name, v in y.items()}):
+            np.testing.assert_allclose(
+                model.evaluate(x, labels, verbose=0), expected, rtol=1e-5
+            )
+        for run in (model.fit, model.evaluate, model.predict):
+            with self.assertRaisesRegex(ValueError, "`x` must be a dict of"):
+                run(Frame(x))
 
     @parameterized.parameters(*WEIGHTINGS)
     def test_task_without_labels_in_a_batch(self, weighting):

@@ -18,7 +18,8 @@ class Categorical(Feature):
 
     The model takes ids: `0` to `num_ids - 1`, `-1` for a missing value, and
     `-2`, or any other number, for an unknown one. Each of these has a vector of
-    its own, in rows `id + 2`, `0` and `1` of the table. So an id out of range
+    its own in the table: missing in row `0`, unknown in row `1`, and the id `i`
+    in row `i + 2`. So an id out of range
     means "unknown" where nobody looks (`tf.data`, generators, compiled steps);
     in NumPy arrays given to `fit`, `evaluate` or `encode` it is an error.
 
@@ -162,7 +163,10 @@ class Categorical(Feature):
         if self.num_hash_buckets is not None:
             return hashed_ids(values, self.num_hash_buckets)
         if self.vocabulary is not None:
-            return [self._ids.get(v, UNKNOWN) for v in map(plain, values)]
+            ids = [self._ids.get(v, UNKNOWN) for v in map(plain, values)]
+            if ids and max(ids) == UNKNOWN:
+                self._check_kind(values)
+            return ids
         try:
             numbers = values.astype("float64")
         except (TypeError, ValueError) as error:
@@ -172,6 +176,16 @@ class Categorical(Feature):
             ) from error
         self._check_ids(numbers)
         return numbers.astype("int32")
+
+    def _check_kind(self, values):
+        """Raises if no value is of a kind that the vocabulary has."""
+        kinds = {isinstance(plain(value), str) for value in values}
+        if kinds.isdisjoint(isinstance(v, str) for v in self.vocabulary):
+            raise ValueError(
+                f"No value of feature {self.name!r} can be in its vocabulary: "
+                "one has strings, the other none. Received: "
+                f"{plain(values[0])!r}, vocabulary: {self.vocabulary[0]!r}, ..."
+            )
 
     def check(self, values):
         super().check(values)

@@ -41,6 +41,17 @@ def column(table, name):
     given = table[name]
     is_missing = given.isna() if hasattr(given, "isna") else None
     values = to_numpy(given)
+    if not values.ndim:
+        raise ValueError(
+            f"Column {name!r} must be an array or a list, of one row or more. "
+            f"Received: {given!r}"
+        )
+    if values.dtype.kind in "mM":
+        raise ValueError(
+            f"Column {name!r} holds dates or times, whose unit may differ from "
+            "table to table. Make numbers or strings of them first, such as "
+            f"days or weekdays. Received: dtype={values.dtype}"
+        )
     if is_missing is not None:
         return values, np.asarray(is_missing)
     return values, missing(values)

@@ -31,7 +31,8 @@ class FeatureData:
         Strings, booleans and pandas categories become `Categorical`, numbers
         `Numeric`, lists (or rows) of floats `Embedded`, and other lists
         `MultiCategorical`. Numbers that are ids have to be named in
-        `categorical`, and labels in `exclude`.
+        `categorical`, and labels in `exclude`. Columns of dates are an error,
+        and dates in strings are categories: make numbers of them first.
 
         Args:
             data: As in `adapt`. Of a stream, the first entry decides what the
@@ -121,10 +122,13 @@ class FeatureData:
                 f"Received: {type(data).__name__}"
             )
         self._check_adapted()
-        return {
-            feature.name: feature.encode(*column(data, feature.name))
-            for feature in self.features
-        }
+        columns = {f.name: column(data, f.name) for f in self.features}
+        lengths = {name: len(values) for name, (values, _) in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"`data` must have columns of one length. Received: {lengths}"
+            )
+        return {f.name: f.encode(*columns[f.name]) for f in self.features}
 
     def check_data(self, data):
         """Raises if NumPy arrays are not what the layer takes.

@@ -1,6 +1,7 @@
 """What a `MultiTaskModel` makes of its arguments and of those of `compile`."""
 
 import keras
+import numpy as np
 
 from keras_moe.metrics.binary_auc import BinaryAUC
 from keras_moe.metrics.masked import Masked
@@ -50,6 +51,27 @@ def check_compile(model, weighting, loss_weights):
         )
 
 
+def labels_by_task(y):
+    """Labels as `fit` takes them: a frame becomes a dict, a list an array.
+
+    Whatever is no frame, and no dict, stays as it is.
+    """
+    if hasattr(y, "columns"):
+        y = {name: y[name] for name in y.columns}
+    if not isinstance(y, dict):
+        return y
+    return {name: _as_array(values) for name, values in y.items()}
+
+
+def _as_array(values):
+    if isinstance(values, list):
+        return np.asarray(values)
+    if hasattr(getattr(values, "dtype", None), "na_value"):
+        # One of pandas' own, in which a missing value is no NaN.
+        return values.to_numpy("float32", na_value=np.nan)
+    return values
+
+
 def check_data(model, x, y):
     """Raises if NumPy arrays cannot be features or labels of the model.
 
@@ -58,10 +80,19 @@ def check_data(model, x, y):
     described = getattr(x, "element_spec", None)
     if described is not None:
         x = described[0] if isinstance(described, tuple) else described
+    check_no_frame(x)
     check_labels(model.tasks, y)
     for layer in model.layers if isinstance(x, dict) else ():
         if hasattr(layer, "check_data"):
             layer.check_data(x)
+
+
+def check_no_frame(x):
+    if hasattr(x, "columns"):
+        raise ValueError(
+            "`x` must be a dict of arrays by feature, which the `encode` of a "
+            f"FeatureEmbedding makes of a frame. Received: {type(x).__name__}"
+        )
 
 
 def by_task(argument, given, tasks):

@@ -124,7 +124,7 @@ def task_loss(task, loss, label, y_pred, weight=None):
     loss = sum of weight * class_weight * loss / number of labels
     ```
 
-    It is 0 if there is no label.
+    It is 0 if there is no label, and NaN if one is none of the task's.
     """
     known = ops.logical_not(ops.isnan(label))  # (B,)
     # Not only the loss of a missing label but its gradient too must be no NaN.
@@ -133,6 +133,9 @@ def task_loss(task, loss, label, y_pred, weight=None):
     if len(y_pred.shape) == 1:
         y_pred = ops.expand_dims(y_pred, 1)
     values = ops.reshape(loss(ops.expand_dims(label, 1), y_pred), (-1,))
+    if task.type != "regression":
+        # What some losses make a number of, and others do not even notice.
+        values = ops.where(_is_possible(task, label), values, math.nan)
     if task.class_weights is not None:
         values = values * _class_weights(task, label)
     if weight is not None:
@@ -140,6 +143,16 @@ def task_loss(task, loss, label, y_pred, weight=None):
     count = ops.sum(ops.cast(known, "float32"))
     total = ops.sum(ops.where(known, ops.cast(values, "float32"), 0.0))
     return total / ops.maximum(count, 1.0), count
+
+
+def _is_possible(task, label):
+    """Whether labels are what `check_labels` lets pass."""
+    upper = 1.0 if task.type == "binary" else task.output_dim - 1.0
+    possible = ops.abs(label - upper / 2) <= upper / 2
+    if task.type == "multiclass":
+        is_whole = ops.equal(label, ops.floor(label))
+        possible = ops.logical_and(possible, is_whole)
+    return possible
 
 
 def _class_weights(task, label):

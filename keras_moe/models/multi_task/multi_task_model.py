@@ -8,6 +8,8 @@ from keras_moe.models.multi_task.arguments import by_task
 from keras_moe.models.multi_task.arguments import check_compile
 from keras_moe.models.multi_task.arguments import check_data
 from keras_moe.models.multi_task.arguments import check_graph
+from keras_moe.models.multi_task.arguments import check_no_frame
+from keras_moe.models.multi_task.arguments import labels_by_task
 from keras_moe.models.multi_task.arguments import masked_metrics
 from keras_moe.models.multi_task.gradients import gradient_products
 from keras_moe.models.multi_task.task_spec import check_tasks
@@ -32,7 +34,9 @@ class MultiTaskModel(keras.Model):
     metrics of the task. A task without any label in a batch adds 0 to the loss
     and has no gradient; what is logged for a task without a label in the whole
     epoch is NaN. Of labels in NumPy arrays, `fit` and `evaluate` check that
-    there are any, and that they fit the type of their task.
+    there are any, and that they fit the type of their task; elsewhere one that
+    does not (`-1` of a binary task) makes the loss NaN, or PyTorch and
+    TensorFlow raise. Labels may be a pandas frame.
 
     **Sample spaces.** The label of a task with `sample_space` counts only in
     examples whose label of that other task is 1, and what the model predicts is
@@ -175,6 +179,7 @@ class MultiTaskModel(keras.Model):
         **kwargs,
     ):
         """As `keras.Model.fit`; what is in NumPy arrays is checked first."""
+        y = labels_by_task(y)
         check_data(self, x, y)
         if isinstance(callbacks, keras.callbacks.CallbackList):
             callbacks.append(EndOfEpoch())
@@ -192,8 +197,14 @@ class MultiTaskModel(keras.Model):
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`; NumPy arrays are checked first."""
+        y = labels_by_task(y)
         check_data(self, x, y)
         return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`; a frame is an error."""
+        check_no_frame(x)
+        return super().predict(x, *args, **kwargs)
 
     def train_step(self, *args):
         # `(state, data)` on JAX, `(data,)` elsewhere.

@@ -3,6 +3,7 @@ import keras
 from keras_moe.layers.aitm_transfer import AITMTransfer
 from keras_moe.layers.stacked_mlp import as_units
 from keras_moe.models.multi_task.heads import AITMHeads
+from keras_moe.models.multi_task.task_spec import check_tasks
 from keras_moe.models.recommendation.layer_arguments import split_arguments
 from keras_moe.models.recommendation.recommender import Recommender
 
@@ -64,6 +65,12 @@ class AITM(Recommender):
         inputs=None,
         **kwargs,
     ):
+        tasks = check_tasks(tasks)
+        if len(tasks) < 2:
+            raise ValueError(
+                "`tasks` must be at least two, of which each follows the one "
+                f"before. Received: {[task.name for task in tasks]}"
+            )
         bottom_units = as_units("bottom_units", bottom_units, 0)
         options, kwargs = split_arguments(AITMTransfer, kwargs, ())
         transfer = AITMTransfer(name="transfer", **options)

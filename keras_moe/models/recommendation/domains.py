@@ -1,5 +1,7 @@
 """Which domain each example is of."""
 
+import keras
+import numpy as np
 from keras import ops
 
 from keras_moe.layers.feature_embedding import FeatureEmbedding
@@ -63,6 +65,13 @@ def named_feature(embedding, name):
     return next((f for f in embedding.features if f.name == name), None)
 
 
+def one_hot(ids, number):
+    """`(B,)` -> `(B, number)`, zeros for ids out of range on all backends."""
+    known = np.arange(number, dtype="int32")
+    ids = ops.cast(ops.expand_dims(ids, 1), "int32")
+    return ops.cast(ops.equal(ids, known), keras.config.floatx())
+
+
 def known_of(names, inputs, embedding, vectors, num_domains=None):
     """What is known by some features, or by a domain: `(B, width)`.
 
@@ -81,5 +90,5 @@ def known_of(names, inputs, embedding, vectors, num_domains=None):
             known.append(vectors[name])
             continue
         ids, number = domain_of(inputs, embedding, name, num_domains)
-        known.append(ops.one_hot(ids, number))
+        known.append(one_hot(ids, number))
     return known[0] if len(known) == 1 else ops.concatenate(known, axis=-1)

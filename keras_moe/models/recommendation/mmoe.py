@@ -5,6 +5,7 @@ from keras_moe.models.multi_task.task_spec import check_tasks
 from keras_moe.models.recommendation.gated_levels import GatedLevels
 from keras_moe.models.recommendation.gated_levels import split_level_arguments
 from keras_moe.models.recommendation.recommender import Recommender
+from keras_moe.ops.checks import check_int
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -61,6 +62,7 @@ class MMoE(Recommender):
         **kwargs,
     ):
         tasks = check_tasks(tasks)
+        check_int("num_experts", num_experts, 1)
         options, kwargs = split_level_arguments(kwargs)
         level = MultiGateMoE(
             len(tasks),

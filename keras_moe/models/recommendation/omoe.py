@@ -5,6 +5,7 @@ from keras_moe.models.multi_task.task_spec import check_tasks
 from keras_moe.models.recommendation.gated_levels import split_level_arguments
 from keras_moe.models.recommendation.one_gate import OneGate
 from keras_moe.models.recommendation.recommender import Recommender
+from keras_moe.ops.checks import check_int
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -64,6 +65,7 @@ class OMoE(Recommender):
         **kwargs,
     ):
         tasks = check_tasks(tasks)
+        check_int("num_experts", num_experts, 1)
         options, kwargs = split_level_arguments(kwargs)
         level = MultiGateMoE(
             1,

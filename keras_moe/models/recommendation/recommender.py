@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.models.multi_task.arguments import check_no_frame
 from keras_moe.models.multi_task.assemble import assemble
 from keras_moe.models.multi_task.multi_task_model import MultiTaskModel
 
@@ -23,7 +24,8 @@ class Recommender(MultiTaskModel):
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
-            `inputs()`.
+            `inputs()`, or beside them: `{**embedding.inputs(), "domain":
+            keras.Input((), dtype="int32", name="domain")}`.
         arguments: Dict of the other arguments of the subclass.
         **kwargs: Arguments of `keras.Model`.
     """
@@ -53,7 +55,7 @@ class Recommender(MultiTaskModel):
         """How much each task takes of each expert, example by example.
 
         Args:
-            x: Features, as for `predict`.
+            x: Features, as for `predict`. Of a stream, no others than these.
             level: int. Which level of experts, from the first at 0. Defaults
                 to `-1`, the last.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
@@ -75,9 +77,11 @@ class Recommender(MultiTaskModel):
                 f"gates. Received: level={level!r}"
             )
         inputs, _ = self._graph
+        check_no_frame(x)
         if isinstance(inputs, dict):
             inputs = dict(inputs)
-            x = {name: x[name] for name in inputs}
+            if isinstance(x, dict):
+                x = {name: x[name] for name in inputs}
         # Local, since Keras would save a model that is an attribute.
         gates = keras.Model(inputs, dict(self._gates[level]))
         return gates.predict(x, batch_size=batch_size, verbose=0)

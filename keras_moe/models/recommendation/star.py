@@ -6,6 +6,7 @@ from keras_moe.layers.stacked_mlp import as_units
 from keras_moe.layers.star_dense import STARDense
 from keras_moe.models.recommendation.domains import domain_of
 from keras_moe.models.recommendation.domains import named_feature
+from keras_moe.models.recommendation.domains import one_hot
 from keras_moe.models.recommendation.named_tasks import without_towers
 from keras_moe.models.recommendation.recommender import Recommender
 
@@ -135,7 +136,7 @@ class StarTrunk:
 
     def _auxiliary(self, x, domain, number):
         if named_feature(self.embedding, self.domain) is None:
-            x = ops.concatenate([x, ops.one_hot(domain, number)], axis=-1)
+            x = ops.concatenate([x, one_hot(domain, number)], axis=-1)
         for i, units in enumerate(self.auxiliary_units):
             name = f"auxiliary_{i}"
             x = keras.layers.Dense(units, "relu", name=name)(x)

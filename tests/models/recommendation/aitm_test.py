@@ -76,7 +76,7 @@ class AITMTest(TestCase):
         models.AITM(
             ["click", regression], make_features(), calibration_weight=0.0
         )
-        with self.assertRaisesRegex(ValueError, "with two tasks or more"):
+        with self.assertRaisesRegex(ValueError, "`tasks` must be at least two"):
             models.AITM(["click"], make_features())
         with self.assertRaisesRegex(ValueError, "these of AITMTransfer"):
             models.AITM(["click", "buy"], make_features(), gates=1)

@@ -27,6 +27,18 @@ OWN_AND_SHARED = [[0, 3], [1, 2, 3]]
 ALL = [0, 1, 2, 3]
 
 
+class OneBatch(keras.utils.PyDataset):
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return (self.x,)
+
+
 def dense(inputs, units):
     return inputs * units + units
 
@@ -183,6 +195,9 @@ class GatedModelsTest(TestCase):
         seen = [*OWN_AND_SHARED, ALL]
         found = model.gate_weights(x, level=0)
         self.assertEqual(list(found), ["a", "b", "shared"])
+        streamed = model.gate_weights(OneBatch(x), level=0)
+        for name, weights in streamed.items():
+            np.testing.assert_allclose(weights, found[name], rtol=1e-5)
         for shares, name, sees in zip(
             gates(w, [x["x"]] * 3, seen), found, seen, strict=True
         ):
@@ -231,6 +246,11 @@ class GatedModelsTest(TestCase):
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
             models.PLE(specs("a", "b"), vectors(), **kwargs)
+
+    @parameterized.parameters(models.MMoE, models.OMoE)
+    def test_number_of_experts(self, model_class):
+        with self.assertRaisesRegex(ValueError, "`num_experts` must be an int"):
+            model_class(["a"], vectors(), num_experts=0)
 
     def test_no_task_is_called_shared(self):
         with self.assertRaisesRegex(ValueError, "the name 'shared'"):

@@ -79,6 +79,9 @@ class STARTest(TestCase):
         h = star_layers(model, embedded, x["shop"])
         tower = dense(model, "click_tower_0", h, "relu")
         np.testing.assert_allclose(found["click_tower_0"], tower, atol=1e-5)
+        # Another shop is none, on every backend.
+        other = model.predict({**x, "shop": x["shop"] + 3}, verbose=0)
+        self.assertTrue(np.isfinite(other["click"]).all())
         aside = np.concatenate([embedded, np.eye(3)[x["shop"]]], axis=1)
         logits = dense(model, "click_logits", tower)
         logits += dense(model, "click_auxiliary", aside)

@@ -19,7 +19,8 @@ class PCGrad(TaskWeighting):
     `g[t]` is the gradient of the task's loss for all trainable variables. As
     each `p[i]` is a sum of them, all that is needed are their inner products,
     and the result is the gradient of a sum of losses with the weights so found.
-    Costs a second forward pass, and a backward pass a task.
+    Costs a second forward pass, and a backward pass a task. The `loss` that
+    `fit` reports is that weighted sum; compare models by the losses of tasks.
 
     Args:
         seed: int. Seed of the orders. Defaults to `None`, a random one.
