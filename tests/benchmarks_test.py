@@ -12,6 +12,7 @@ import benchmarks
 from benchmarks import census
 from benchmarks import decode
 from benchmarks import fit
+from benchmarks import latency
 from benchmarks import layer
 from benchmarks import measure
 from benchmarks import multi_gate
@@ -59,6 +60,23 @@ class BenchmarksTest(TestCase):
         with unittest.mock.patch.multiple(decode, DIM=8, INTERMEDIATE_DIM=8):
             figures = decode.compare(1, self.arguments)
         self.assertEqual(set(figures), {"dense", "8 experts", "128 experts"})
+
+    def test_latency(self):
+        models = {
+            name: latency.EXPERTS[name] for name in ("SharedBottom", "MMoE")
+        }
+        with (
+            unittest.mock.patch.multiple(
+                census, BATCH=8, VOCABULARIES=(3, 4), NUMBERS=1
+            ),
+            unittest.mock.patch.object(latency, "EXPERTS", models),
+        ):
+            figures = latency.compare(self.arguments)
+            printed = _printed(latency.report, figures)
+        self.assertIn("predict_on_batch", printed)
+        self.assertGreater(len(figures), 1)
+        for of_way in figures.values():
+            self.assertEqual(set(of_way), set(models))
 
     def test_multi_gate(self):
         with (

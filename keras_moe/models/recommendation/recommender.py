@@ -88,6 +88,16 @@ class Recommender(MultiTaskModel):
 
     def get_config(self):
         config = {"tasks": list(self.tasks), **self._arguments}
+        if config["inputs"] is not None:
+            config["inputs"] = {
+                # A tensor would be loaded as one that is no input.
+                name: {
+                    "batch_shape": tuple(x.shape),
+                    "dtype": x.dtype,
+                    "sparse": x.sparse,
+                }
+                for name, x in config["inputs"].items()
+            }
         # Serialized, or a copy of the model would share its embedding.
         return {
             "name": self.name,
@@ -103,4 +113,9 @@ class Recommender(MultiTaskModel):
             else value
             for key, value in config.items()
         }
+        if config.get("inputs") is not None:
+            config["inputs"] = {
+                name: keras.Input(**kwargs, name=name)
+                for name, kwargs in config["inputs"].items()
+            }
         return cls(**config)

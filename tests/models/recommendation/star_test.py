@@ -6,6 +6,7 @@ from keras_moe import models
 from keras_moe.models.recommendation.domains import domain_of
 from tests.models.recommendation.small_data import array
 from tests.models.recommendation.small_data import check_fit_and_save
+from tests.models.recommendation.small_data import check_save
 from tests.models.recommendation.small_data import dense
 from tests.models.recommendation.small_data import make_data
 from tests.models.recommendation.small_data import make_features
@@ -79,6 +80,7 @@ class STARTest(TestCase):
         h = star_layers(model, embedded, x["shop"])
         tower = dense(model, "click_tower_0", h, "relu")
         np.testing.assert_allclose(found["click_tower_0"], tower, atol=1e-5)
+        check_save(self, model, x)
         # Another shop is none, on every backend.
         other = model.predict({**x, "shop": x["shop"] + 3}, verbose=0)
         self.assertTrue(np.isfinite(other["click"]).all())
