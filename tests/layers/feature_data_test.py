@@ -329,6 +329,13 @@ class FeatureDataTest(parameterized.TestCase):
         layer = layers.FeatureEmbedding([layers.Numeric("a")])
         with self.assertRaisesRegex(ValueError, "must be made of numbers"):
             layer.adapt({"a": ["x"]})
+        layer_of_vectors = layers.FeatureEmbedding([layers.Embedded("a", 2)])
+        for vectors, message in (
+            ([None, [1.0, "x"]], "Feature 'a' must be made of numbers"),
+            ([[1.0, 2.0], [1.0]], "'a' must be of length 2"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                layer_of_vectors.encode({"a": vectors})
         with self.assertRaisesRegex(ValueError, "infinite"):
             layer.adapt({"a": [np.inf]})
         with self.assertRaisesRegex(ValueError, "No column 'a' in the data"):

@@ -61,7 +61,8 @@ class Embedded(Feature):
                         f"The vectors of feature {self.name!r} must be of "
                         f"length {self.dim}. Received: {values[i]!r}"
                     )
-                rows[i] = values[i]
+                row = np.asarray(values[i])
+                rows[i] = as_floats(row, missing_values(row), self.name)
             values = rows
         values = as_floats(values, missing_values(values), self.name)
         check_finite(self.name, values)
