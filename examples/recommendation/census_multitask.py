@@ -13,8 +13,8 @@ Accelerator: None
 From 39 facts about a person, two tasks: whether they earn more than 50,000
 dollars a year (6 % do), and whether they never married (43 %). This trains all
 models on them that need no domains or chain of events, several times, and
-prints their test AUC side by side. It writes the models, the figures, and a picture of which task uses
-which expert.
+prints their test AUC side by side. It writes the models, the figures, and a
+picture of which task uses which expert.
 
 The data is the Census-Income (KDD) set of the UCI Machine Learning Repository,
 <https://archive.ics.uci.edu/ml/datasets/Census-Income+(KDD)>. Download its

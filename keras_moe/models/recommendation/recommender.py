@@ -50,6 +50,7 @@ class Recommender(MultiTaskModel):
             "inputs": inputs,
             **(arguments or {}),
         }
+        self._quantized = False
 
     def gate_weights(self, x, level=-1, batch_size=None):
         """How much each task takes of each expert, example by example.
@@ -86,7 +87,24 @@ class Recommender(MultiTaskModel):
         gates = keras.Model(inputs, dict(self._gates[level]))
         return gates.predict(x, batch_size=batch_size, verbose=0)
 
+    def quantize(self, *args, **kwargs):
+        super().quantize(*args, **kwargs)
+        self._quantized = True
+
+    def save(self, *args, **kwargs):
+        self._check_not_quantized()  # Later, Keras has opened the file.
+        super().save(*args, **kwargs)
+
+    def _check_not_quantized(self):
+        if self._quantized:
+            raise ValueError(
+                f"The {type(self).__name__} {self.name!r} is quantized, and "
+                "what is made of its configuration is not. Export it, or save "
+                "it before it is quantized, and quantize what is loaded."
+            )
+
     def get_config(self):
+        self._check_not_quantized()
         config = {"tasks": list(self.tasks), **self._arguments}
         if config["inputs"] is not None:
             config["inputs"] = {

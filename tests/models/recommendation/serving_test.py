@@ -1,3 +1,6 @@
+import os
+import warnings
+
 import keras
 import numpy as np
 
@@ -35,6 +38,28 @@ class ServingTest(TestCase):
         self.check(
             models.PLE(small_tasks(), make_features(), expert_units=(4,)), x
         )
+
+    def test_quantized(self):
+        x, _ = make_data()
+        model = models.MMoE(small_tasks(), make_features(), 3, (4,))
+        path = os.path.join(self.get_temp_dir(), "model.keras")
+        model.save(path)
+        loaded = keras.models.load_model(path)
+        with warnings.catch_warnings():
+            # Of each layer that Keras does not quantize.
+            warnings.simplefilter("ignore")
+            model.quantize("int8")
+            loaded.quantize("int8")
+        found = model.predict(x, verbose=0)
+        again = loaded.predict(x, verbose=0)
+        for name, p in found.items():
+            np.testing.assert_array_equal(p, again[name])
+        size = os.path.getsize(path)
+        with self.assertRaisesRegex(ValueError, "'m_mo_e.*' is quantized"):
+            model.save(path)
+        self.assertEqual(os.path.getsize(path), size)
+        with self.assertRaisesRegex(ValueError, "is quantized"):
+            model.get_config()
 
     def test_models_with_sparse_experts(self):
         x, _ = make_data()
