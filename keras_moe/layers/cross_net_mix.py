@@ -96,7 +96,8 @@ class CrossNetMix(keras.layers.Layer):
     def build(self, x0_shape, x_shape=None):
         dim = x0_shape[-1]
         other = x0_shape if x_shape is None else x_shape
-        if len(x0_shape) != 2 or dim is None or other[-1] != dim:
+        wrong = len(x0_shape) != 2 or len(other) != 2
+        if wrong or dim is None or other[-1] != dim:
             raise ValueError(
                 "`x0` and `x` must be of the same shape (batch, dim), with a "
                 f"static dim. Received: x0_shape={tuple(x0_shape)}, "
@@ -169,10 +170,10 @@ class CrossNetMix(keras.layers.Layer):
             x0, x: As for a call.
         """
         if not self.built:
-            self.build(x0.shape)
-        return self._gate(
-            ops.cast(x0 if x is None else x, self.compute_dtype), 0
-        )
+            self.build(x0.shape, None if x is None else x.shape)
+        # Outside of a call, Keras does not cast the variables.
+        x = ops.cast(x0 if x is None else x, self.variable_dtype)
+        return self._gate(x, 0)
 
     def _gate(self, x, layer):
         layer = 0 if self.share_gates else layer

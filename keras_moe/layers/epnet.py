@@ -74,6 +74,8 @@ class EPNet(keras.layers.Layer):
 
     def factors(self, inputs, domain):
         """What the embedding is multiplied with, `(batch, dim)`."""
+        if not self.built:
+            self.build(inputs.shape, domain.shape)
         inputs = ops.stop_gradient(ops.convert_to_tensor(inputs))
         return self.gate(ops.concatenate([domain, inputs], axis=-1))
 

@@ -88,14 +88,17 @@ def only(visible, weights):
     return ops.where(visible, weights, ops.zeros_like(weights))
 
 
-def drop_gates(weights, rate, seed):
+def drop_gates(weights, rate, seed, activation):
     """Drops weights at random, and makes up for it in the others.
 
     The weights of a gate keep their sum. Where all with a weight were dropped,
-    none are.
+    none are. Of a function that may give negative ones, where a sum can be
+    close to 0, the others are divided by `1 - rate`.
     """
     kept = keras.random.uniform(ops.shape(weights), seed=seed) >= rate
     rest = ops.where(kept, weights, ops.zeros_like(weights))
+    if not isinstance(activation, str):
+        return rest / (1 - rate)
     total = ops.sum(weights, axis=-1, keepdims=True)
     left = ops.sum(rest, axis=-1, keepdims=True)
     none = ops.equal(left, 0)

@@ -36,7 +36,6 @@ class LayerNetworks(keras.layers.Layer):
                 "`experts` must all give rows of the same width. Received: "
                 f"rows of shape {shape}, output shapes={shapes}"
             )
-        self.width = shapes[0][-1]
 
     def call(self, inputs, training=None):
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -53,7 +52,11 @@ class LayerNetworks(keras.layers.Layer):
         return ops.stack(outputs, axis=1)
 
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.num_networks, self.width)
+        shape = (input_shape[0], input_shape[-1])
+        width = layer_copies.output_shape(
+            self.layers[0], shape, self.compute_dtype
+        )[-1]
+        return (input_shape[0], self.num_networks, width)
 
 
 def check_experts(experts, num_experts):

@@ -89,11 +89,14 @@ class MultiGateMoE(keras.layers.Layer):
             `keras_moe.routers.DSelectKRouter`; it stands for the last layer
             and its bias) or any Keras activation. Defaults to `"softmax"`.
         gate_top_k: int. For `"top_k"` and `"dselect_k"`. Defaults to `2`.
-        gate_gamma, gate_entropy_weight: floats. `gamma` and `entropy_weight` of
-            `"dselect_k"`. Default to `1.0` and `0.0`.
+        gate_gamma, gate_entropy_weight, gate_unused_code_weight: floats.
+            `gamma`, `entropy_weight` and `unused_code_weight` of `"dselect_k"`.
+            Default to `1.0`, `0.0` and `1.0`.
         gate_temperature: float. Divides the logits. Defaults to `1.0`.
         gate_dropout: float. Rate at which, in training, a gate's weights are
-            dropped; the others are scaled to the same sum. Defaults to `0.0`.
+            dropped; the others are scaled to the same sum, or, as those of a
+            Keras activation may be negative, by `1 / (1 - rate)`. Defaults to
+            `0.0`.
         self_residual: `None`; `"weights"`, to add `sum w[e] * expert[e]` over a
             unit's own experts, `w` learned and free of the input (the constant
             1 if each unit has one expert); or `"gates"`, to add the same with
@@ -105,7 +108,7 @@ class MultiGateMoE(keras.layers.Layer):
         return_gates: bool. Whether a call returns `(outputs, gates)`. Defaults
             to `False`.
         seed: int, or `None`. Seed of dropout, and of the initial values of
-            `"dselect_k"`. Defaults to `None`.
+            `"dselect_k"` and of a self residual. Defaults to `None`.
         kernel_initializer, kernel_regularizer: Of each expert. Default to
             `"glorot_uniform"` and `None`.
         gate_initializer, gate_regularizer: Of the gates' kernels. Default to
@@ -182,6 +185,7 @@ class MultiGateMoE(keras.layers.Layer):
         gate_top_k=2,
         gate_gamma=1.0,
         gate_entropy_weight=0.0,
+        gate_unused_code_weight=1.0,
         gate_temperature=1.0,
         gate_dropout=0.0,
         self_residual=None,
@@ -217,6 +221,7 @@ class MultiGateMoE(keras.layers.Layer):
         self.gate_top_k = gate_top_k
         self.gate_gamma = gate_gamma
         self.gate_entropy_weight = gate_entropy_weight
+        self.gate_unused_code_weight = gate_unused_code_weight
         self.gate_temperature = gate_temperature
         self.gate_dropout = gate_dropout
         self.self_residual = self_residual
@@ -352,6 +357,15 @@ class MultiGateMoE(keras.layers.Layer):
         if self.return_gates:
             return shape, (inputs_shape[0], self.num_gates, self.num_experts)
         return shape
+
+    def compute_output_spec(self, inputs, gate_inputs=None, training=None):
+        shape = self.compute_output_shape(inputs.shape)
+        if not self.return_gates:
+            return keras.KerasTensor(shape, dtype=self.compute_dtype)
+        return (
+            keras.KerasTensor(shape[0], dtype=self.compute_dtype),
+            keras.KerasTensor(shape[1], dtype=self.task_gates.compute_dtype),
+        )
 
     def get_config(self):
         return {

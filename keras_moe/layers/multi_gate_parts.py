@@ -37,8 +37,9 @@ PLAIN = (
     *("expert_use_bias", "expert_normalization", "expert_dropout"),
     *("expert_normalization_place", "feature_gate_rank", "gate_input"),
     *("gate_units", "gate_use_bias", "gate_normalization", "gate_top_k"),
-    *("gate_gamma", "gate_entropy_weight", "gate_temperature", "gate_dropout"),
-    *("self_residual", "stop_cross_task_gradients", "normalization_epsilon"),
+    *("gate_gamma", "gate_entropy_weight", "gate_unused_code_weight"),
+    *("gate_temperature", "gate_dropout", "self_residual"),
+    *("stop_cross_task_gradients", "normalization_epsilon"),
     *("return_gates", "seed"),
 )
 
@@ -77,6 +78,7 @@ def check_arguments(layer):
         )
     check_positive("gate_gamma", layer.gate_gamma)
     check_at_least("gate_entropy_weight", layer.gate_entropy_weight, 0)
+    check_at_least("gate_unused_code_weight", layer.gate_unused_code_weight, 0)
     check_positive("gate_temperature", layer.gate_temperature)
     check_rate("gate_dropout", layer.gate_dropout)
     check_one_of(
@@ -156,6 +158,7 @@ def make_gates(layer):
         top_k=layer.gate_top_k,
         gamma=layer.gate_gamma,
         entropy_weight=layer.gate_entropy_weight,
+        unused_code_weight=layer.gate_unused_code_weight,
         temperature=layer.gate_temperature,
         dropout=layer.gate_dropout,
         seed=own_seed(layer.seed, 1),
@@ -175,6 +178,7 @@ def make_residual(layer):
         return ResidualWeights(
             own,
             is_learned=layer.units.has_several_somewhere,
+            seed=own_seed(layer.seed, 2),
             dtype=layer.task_gates.dtype_policy,
             name="residual",
         )

@@ -18,7 +18,9 @@ class PartitionedNormalization(keras.layers.Layer):
 
     for an example of domain `d`. In training `mean` and `variance` are those of
     the batch's examples of that domain, and move the averages that inference
-    uses; a domain without an example in the batch keeps its averages.
+    uses, the variance times `n / (n - 1)`. Fewer than two examples have no
+    variance: their domain keeps its averages, and a single one is normalized
+    by them.
 
     Args:
         num_domains: int. Number of domains.
@@ -119,14 +121,18 @@ class PartitionedNormalization(keras.layers.Layer):
         x = ops.expand_dims(x, 1)
         mean = mean_of(x)
         variance = mean_of(ops.square(x - mean))
-        for average, value in (
-            (self.moving_mean, mean),
-            (self.moving_variance, variance),
+        unbiased = variance * number / ops.maximum(number - 1, 1.0)
+        several = number > 1
+        used = []
+        for average, of_batch, value in (
+            (self.moving_mean, mean, mean),
+            (self.moving_variance, variance, unbiased),
         ):
             old = ops.convert_to_tensor(average)
+            used.append(ops.where(several, of_batch, old))
             moved = self.momentum * old + (1 - self.momentum) * value
-            average.assign(ops.where(number > 0, moved, old))
-        return mean, variance
+            average.assign(ops.where(several, moved, old))
+        return used
 
     def compute_output_shape(self, inputs_shape, domain_shape):
         return tuple(inputs_shape)

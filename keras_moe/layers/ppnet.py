@@ -176,6 +176,8 @@ class PPNet(keras.layers.Layer):
 
         A list with a tensor for each gated layer.
         """
+        if not self.built:
+            self.build(inputs.shape, prior.shape)
         known = prior
         if self.gate_reads == "prior_and_inputs":
             inputs = ops.stop_gradient(ops.convert_to_tensor(inputs))

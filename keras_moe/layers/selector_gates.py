@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.layers.stacked_mlp import own_draws
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
 
@@ -22,6 +23,7 @@ class SelectorGates(keras.layers.Layer):
         top_k=2,
         gamma=1.0,
         entropy_weight=0.0,
+        unused_code_weight=1.0,
         seed=None,
         **kwargs,
     ):
@@ -31,6 +33,7 @@ class SelectorGates(keras.layers.Layer):
         self.top_k = top_k
         self.gamma = gamma
         self.entropy_weight = entropy_weight
+        self.unused_code_weight = unused_code_weight
         self.seed = seed
         numbers = self.visible.sum(axis=-1)
         self.num_bits = int(numbers.max() - 1).bit_length()
@@ -55,19 +58,19 @@ class SelectorGates(keras.layers.Layer):
             units["selector"] = self.top_k * self.num_bits
         if self.top_k > 1:
             units["mixture"] = self.top_k
-        for name, width in units.items():
+        for number, (name, width) in enumerate(units.items()):
             initializer = small
             if name == "mixture":
                 initializer = keras.initializers.RandomUniform(seed=self.seed)
             kernel = self.add_weight(
                 name=f"{name}_kernel",
                 shape=(self.num_gates, input_shape[-1], width),
-                initializer=initializer,
+                initializer=own_draws(initializer, 2 * number),
             )
             bias = self.add_weight(
                 name=f"{name}_bias",
                 shape=(self.num_gates, width),
-                initializer=initializer,
+                initializer=own_draws(initializer, 2 * number + 1),
             )
             setattr(self, f"{name}_kernel", kernel)
             setattr(self, f"{name}_bias", bias)
@@ -115,9 +118,10 @@ class SelectorGates(keras.layers.Layer):
             entropy = -selectors * ops.log(selectors + 1e-6)
             entropy = ops.mean(ops.sum(entropy, axis=(1, 2, 3)))
             self.add_loss(self.entropy_weight * entropy)
-        if self._has_unused_codes:
+        if self._has_unused_codes and self.unused_code_weight > 0:
             used = ops.maximum(ops.sum(selectors, axis=-1), 1e-6)
-            self.add_loss(ops.mean(ops.sum(1 / used, axis=(1, 2))))
+            unused = ops.mean(ops.sum(1 / used, axis=(1, 2)))
+            self.add_loss(self.unused_code_weight * unused)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.num_gates, self.num_experts)

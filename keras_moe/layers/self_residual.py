@@ -15,10 +15,11 @@ class ResidualWeights(keras.layers.Layer):
     each is 1, and not learned.
     """
 
-    def __init__(self, own, is_learned, **kwargs):
+    def __init__(self, own, is_learned, seed=None, **kwargs):
         super().__init__(**kwargs)
         self.own = np.array(own, "bool")
         self.is_learned = is_learned
+        self.seed = seed
 
     def build(self, gates_shape):
         if not self.is_learned:
@@ -30,7 +31,9 @@ class ResidualWeights(keras.layers.Layer):
             shape=(len(bounds),),
             initializer=lambda shape, dtype: (
                 ops.cast(bounds, dtype)
-                * keras.random.uniform(shape, -1, 1, dtype=dtype)
+                * keras.random.uniform(
+                    shape, -1, 1, dtype=dtype, seed=self.seed
+                )
             ),
         )
 

@@ -161,7 +161,15 @@ class SubNetworkRouting(keras.layers.Layer):
 
         Args:
             training: bool. Whether to draw them.
+
+        Raises:
+            ValueError: If the layer is not built.
         """
+        if not self.built:
+            raise ValueError(
+                f"{self.name!r} has no codes before it is built: their number "
+                "depends on its input."
+            )
         logits = ops.convert_to_tensor(self.log_alpha)
         if training and self.stochastic:
             u = keras.random.uniform(

@@ -36,6 +36,7 @@ class TaskGates(keras.layers.Layer):
         top_k=2,
         gamma=1.0,
         entropy_weight=0.0,
+        unused_code_weight=1.0,
         temperature=1.0,
         dropout=0.0,
         seed=None,
@@ -73,6 +74,7 @@ class TaskGates(keras.layers.Layer):
                 top_k,
                 gamma,
                 entropy_weight,
+                unused_code_weight,
                 seed=seed,
                 dtype=self.dtype_policy,
                 name="selectors",
@@ -131,7 +133,7 @@ class TaskGates(keras.layers.Layer):
             )
         if training and self.dropout > 0:
             weights = gate_activations.drop_gates(
-                weights, self.dropout, self._seed_generator
+                weights, self.dropout, self._seed_generator, self.activation
             )
         return weights
 

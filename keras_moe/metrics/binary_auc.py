@@ -1,3 +1,5 @@
+import math
+
 import keras
 from keras import ops
 
@@ -5,7 +7,7 @@ from keras_moe.metrics.parts import flat
 from keras_moe.metrics.parts import ratio_or_nan
 from keras_moe.ops.checks import check_int
 
-# Beyond this, probabilities in float32 are 0 or 1.
+# Beyond this, probabilities in float32 are 1.
 _LARGEST_LOGIT = 17.0
 
 
@@ -22,7 +24,8 @@ class BinaryAUC(keras.metrics.Metric):
     Predictions are counted in bins of equal width in their logit, and those
     of one bin are taken for equal. (`keras.metrics.AUC` has 200 thresholds
     between 0 and 1: where all clicks have predictions below 0.02, these are
-    four.) The result is NaN as long as there is no positive or no negative.
+    four.) Those below 4e-8 are taken for equal too. The result is NaN as long
+    as there is no positive or no negative, and if a prediction is NaN.
 
     Args:
         num_bins: int. The memory, and the precision: with the default, logits
@@ -55,7 +58,10 @@ class BinaryAUC(keras.metrics.Metric):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         y_true, y_pred, weight = flat(y_true, y_pred, sample_weight)
-        y_pred = ops.clip(y_pred, 0.0, 1.0)
+        # No number at all, rather than one of a model that has diverged.
+        is_nan = ops.logical_and(ops.isnan(y_pred), weight > 0)
+        weight = ops.where(is_nan, math.nan, weight)
+        y_pred = ops.where(ops.isnan(y_pred), 0.0, ops.clip(y_pred, 0.0, 1.0))
         logits = ops.log(y_pred) - ops.log1p(-y_pred)
         logits = ops.clip(logits, -_LARGEST_LOGIT, _LARGEST_LOGIT)
         share = (logits + _LARGEST_LOGIT) / (2 * _LARGEST_LOGIT)

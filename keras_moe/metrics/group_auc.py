@@ -27,7 +27,7 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
             positives) or `"equal"`. Defaults to `"size"`.
 
     Returns:
-        A float; NaN if no group has an AUC.
+        A float; NaN if no group has an AUC, or a prediction is NaN.
 
     Raises:
         ValueError: If the sizes differ or labels are not 0, 1 or NaN.
@@ -59,7 +59,7 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
             "`y_true` must be made of 0, 1 and NaN. Received: "
             f"{y_true[~np.isin(y_true, (0.0, 1.0))][:5]}"
         )
-    if not y_true.size:
+    if not y_true.size or np.isnan(y_pred).any():
         return math.nan
     names, groups = np.unique(groups, return_inverse=True)
     ranks = _ranks_in_groups(groups, y_pred)

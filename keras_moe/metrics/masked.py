@@ -63,7 +63,7 @@ class Masked(keras.metrics.Metric):
         self.total.assign_add(ops.sum(weight))
         if sample_weight is not None:
             given = ops.reshape(ops.cast(sample_weight, "float32"), (-1, 1))
-            weight = weight * given
+            weight = ops.where(known, given, 0.0)
         self.metric.update_state(
             ops.where(known, y_true, ops.zeros_like(y_true)),
             y_pred,

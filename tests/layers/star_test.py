@@ -107,8 +107,9 @@ class PartitionedNormalizationTest(TestCase):
             self.assertAllClose(
                 w["moving_mean"][d], 0.5 * rows.mean(0), atol=1e-5
             )
+            unbiased = rows.var(0, ddof=1)
             self.assertAllClose(
-                w["moving_variance"][d], 0.5 + 0.5 * rows.var(0), atol=1e-5
+                w["moving_variance"][d], 0.5 + 0.5 * unbiased, atol=1e-5
             )
             z = rows - w["moving_mean"][d]
             z = z / np.sqrt(w["moving_variance"][d] + 1e-3)
@@ -119,6 +120,21 @@ class PartitionedNormalizationTest(TestCase):
         # No example: nothing moved.
         self.assertAllClose(w["moving_mean"][3], np.zeros(6))
         self.assertAllClose(w["moving_variance"][3], np.ones(6))
+
+    def test_rare_domain(self):
+        layer = PartitionedNormalization(3, momentum=0.9)
+        rng = np.random.default_rng(0)
+        domain = np.array([0] * 12 + [1] + [2] * 2, "int32")
+        for _ in range(60):
+            x = rng.normal(size=(15, 64)).astype("float32") * 2
+            y = layer(x, domain, training=True)
+        # One example has no variance, and the averages stay as they began.
+        self.assertAllClose(layer.moving_mean[1], np.zeros(64))
+        self.assertAllClose(layer.moving_variance[1], np.ones(64))
+        self.assertAllClose(y[12], x[12] / np.sqrt(1.001), atol=1e-5)
+        # Two have one that is right on average.
+        variance = ops.convert_to_numpy(layer.moving_variance[2])
+        self.assertAllClose(variance.mean(), 4.0, atol=0.5)
 
     def test_averages_are_not_rounded(self):
         layer = PartitionedNormalization(1, dtype="mixed_bfloat16")

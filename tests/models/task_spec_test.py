@@ -99,8 +99,9 @@ class TaskSpecTest(TestCase):
             found["buy"], [1, NAN, NAN, NAN, NAN, NAN]
         )
         found = numpy_of(labels.labels_of(tasks, y, entire_space=True))
-        np.testing.assert_array_equal(found["cart"], y["cart"][:, 0])
-        np.testing.assert_array_equal(found["buy"], [1, 1, 1, 1, 1, NAN])
+        # Where there is no click there is nothing in the cart, whatever is said.
+        np.testing.assert_array_equal(found["cart"], [1, 0, NAN, 0, 1, 1])
+        np.testing.assert_array_equal(found["buy"], [1, 0, 1, 0, 1, NAN])
 
     def test_wrong_labels(self):
         tasks = check_tasks(["a", "b"])

@@ -17,11 +17,12 @@ class Categorical(Feature):
     """One of many values: a user, a country, a kind of device.
 
     The model takes ids: `0` to `num_ids - 1`, `-1` for a missing value, and
-    `-2`, or any other number, for an unknown one. Each of these has a vector of
-    its own in the table: missing in row `0`, unknown in row `1`, and the id `i`
-    in row `i + 2`. So an id out of range
-    means "unknown" where nobody looks (`tf.data`, generators, compiled steps);
-    in NumPy arrays given to `fit`, `evaluate` or `encode` it is an error.
+    `-2`, or any other number of int32, for an unknown one. Each of these has a
+    vector of its own in the table: missing in row `0`, unknown in row `1`, and
+    the id `i` in row `i + 2`. So an id out of range means "unknown" where
+    nobody looks (`tf.data`, generators, compiled steps); in NumPy arrays given
+    to `fit`, `evaluate`, `predict` or `encode` it is an error. What is beyond
+    int32 is cut to it by the frameworks: hash such ids first.
 
     With a `vocabulary`, `encode` makes ids of strings or other values: the
     position in it, `-2` for what is not in it. That is done with the data, in

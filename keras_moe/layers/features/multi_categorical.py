@@ -105,6 +105,8 @@ class MultiCategorical(Categorical):
         return (self.length,)
 
     def statistics(self):
+        if self.num_ids is not None and self.length is not None:
+            return None
         return _ListCounts(self)
 
     def adapt(self, statistics):
@@ -118,12 +120,15 @@ class MultiCategorical(Categorical):
         length = self.length or max([len(v) for v in lists], default=1) or 1
         ids = np.full((len(lists), length), self.mask_id, "int32")
         for i, entries in enumerate(lists):
-            entries = entries[-length:] if self.keeps_last else entries[:length]
-            if len(entries):
-                known = ~missing_values(entries)
-                row = np.full(len(entries), MISSING, "int32")
-                row[known] = self.ids_of(entries[known])
-                ids[i, : len(entries)] = row
+            if not len(entries):
+                continue
+            known = ~missing_values(entries)
+            row = np.full(len(entries), MISSING, "int32")
+            row[known] = self.ids_of(entries[known])
+            if len(row) > length:  # Padding goes first.
+                row = row[(row != MISSING) & (row != self.mask_id)]
+                row = row[-length:] if self.keeps_last else row[:length]
+            ids[i, : len(row)] = row
         return ids
 
     def lists(self, values, missing):

@@ -154,5 +154,8 @@ class _Moments:
             offset, scale = self.low, self.high - self.low
         else:
             offset, scale = self.mean, np.sqrt(self.squares / self.count)
-        # A constant feature says nothing, and must not become NaN.
-        return float(offset), float(scale) if scale > 0 else 1.0
+        # A constant feature says nothing, and must not become NaN. What
+        # rounding makes of its variance is not exactly 0.
+        if self.low == self.high or not scale > 0:
+            scale = 1.0
+        return float(offset), float(scale)

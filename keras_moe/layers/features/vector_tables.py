@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.layers.features.categorical import Categorical
 from keras_moe.layers.features.categorical import rows_of
+from keras_moe.layers.stacked_mlp import own_draws
 
 # Tables of up to so many rows are kept together: each variable costs its time
 # in every step, and more when the step is compiled.
@@ -71,12 +72,12 @@ def make_tables(features, initializer, regularizer, dtype):
         group = (feature.embedding_dim, name if alone else None)
         groups.setdefault(group, []).append(name)
     tables = {}
-    for (width, _), names in groups.items():
+    for number, ((width, _), names) in enumerate(groups.items()):
         rows = [sizes[name] for name in names]
         embedding = keras.layers.Embedding(
             sum(rows),
             width,
-            embeddings_initializer=_own(initializer),
+            embeddings_initializer=own_draws(initializer, number),
             embeddings_regularizer=regularizer,
             dtype=dtype,
             name=f"table_{names[0]}"
@@ -88,13 +89,6 @@ def make_tables(features, initializer, regularizer, dtype):
         for name, start, size in zip(names, starts, rows, strict=True):
             tables[name] = VectorTable(embedding, start, size)
     return tables
-
-
-def _own(initializer):
-    # One initializer gives all variables of one shape the same numbers.
-    if isinstance(initializer, keras.initializers.Initializer):
-        return initializer.clone()
-    return initializer
 
 
 def embed_together(features, inputs, tables, joined=False):

@@ -72,7 +72,7 @@ def _as_array(values):
     return values
 
 
-def check_data(model, x, y):
+def check_data(model, x, y=None):
     """Raises if NumPy arrays cannot be features or labels of the model.
 
     Of a `tf.data.Dataset` nothing but its description is looked at.

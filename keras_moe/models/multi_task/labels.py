@@ -21,7 +21,7 @@ def labels_of(tasks, y, entire_space=False):
         y: Dict of tensors `(B,)` or `(B, 1)` by the name of the task. For a
             single task the tensor alone will do.
         entire_space: bool. Whether tasks have labels outside their sample
-            space too.
+            space too: 0.
 
     Raises:
         ValueError: If a task has no entry, or one of another shape.
@@ -54,16 +54,16 @@ def labels_of(tasks, y, entire_space=False):
             missing = ops.equal(label, task.missing_value)
             label = ops.where(missing, math.nan, label)
         labels[task.name] = label
-    if entire_space:
-        return labels
     by_name = {task.name: task for task in tasks}
 
     def inside(name):
         space = by_name[name].sample_space
         if space is None:
             return labels[name]
-        # A comparison with NaN is false: who knows of no click, knows of no
+        # Comparisons with NaN are false: who knows of no click, knows of no
         # sample either.
+        if entire_space:  # Without a click there is no purchase.
+            return ops.where(inside(space) <= 0.5, 0.0, labels[name])
         return ops.where(inside(space) > 0.5, labels[name], math.nan)
 
     return {task.name: inside(task.name) for task in tasks}
@@ -81,6 +81,12 @@ def resolve_loss(task, identifier):
 def weights_of(tasks, sample_weight):
     """The sample weights `{task: (B,)}`, or `None` for those without."""
     weights = {}
+    names = {task.name for task in tasks}
+    if isinstance(sample_weight, dict) and not set(sample_weight) <= names:
+        raise ValueError(
+            "`sample_weight` must be an array, or a dict of these by task. "
+            f"Received: {sorted(sample_weight)}, tasks: {sorted(names)}"
+        )
     for task in tasks:
         weight = sample_weight
         if isinstance(weight, dict):
@@ -139,7 +145,8 @@ def task_loss(task, loss, label, y_pred, weight=None):
     if task.class_weights is not None:
         values = values * _class_weights(task, label)
     if weight is not None:
-        values = values * weight
+        # That of a missing label may be NaN too.
+        values = values * ops.where(known, weight, 0.0)
     count = ops.sum(ops.cast(known, "float32"))
     total = ops.sum(ops.where(known, ops.cast(values, "float32"), 0.0))
     return total / ops.maximum(count, 1.0), count

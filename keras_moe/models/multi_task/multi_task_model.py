@@ -3,18 +3,16 @@ from keras import ops
 
 from keras_moe.metrics.labelled_mean import LabelledMean
 from keras_moe.models.multi_task import labels as labels_lib
-from keras_moe.models.multi_task.arguments import as_list
 from keras_moe.models.multi_task.arguments import by_task
 from keras_moe.models.multi_task.arguments import check_compile
 from keras_moe.models.multi_task.arguments import check_data
 from keras_moe.models.multi_task.arguments import check_graph
-from keras_moe.models.multi_task.arguments import check_no_frame
 from keras_moe.models.multi_task.arguments import labels_by_task
 from keras_moe.models.multi_task.arguments import masked_metrics
 from keras_moe.models.multi_task.gradients import gradient_products
 from keras_moe.models.multi_task.task_spec import check_tasks
-from keras_moe.models.multi_task.training_parts import EndOfEpoch
 from keras_moe.models.multi_task.training_parts import Value
+from keras_moe.models.multi_task.training_parts import with_end_of_epoch
 from keras_moe.models.multi_task.weighting import named as weightings
 
 
@@ -41,8 +39,8 @@ class MultiTaskModel(keras.Model):
     **Sample spaces.** The label of a task with `sample_space` counts only in
     examples whose label of that other task is 1, and what the model predicts is
     conditional on it. With `entire_space=True` (heads that multiply
-    probabilities, as in ESMM) labels count in all examples: there it is 0 where
-    that of the sample space is 0.
+    probabilities, as in ESMM) labels count in all examples: where that of the
+    sample space is 0 the label is 0, whatever `y` has there.
 
     **Inputs.** Entries of the dict that are no features of the model are
     ignored; features that are not there are an error.
@@ -181,17 +179,19 @@ class MultiTaskModel(keras.Model):
         """As `keras.Model.fit`; what is in NumPy arrays is checked first."""
         y = labels_by_task(y)
         check_data(self, x, y)
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(EndOfEpoch())
-        else:  # Before one that saves the model.
-            callbacks = [EndOfEpoch(), *as_list(callbacks)]
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, (tuple, list)) and len(validation) > 1:
+            x_val, y_val, *weights = validation
+            y_val = labels_by_task(y_val)
+            check_data(self, x_val, y_val)
+            kwargs["validation_data"] = (x_val, y_val, *weights)
         return super().fit(
             x=x,
             y=y,
             batch_size=batch_size,
             epochs=epochs,
             verbose=verbose,
-            callbacks=callbacks,
+            callbacks=with_end_of_epoch(callbacks, self),
             **kwargs,
         )
 
@@ -202,8 +202,8 @@ class MultiTaskModel(keras.Model):
         return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        """As `keras.Model.predict`; a frame is an error."""
-        check_no_frame(x)
+        """As `keras.Model.predict`; NumPy arrays are checked first."""
+        check_data(self, x)
         return super().predict(x, *args, **kwargs)
 
     def train_step(self, *args):

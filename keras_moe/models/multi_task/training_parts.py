@@ -13,3 +13,17 @@ class EndOfEpoch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.task_weighting.end_epoch()
+
+
+def with_end_of_epoch(callbacks, model):
+    """What `fit` was given, and before it, as it may save, `EndOfEpoch`."""
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        if not isinstance(callbacks, (list, tuple)):
+            callbacks = [] if callbacks is None else [callbacks]
+        return [EndOfEpoch(), *callbacks]
+    # That of an earlier `fit` has it already.
+    if not any(isinstance(c, EndOfEpoch) for c in callbacks.callbacks):
+        first = EndOfEpoch()
+        first.set_model(model)
+        callbacks.callbacks.insert(0, first)
+    return callbacks

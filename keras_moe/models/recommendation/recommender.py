@@ -1,6 +1,6 @@
 import keras
 
-from keras_moe.models.multi_task.arguments import check_no_frame
+from keras_moe.models.multi_task.arguments import check_data
 from keras_moe.models.multi_task.assemble import assemble
 from keras_moe.models.multi_task.multi_task_model import MultiTaskModel
 
@@ -78,7 +78,7 @@ class Recommender(MultiTaskModel):
                 f"gates. Received: level={level!r}"
             )
         inputs, _ = self._graph
-        check_no_frame(x)
+        check_data(self, x)
         if isinstance(inputs, dict):
             inputs = dict(inputs)
             if isinstance(x, dict):

@@ -15,7 +15,7 @@ class GradNorm(TaskWeighting):
     rate[t]   = loss[t] / its first value, divided by the mean over tasks
     target[t] = mean norm * rate[t] ** alpha
     weight   -= learning_rate * gradient of sum(|norm - target|), target fixed
-    weight   *= T / sum(weight)
+    weight   *= what their sum was / sum(weight)
     loss      = sum over t of weight[t] * loss[t]
     ```
 
@@ -86,8 +86,10 @@ class GradNorm(TaskWeighting):
         targets = mean_norm * ops.power(rates, self.alpha)
         slopes = present * norms * ops.sign(factors * norms - targets)
         # A negative weight would make the loss larger.
-        factors = ops.maximum(factors - self.learning_rate * slopes, 1e-3)
-        self._factors.assign(self.num_tasks * factors / ops.sum(factors))
+        moved = ops.maximum(factors - self.learning_rate * slopes, 1e-3)
+        before, after = ops.sum(present * factors), ops.sum(present * moved)
+        moved = moved * before / ops.where(after > 0, after, 1.0)
+        self._factors.assign(ops.where(present > 0, moved, factors))
         self._first.assign(first)
 
     def task_weights(self):
