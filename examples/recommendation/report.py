@@ -54,15 +54,13 @@ def mean_gates(model, x, batch_size=4096):
         empty for a model without gates.
     """
     tasks, levels = [task.name for task in model.tasks], []
-    while True:
-        try:
-            gates = model.gate_weights(x, len(levels), batch_size)
-        except ValueError:  # no such level
-            return levels
+    for level in range(model.num_gate_levels):
+        gates = model.gate_weights(x, level, batch_size)
         # Keras gives them by the alphabet.
         units = [t for t in tasks if t in gates]
         units += [unit for unit in gates if unit not in units]
         levels.append({unit: gates[unit].mean(axis=0) for unit in units})
+    return levels
 
 
 def expert_names(model, level, means):

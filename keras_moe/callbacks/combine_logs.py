@@ -1,6 +1,7 @@
 import keras
 
 from keras_moe.ops.checks import check_number
+from keras_moe.ops.checks import check_several
 
 
 class CombineLogs(keras.callbacks.Callback):
@@ -36,6 +37,7 @@ class CombineLogs(keras.callbacks.Callback):
 
     def __init__(self, weights, name="val_combined"):
         super().__init__()
+        check_several("weights", weights)
         if not isinstance(weights, dict):
             weights = {key: 1.0 for key in weights}
         for weight in weights.values():

@@ -4,7 +4,7 @@ import numpy as np
 
 from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import is_int
+from keras_moe.ops.checks import ints_of
 
 VISIBILITIES = ("own_and_shared", "all")
 
@@ -33,7 +33,7 @@ class ExpertUnits:
     ):
         check_int("num_tasks", num_tasks, 1)
         check_int("num_shared_experts", num_shared_experts, 0)
-        numbers = _numbers(num_tasks, num_task_experts)
+        numbers = ints_of("num_task_experts", num_task_experts, num_tasks)
         check_one_of("shared_sees", shared_sees, ("all", "shared"))
         self.num_tasks = num_tasks
         self.num_gates = num_tasks + int(output_shared)
@@ -84,19 +84,3 @@ class ExpertUnits:
                 f"{shape}. Received: visibility={visibility!r}"
             )
         return matrix == 1
-
-
-def _numbers(num_tasks, num_task_experts):
-    given = num_task_experts
-    numbers = [given] * num_tasks if is_int(given) else given
-    if (
-        not isinstance(numbers, (list, tuple))
-        or len(numbers) != num_tasks
-        or not all(is_int(number) and number >= 0 for number in numbers)
-    ):
-        raise ValueError(
-            "`num_task_experts` must be an int of at least 0, or a list of "
-            f"such for {num_tasks} tasks. "
-            f"Received: num_task_experts={given!r}"
-        )
-    return list(numbers)

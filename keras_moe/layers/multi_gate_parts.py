@@ -87,7 +87,8 @@ def check_arguments(layer):
     check_positive("normalization_epsilon", layer.normalization_epsilon)
     slots = layer.expert_slots
     if slots is not None and (
-        len(slots) != layer.num_experts
+        not isinstance(slots, (list, tuple))
+        or len(slots) != layer.num_experts
         or not all(is_int(slot) and slot >= 0 for slot in slots)
     ):
         raise ValueError(

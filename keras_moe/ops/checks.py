@@ -23,6 +23,29 @@ def check_int(name, value, minimum):
         )
 
 
+def check_several(name, value):
+    """Raises if it is no collection; a string is none of its letters."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ValueError(
+            f"`{name}` must be a sequence. Received: {name}={value!r}"
+        )
+
+
+def ints_of(name, value, length, minimum=0):
+    """A list of ints, from one for all or one for each."""
+    several = [value] * length if is_int(value) else value
+    if (
+        not isinstance(several, (list, tuple))
+        or len(several) != length
+        or not all(is_int(number) and number >= minimum for number in several)
+    ):
+        raise ValueError(
+            f"`{name}` must be an int of at least {minimum}, or a list of "
+            f"{length} such. Received: {name}={value!r}"
+        )
+    return list(several)
+
+
 def check_int_up_to(name, value, limit_name, limit):
     """Raises unless it is an int from 1 to another argument."""
     if not is_int(value) or not 1 <= value <= limit:

@@ -92,10 +92,24 @@ class CrossNetMixTest(TestCase):
             supports_masking=False,
         )
 
+    def test_gates_under_mixed_precision(self):
+        layer = CrossNetMix(3, gate_use_bias=True, dtype="mixed_bfloat16")
+        x0, x = inputs(5, 4), inputs(5, 4) + 1
+        gates = layer.gates(x0, x)  # Builds it.
+        again = CrossNetMix(3, gate_use_bias=True)
+        again.build((5, 4))
+        again.set_weights(layer.get_weights())
+        self.assertAllClose(gates, again.gates(x0, x), atol=1e-6)
+
     def test_errors(self):
         for name in ("projection_dim", "num_experts", "num_layers"):
             with self.assertRaisesRegex(ValueError, f"`{name}` must"):
                 CrossNetMix(**{name: 0})
-        for shapes in (((4, None),), ((4, 5, 6),), ((4, 5), (4, 6))):
+        for shapes in (
+            ((4, None),),
+            ((4, 5, 6),),
+            ((4, 5), (4, 6)),
+            ((4, 5), (4, 5, 5)),
+        ):
             with self.assertRaisesRegex(ValueError, "`x0` and `x` must"):
                 CrossNetMix().build(*shapes)

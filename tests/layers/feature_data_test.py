@@ -240,6 +240,50 @@ class FeatureDataTest(parameterized.TestCase):
             [[1, 0], [-1, -1], [0, -1], [-1, -1], [0, -1]],
         )
 
+    def test_padding_goes_before_entries(self):
+        lists = {"a": [[5, 3, 0, 0], [0, 4, 0, 7], [1, 2, 3], [6]]}
+        for kind, expected in (
+            (layers.Sequence, [[5, 3], [4, 7], [2, 3], [6, 0]]),
+            (layers.MultiCategorical, [[5, 3], [4, 7], [1, 2], [6, 0]]),
+        ):
+            feature = kind("a", num_ids=8, length=2, mask_id=0)
+            layer = layers.FeatureEmbedding([feature])
+            np.testing.assert_array_equal(layer.encode(lists)["a"], expected)
+        feature = layers.Sequence("a", ["x", "y"], length=2)
+        layer = layers.FeatureEmbedding([feature])
+        np.testing.assert_array_equal(
+            layer.encode({"a": [["x", "y", None], [None, "z", "x"]]})["a"],
+            [[0, 1], [-2, 0]],
+        )
+
+    def test_adapt_needs_what_is_to_be_learned(self):
+        layer = layers.FeatureEmbedding(
+            [
+                layers.MultiCategorical("a", num_ids=5, length=2),
+                layers.Categorical("b"),
+            ]
+        )
+        layer.adapt({"b": ["x"]})
+        self.assertEqual(layer.features[1].vocabulary, ["x"])
+
+    def test_constant_numbers(self):
+        for parts in ([np.full(1000, 0.1)], [np.full(7, 0.7)] * 2):
+            layer = layers.FeatureEmbedding([layers.Numeric("a")])
+            layer.adapt([{"a": part} for part in parts])
+            self.assertEqual(layer.features[0].scale, 1.0)
+
+    def test_what_is_no_sequence(self):
+        for make, name in (
+            (lambda: layers.Bucketized("a", boundaries=3), "boundaries"),
+            (lambda: layers.Categorical("a", vocabulary="abc"), "vocabulary"),
+            (
+                lambda: layers.FeatureEmbedding(layers.Numeric("a")),
+                "features",
+            ),
+        ):
+            with self.assertRaisesRegex(ValueError, f"`{name}` must be a"):
+                make()
+
     def test_shared_vocabulary(self):
         features = [
             layers.Categorical("item"),

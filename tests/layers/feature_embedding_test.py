@@ -182,7 +182,9 @@ class FeatureEmbeddingTest(TestCase):
         )
         for other in (
             layers.Categorical("other", num_ids=5, table="item"),
-            layers.Categorical("other", "abcd", table="item", embedding_dim=2),
+            layers.Categorical(
+                "other", list("abcd"), table="item", embedding_dim=2
+            ),
         ):
             layer = layers.FeatureEmbedding(
                 [layers.Categorical("item", num_ids=4), other], 3
@@ -191,8 +193,10 @@ class FeatureEmbeddingTest(TestCase):
                 layer.build()
         layer = layers.FeatureEmbedding(
             [
-                layers.Categorical("item", vocabulary="ab"),
-                layers.Categorical("other", vocabulary="ba", table="item"),
+                layers.Categorical("item", vocabulary=["a", "b"]),
+                layers.Categorical(
+                    "other", vocabulary=["b", "a"], table="item"
+                ),
             ]
         )
         with self.assertRaisesRegex(ValueError, "must have one `vocabulary`"):

@@ -119,6 +119,17 @@ class FeatureLookupsTest(TestCase):
         drawn = layer.vectors("a"), layer.vectors("c")
         self.assertEqual(drawn[0].shape, (5, 16))
         self.assertGreater(np.abs(drawn[0] - drawn[1]).min(), 0)
+        # So are those of large ones, of a seed or not.
+        for seed in (None, 3):
+            large = layers.FeatureEmbedding(
+                [layers.Categorical(n, num_hash_buckets=2000) for n in "ab"],
+                embeddings_initializer=keras.initializers.RandomUniform(
+                    seed=seed
+                ),
+            )
+            large.build()
+            drawn = large.vectors("a"), large.vectors("b")
+            self.assertGreater(np.abs(drawn[0] - drawn[1]).mean(), 0.01)
         with self.assertRaisesRegex(ValueError, "`table` must be the name"):
             layer.vectors("b")
         # A table has the same vectors whoever reads it, at whatever place.

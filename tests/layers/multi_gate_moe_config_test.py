@@ -162,7 +162,10 @@ class ConfigTest(TestCase):
         ),
         ({"expert_units": 2.5}, "`expert_units` must .*=2.5"),
         ({"num_shared_experts": -1}, "`num_shared_experts` must be"),
-        ({"num_task_experts": [1]}, r"for 2 tasks. .*num_task_experts=\[1\]"),
+        (
+            {"num_task_experts": [1]},
+            r"list of 2 such. .*num_task_experts=\[1\]",
+        ),
         ({"num_task_experts": -1}, "num_task_experts=-1"),
         ({"num_shared_experts": 0}, "at least one expert. .*num_shared_expe"),
         (
@@ -182,6 +185,7 @@ class ConfigTest(TestCase):
         ({"shared_sees": "own"}, "`shared_sees` must be one of.*'own'"),
         ({"expert_slots": [0, 1]}, r"list of 3 ints .*expert_slots=\[0, 1\]"),
         ({"expert_slots": [0, 1, -1]}, "`expert_slots` must be"),
+        ({"expert_slots": 3}, "`expert_slots` must be"),
         ({"expert_normalization": "group"}, "`expert_normalization` must"),
         ({"expert_normalization_place": "last"}, "_place` must be one of"),
         ({"expert_dropout": 1.0}, "`expert_dropout` must"),
@@ -212,6 +216,7 @@ class ConfigTest(TestCase):
         ),
         ({"gate_gamma": 0}, "`gate_gamma` must be positive"),
         ({"gate_entropy_weight": -1}, "`gate_entropy_weight` must"),
+        ({"gate_unused_code_weight": -1}, "`gate_unused_code_weight` must"),
         ({"gate_temperature": 0.0}, "`gate_temperature` must be positive"),
         ({"gate_dropout": -0.1}, "`gate_dropout` must"),
         ({"self_residual": True}, "`self_residual` must be one of"),
@@ -259,6 +264,10 @@ class ConfigTest(TestCase):
         for shape in ((4,), (4, 3, 6), (4, None)):
             with self.assertRaisesRegex(ValueError, "with 2 gates"):
                 MultiGateMoE(2).build((4, 6), shape)
+
+    def test_shape_before_it_is_built(self):
+        layer = MultiGateMoE(2, experts=keras.layers.Dense(3))
+        self.assertEqual(layer.compute_output_shape((None, 6)), (None, 2, 3))
 
     def test_experts_of_different_widths(self):
         experts = [keras.layers.Dense(3), keras.layers.Dense(4)]

@@ -1,5 +1,6 @@
 """The gates of `MultiGateMoE`."""
 
+import keras
 import numpy as np
 from absl.testing import parameterized
 from keras import ops
@@ -114,6 +115,68 @@ class GatesTest(TestCase):
         self.assertGreater(same.mean(), 0.9)
         _, gates = layer(x)
         self.assert_relative(gates, whole)
+
+    def test_dropout_of_weights_of_either_sign(self):
+        layer = make(
+            gate_dropout=0.3,
+            gate_activation="tanh",
+            return_gates=True,
+            seed=1,
+            **UNITS,
+        )
+        x = inputs(400, 6)
+        full = ops.convert_to_numpy(layer.gates(x))
+        gates = ops.convert_to_numpy(layer(x, training=True)[1])
+        kept = gates != 0
+        self.assertBetween(kept[:, SEEN].mean(), 0.65, 0.75)
+        self.assert_relative(gates[kept], full[kept] / 0.7)
+
+    def test_dtype_of_returned_gates(self):
+        layer = make(return_gates=True, dtype="mixed_bfloat16", **UNITS)
+        x = inputs(4, 6)
+        said = layer(keras.Input((6,)))
+        found = layer(x)
+        for one, other in zip(said, found, strict=True):
+            self.assertDType(other, one.dtype)
+            self.assertEqual(tuple(one.shape[1:]), tuple(other.shape[1:]))
+
+    def test_seeds_of_what_is_drawn_at_the_start(self):
+        for kwargs in (
+            {"self_residual": "weights"},
+            {"gate_activation": "dselect_k"},
+        ):
+            first, second = (
+                MultiGateMoE(2, [4], 2, num_task_experts=3, seed=5, **kwargs)
+                for _ in range(2)
+            )
+            first.build((None, 6))
+            second.build((None, 6))
+            part = first.residual or first.task_gates.selectors
+            again = second.residual or second.task_gates.selectors
+            drawn = [ops.convert_to_numpy(v) for v in part.trainable_weights]
+            for one, other in zip(drawn, again.trainable_weights, strict=True):
+                self.assertAllClose(other, one)
+            # And no two of them begin alike.
+            starts = {round(float(value.flat[0]), 7) for value in drawn}
+            self.assertLen(starts, len(drawn))
+
+    def test_unused_codes(self):
+        losses = []
+        for weight in (1.0, 0.5, 0.0):
+            layer = MultiGateMoE(
+                1,
+                [4],
+                6,
+                gate_activation="dselect_k",
+                gate_unused_code_weight=weight,
+                seed=5,
+            )
+            layer(inputs(5, 6), training=True)
+            losses.append(
+                sum(float(ops.convert_to_numpy(x)) for x in layer.losses)
+            )
+        # At the start all eight codes are used alike, six of them by experts.
+        np.testing.assert_allclose(losses, [2 * 8 / 6, 8 / 6, 0], rtol=0.01)
 
     @parameterized.parameters(1, 2, 3, 4, 5)
     def test_selectors_are_those_of_routers(self, num_experts):

@@ -150,3 +150,15 @@ class PPNetTest(TestCase):
             PPNet(2, [])
         with self.assertRaisesRegex(ValueError, r"prior_shape=\(4, None\)"):
             PPNet(2, 3).build((4, 5), (4, None))
+
+
+class FactorsTest(TestCase):
+    def test_before_the_layer_is_called(self):
+        x, known = inputs(5, 6), inputs(5, 2, seed=2)
+        layer = EPNet(4)
+        factors = layer.factors(x, known)
+        self.assert_relative(layer(x, known), x * ops.convert_to_numpy(factors))
+        self.assertEqual(tuple(factors.shape), (5, 6))
+        layer = PPNet(2, [3])
+        (factors, *_) = layer.factors(x, known)
+        self.assertEqual(tuple(factors.shape)[:2], (5, 2))

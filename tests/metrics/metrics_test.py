@@ -46,6 +46,20 @@ class MetricsTest(TestCase):
         metric.update_state(np.zeros(3), np.ones(3) / 2)
         self.assertTrue(np.isnan(metric.result()))
 
+    def test_model_that_has_diverged(self):
+        nan = float("nan")
+        metric = metrics.BinaryAUC()
+        metric.update_state([0, 1], [0.1, nan], [1.0, 0.0])
+        metric.update_state([0, 1], [0.1, 0.2])
+        np.testing.assert_allclose(metric.result(), 1.0)
+        metric.update_state([0, 1], [0.1, nan])
+        self.assertTrue(np.isnan(metric.result()))
+        p = np.array([0.2, nan, 0.3, 0.4])
+        self.assertTrue(np.isnan(metrics.group_auc([0, 1, 1, 0], p, [1] * 4)))
+        np.testing.assert_allclose(
+            metrics.group_auc([0, nan, 1, 0], p, [1] * 4), 0.5
+        )
+
     def test_calibration_and_normalized_entropy(self):
         rng = np.random.default_rng(0)
         y = (rng.random(100) < 0.3).astype("float32")

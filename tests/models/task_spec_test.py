@@ -99,7 +99,7 @@ class TaskSpecTest(TestCase):
             found["buy"], [1, NAN, NAN, NAN, NAN, NAN]
         )
         found = numpy_of(labels.labels_of(tasks, y, entire_space=True))
-        # Where there is no click there is nothing in the cart, whatever is said.
+        # Without a click nothing is in the cart, whatever is said.
         np.testing.assert_array_equal(found["cart"], [1, 0, NAN, 0, 1, 1])
         np.testing.assert_array_equal(found["buy"], [1, 0, 1, 0, 1, NAN])
 

@@ -9,6 +9,7 @@ from keras_moe.layers.features.feature import Feature
 from keras_moe.layers.features.feature import check_finite
 from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_number
+from keras_moe.ops.checks import check_several
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -52,6 +53,7 @@ class Bucketized(Categorical):
         self.num_buckets = num_buckets
         self.boundaries = None
         if boundaries is not None:
+            check_several("boundaries", boundaries)
             boundaries = [float(b) for b in boundaries]
             for boundary in boundaries:
                 check_number("boundaries", boundary)

@@ -6,6 +6,7 @@ from keras_moe.layers.features.columns import plain
 from keras_moe.layers.features.feature import Feature
 from keras_moe.layers.features.hashing import hashed_ids
 from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_several
 
 # Ids of what is no id.
 MISSING = -1
@@ -108,6 +109,7 @@ class Categorical(Feature):
         self._given_num_ids = num_ids
         self.vocabulary = None
         if vocabulary is not None:
+            check_several("vocabulary", vocabulary)
             self._set_vocabulary(vocabulary)
 
     def _set_vocabulary(self, vocabulary):

@@ -8,6 +8,7 @@ from keras_moe.layers.features.feature import Feature
 from keras_moe.layers.features.infer import infer_features
 from keras_moe.layers.features.sharing import adopt_vocabularies
 from keras_moe.layers.features.sharing import statistics_of
+from keras_moe.ops.checks import check_several
 
 
 class FeatureData:
@@ -174,6 +175,7 @@ class FeatureData:
 
 def checked_features(features):
     """A list of features, from them or their configs."""
+    check_several("features", features)
     checked = []
     for feature in features:
         if isinstance(feature, dict):

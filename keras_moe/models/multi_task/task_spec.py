@@ -5,6 +5,7 @@ from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_number
 from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.checks import check_rate
+from keras_moe.ops.checks import check_several
 
 TYPES = ("binary", "regression", "multiclass")
 
@@ -108,6 +109,7 @@ class TaskSpec:
                 "A regression has no classes to weigh. "
                 f"Received: class_weights={class_weights!r}"
             )
+        check_several("class_weights", class_weights)
         num_classes = self.num_classes or 2
         if len(class_weights) != num_classes:
             raise ValueError(
@@ -165,6 +167,7 @@ def check_tasks(tasks):
     """
     if isinstance(tasks, (str, TaskSpec, dict)):
         tasks = [tasks]
+    check_several("tasks", tasks)
     specs = []
     for task in tasks:
         if isinstance(task, str):

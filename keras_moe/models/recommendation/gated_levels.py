@@ -8,6 +8,7 @@ from keras_moe.layers.stacked_mlp import own_draws
 from keras_moe.layers.stacked_mlp import own_seed
 from keras_moe.models.recommendation.layer_arguments import split_arguments
 from keras_moe.ops.checks import check_int
+from keras_moe.ops.checks import check_several
 from keras_moe.ops.checks import is_int
 
 # What belongs to the trunk's structure is set by the model.
@@ -112,7 +113,10 @@ def split_level_arguments(kwargs, fixed=()):
 
 def units_of_levels(expert_units, num_levels):
     """The widths of the layers of an expert, level by level."""
-    if is_int(expert_units) or all(map(is_int, expert_units)):
+    if is_int(expert_units):
+        return [expert_units] * num_levels
+    check_several("expert_units", expert_units)
+    if all(map(is_int, expert_units)):
         return [expert_units] * num_levels
     if len(expert_units) != num_levels:
         raise ValueError(

@@ -9,7 +9,7 @@ from keras_moe.models.recommendation.gated_levels import check_no_shared
 from keras_moe.models.recommendation.gated_levels import options_of_level
 from keras_moe.models.recommendation.gated_levels import units_of_levels
 from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import is_int
+from keras_moe.ops.checks import ints_of
 
 
 class GroupedLevels:
@@ -35,8 +35,8 @@ class GroupedLevels:
     ):
         check_no_shared(tasks)
         check_int("num_shared_experts", num_shared_experts, 0)
-        of_groups = numbers("num_group_experts", num_group_experts, len(groups))
-        of_tasks = numbers("num_task_experts", num_task_experts, len(tasks))
+        of_groups = ints_of("num_group_experts", num_group_experts, len(groups))
+        of_tasks = ints_of("num_task_experts", num_task_experts, len(tasks))
         self.tasks = [task.name for task in tasks]
         self.groups = [f"group_{i}" for i in range(len(groups))]
         # The group of each task.
@@ -105,7 +105,10 @@ def check_groups(groups, tasks):
     if groups is None:
         return [[name] for name in names]
     is_nested = isinstance(groups, (list, tuple)) and all(
-        isinstance(group, (list, tuple)) and group for group in groups
+        isinstance(group, (list, tuple))
+        and group
+        and all(isinstance(name, str) for name in group)
+        for group in groups
     )
     groups = [list(group) for group in groups] if is_nested else groups
     if not is_nested or sorted(sum(groups, [])) != sorted(names):
@@ -114,18 +117,3 @@ def check_groups(groups, tasks):
             f"occurs once. Received: groups={groups!r}, tasks={names}"
         )
     return groups
-
-
-def numbers(argument, given, length):
-    """A list of ints, of one for all or one for each."""
-    listed = [given] * length if is_int(given) else given
-    if (
-        not isinstance(listed, (list, tuple))
-        or len(listed) != length
-        or not all(is_int(number) and number >= 0 for number in listed)
-    ):
-        raise ValueError(
-            f"`{argument}` must be an int of at least 0, or a list of {length} "
-            f"such. Received: {argument}={given!r}"
-        )
-    return list(listed)

@@ -3,6 +3,9 @@ import keras
 from keras_moe.models.multi_task.arguments import check_data
 from keras_moe.models.multi_task.assemble import assemble
 from keras_moe.models.multi_task.multi_task_model import MultiTaskModel
+from keras_moe.models.recommendation.saving import deserialized
+from keras_moe.models.recommendation.saving import made_again
+from keras_moe.models.recommendation.saving import settings_of
 
 
 class Recommender(MultiTaskModel):
@@ -51,6 +54,11 @@ class Recommender(MultiTaskModel):
             **(arguments or {}),
         }
         self._quantized = False
+
+    @property
+    def num_gate_levels(self):
+        """How many levels of gates `gate_weights` can read."""
+        return len(self._gates)
 
     def gate_weights(self, x, level=-1, batch_size=None):
         """How much each task takes of each expert, example by example.
@@ -120,20 +128,16 @@ class Recommender(MultiTaskModel):
         return {
             "name": self.name,
             "trainable": self.trainable,
+            **settings_of(self),
             **keras.saving.serialize_keras_object(config),
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = {
-            key: keras.saving.deserialize_keras_object(value, custom_objects)
-            if isinstance(value, (dict, list))
-            else value
-            for key, value in config.items()
-        }
-        if config.get("inputs") is not None:
-            config["inputs"] = {
+        arguments, settings = deserialized(config, custom_objects)
+        if arguments.get("inputs") is not None:
+            arguments["inputs"] = {
                 name: keras.Input(**kwargs, name=name)
-                for name, kwargs in config["inputs"].items()
+                for name, kwargs in arguments["inputs"].items()
             }
-        return cls(**config)
+        return made_again(cls, arguments, settings)

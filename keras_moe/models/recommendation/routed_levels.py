@@ -6,7 +6,7 @@ from keras_moe.layers.sub_network_routing import SubNetworkRouting
 from keras_moe.models.recommendation.gated_levels import options_of_level
 from keras_moe.models.recommendation.gated_levels import units_of_levels
 from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import is_int
+from keras_moe.ops.checks import ints_of
 
 
 class RoutedLevels:
@@ -31,7 +31,7 @@ class RoutedLevels:
         options,
     ):
         check_int("num_levels", num_levels, 1)
-        numbers = _numbers(num_experts, num_levels)
+        numbers = ints_of("num_experts", num_experts, num_levels, minimum=1)
         units = units_of_levels(expert_units, num_levels)
         seed = options.get("seed")
         self.levels = []
@@ -59,17 +59,3 @@ class RoutedLevels:
         for level in self.levels:
             x = level(x)
         return x
-
-
-def _numbers(num_experts, num_levels):
-    listed = [num_experts] * num_levels if is_int(num_experts) else num_experts
-    if (
-        not isinstance(listed, (list, tuple))
-        or len(listed) != num_levels
-        or not all(is_int(number) and number >= 1 for number in listed)
-    ):
-        raise ValueError(
-            "`num_experts` must be a positive int, or a list of such for "
-            f"{num_levels} levels. Received: num_experts={num_experts!r}"
-        )
-    return list(listed)

@@ -5,6 +5,9 @@ from keras_moe.layers.moe import MoE
 from keras_moe.models.recommendation.layer_arguments import split_arguments
 from keras_moe.models.recommendation.sasrec_graph import NEVER
 from keras_moe.models.recommendation.sasrec_graph import sasrec_graph
+from keras_moe.models.recommendation.saving import deserialized
+from keras_moe.models.recommendation.saving import made_again
+from keras_moe.models.recommendation.saving import settings_of
 from keras_moe.ops.checks import check_int
 from keras_moe.ops.checks import check_int_up_to
 from keras_moe.ops.checks import check_rate
@@ -237,6 +240,7 @@ class SASRecMoE(keras.Model):
         return {
             "name": self.name,
             "trainable": self.trainable,
+            **settings_of(self),
             **self._arguments(),
         }
 
@@ -246,10 +250,4 @@ class SASRecMoE(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = {
-            key: keras.saving.deserialize_keras_object(value, custom_objects)
-            if isinstance(value, (dict, list))
-            else value
-            for key, value in config.items()
-        }
-        return cls(**config)
+        return made_again(cls, *deserialized(config, custom_objects))

@@ -193,6 +193,7 @@ class GatedModelsTest(TestCase):
         randomize(model)
         w = weights_of(model.get_layer("level_0"))
         seen = [*OWN_AND_SHARED, ALL]
+        self.assertEqual(model.num_gate_levels, 2)
         found = model.gate_weights(x, level=0)
         self.assertEqual(list(found), ["a", "b", "shared"])
         streamed = model.gate_weights(OneBatch(x), level=0)
@@ -236,7 +237,7 @@ class GatedModelsTest(TestCase):
 
     @parameterized.parameters(
         ({"num_levels": 0}, "`num_levels` must be an int"),
-        ({"num_task_experts": [1]}, "list of such for 2 tasks"),
+        ({"num_task_experts": [1]}, "a list of 2 such"),
         ({"num_shared_experts": -1}, "`num_shared_experts` must be an int"),
         ({"expert_units": [[3], [4], [5]]}, "each of the 2 levels"),
         ({"num_expert": 4}, r"Received: \['num_expert'\]"),

@@ -1,0 +1,147 @@
+"""What `fit` takes of data, and what it says of data that is wrong."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import callbacks
+from keras_moe import metrics
+from keras_moe import models
+from keras_moe.models.multi_task import labels
+from keras_moe.models.multi_task.task_spec import check_tasks
+from tests.models.multi_task_model_test import Frame
+from tests.models.multi_task_model_test import make_data
+from tests.models.multi_task_model_test import make_model
+from tests.test_case import TestCase
+
+NAN = float("nan")
+
+
+class MultiTaskDataTest(TestCase):
+    def test_validation_data(self):
+        x, y = make_data()
+        y = {"click": y["click"], "watch": y["watch"]}
+        model = make_model(["click", models.TaskSpec("watch", "regression")])
+        model.compile(keras.optimizers.SGD(0.0))
+        expected = model.evaluate(x, y, verbose=0, return_dict=True)
+        lists = {name: values.tolist() for name, values in y.items()}
+        for given in (Frame(y), lists):
+            history = model.fit(
+                x, y, validation_data=(x, given), verbose=0
+            ).history
+            for name, value in expected.items():
+                np.testing.assert_allclose(
+                    history[f"val_{name}"], [value], rtol=1e-4
+                )
+        before = model.get_weights()
+        model.compile(keras.optimizers.SGD(0.1))
+        for wrong, message in (
+            ((x, {**y, "click": y["click"] * 5}), "must be from 0 to 1"),
+            ((Frame(x), y), "`x` must be a dict of"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                model.fit(x, y, validation_data=wrong, verbose=0)
+        # Nobody waits for an epoch to hear of it.
+        for one, other in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+    def test_weights_of_missing_labels_may_be_nan(self):
+        x, y = make_data()
+        weight = np.where(np.isnan(y["buy"]), NAN, 0.5).astype("float32")
+        steps = []
+        for missing in (NAN, 0.0):
+            model = make_model(["buy"])
+            model.set_weights([np.full(w.shape, 0.1) for w in model.weights])
+            model.compile(
+                keras.optimizers.SGD(1.0), weighted_metrics={"buy": "auto"}
+            )
+            given = np.where(np.isnan(weight), missing, weight)
+            logs = model.train_on_batch(x, y["buy"], given, return_dict=True)
+            steps.append((logs, model.get_weights()))
+        (logs, weights), (expected_logs, expected) = steps
+        for name, value in expected_logs.items():
+            np.testing.assert_allclose(logs[name], value, rtol=1e-5)
+        for one, other in zip(weights, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5)
+
+    def test_unknown_task_of_sample_weights(self):
+        weights = {"clik": np.ones(3)}
+        with self.assertRaisesRegex(ValueError, r"Received: \['clik'\]"):
+            labels.weights_of(check_tasks(["click", "buy"]), weights)
+
+    def test_entire_space(self):
+        # Of who did not click, no purchase is known; none can have happened.
+        rng = np.random.default_rng(0)
+        x = {"a": np.zeros((4000, 4), "float32")}
+        x["b"] = np.zeros(4000, "float32")
+        click = (rng.random(4000) < 0.2) * 1.0
+        buy = click * (rng.random(4000) < 0.5)
+        tasks = [
+            models.TaskSpec("click", tower_units=()),
+            models.TaskSpec("buy", tower_units=(), sample_space="click"),
+        ]
+        for outside in (0.0, NAN):
+            model = make_model(tasks, heads="esmm")
+            model.compile(keras.optimizers.Adam(0.1))
+            y = {"click": click, "buy": np.where(click == 1, buy, outside)}
+            model.fit(x, y, batch_size=1000, epochs=20, verbose=0)
+            p = model.predict_on_batch({k: v[:1] for k, v in x.items()})
+            np.testing.assert_allclose(p["click"], click.mean(), atol=0.03)
+            np.testing.assert_allclose(p["buy"], buy.mean(), atol=0.03)
+
+    def test_callback_list(self):
+        x, y = make_data()
+        model = make_model()
+        weighting = models.StaticWeighting(decay=0.5)
+        model.compile("sgd", task_weighting=weighting)
+        listed = keras.callbacks.CallbackList(
+            [], add_history=True, model=model, epochs=2, steps=3
+        )
+        for epochs in (2, 4):
+            model.fit(x, y, epochs=2, verbose=0, callbacks=listed)
+            # Each epoch ends once.
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(weighting.task_weights())[0],
+                0.5**epochs,
+            )
+
+    def test_grouped_auc(self):
+        x, y = make_data()
+        tasks = [
+            models.TaskSpec("click"),
+            models.TaskSpec("buy", sample_space="click", missing_value=-1),
+        ]
+        model = make_model(tasks)
+        model.compile(keras.optimizers.SGD(0.0))
+        buy = np.where(np.isnan(y["buy"]), -1, y["buy"])
+        of_both = {"click": y["click"], "buy": buy}
+        groups = np.arange(96) % 5
+        logs = model.fit(
+            x,
+            of_both,
+            verbose=0,
+            callbacks=[models.GroupAUC(x, of_both, groups)],
+        ).history
+        inside = (y["click"] == 1) & (buy >= 0)
+        expected = metrics.group_auc(
+            buy[inside],
+            model.predict(x, verbose=0)["buy"][inside],
+            groups[inside],
+        )
+        np.testing.assert_allclose(logs["val_buy_gauc"], [expected])
+        for wrong, message in (
+            ({"clik": y["click"]}, r"entries for \['clik'\]"),
+            ({"buy": buy}, r"Missing: \['click'\]"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                gauc = models.GroupAUC(x, wrong, groups)
+                model.fit(x, of_both, verbose=0, callbacks=[gauc])
+
+    def test_what_is_no_sequence(self):
+        for make, message in (
+            (lambda: models.TaskSpec("a", class_weights=3.0), "class_weights"),
+            (lambda: check_tasks(None), "tasks"),
+            (lambda: callbacks.CombineLogs("val_auc"), "weights"),
+        ):
+            with self.assertRaisesRegex(ValueError, f"`{message}` must be a"):
+                make()
