@@ -14,7 +14,8 @@ class DotProducts(keras.layers.Layer):
 
     def call(self, inputs):
         number = int(inputs.shape[1])  # a tensor while PyTorch traces
-        products = ops.matmul(inputs, ops.transpose(inputs, (0, 2, 1)))
+        # On torch `ops.matmul` would make float32 of float64.
+        products = ops.einsum("bfd,bgd->bfg", inputs, inputs)
         products = ops.reshape(products, (-1, number * number))
         rows, columns = np.tril_indices(number, -1)
         places = (rows * number + columns).astype("int32")

@@ -381,4 +381,5 @@ class MultiGateMoE(keras.layers.Layer):
 
 
 def _weighted_sum(weights, outputs):
-    return ops.matmul(weights, outputs)  # (B, G, E) and (B, E, O)
+    # On torch `ops.matmul` would make float32 of float64.
+    return ops.einsum("bge,beo->bgo", weights, outputs)

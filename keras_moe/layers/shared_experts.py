@@ -50,7 +50,8 @@ def join(layer, routed, tokens, features, mask, training):
     shared = ops.cast(shared, routed.dtype)
     mode = layer.shared_experts_mode
     if layer.shared_gate_kernel is not None:
-        gate = ops.matmul(features, layer.shared_gate_kernel)
+        # On torch `ops.matmul` would make float32 of float64.
+        gate = ops.einsum("td,de->te", features, layer.shared_gate_kernel)
         missing = (1,) * (len(routed.shape) - 2)
         gate = ops.reshape(gate, (-1, *missing, gate.shape[-1]))
         if mode == "gate":

@@ -1,5 +1,6 @@
 """What features learn of data, and how they encode it: all in NumPy."""
 
+import datetime
 import hashlib
 import unittest
 
@@ -271,6 +272,49 @@ class FeatureDataTest(parameterized.TestCase):
             layer = layers.FeatureEmbedding([layers.Numeric("a")])
             layer.adapt([{"a": part} for part in parts])
             self.assertEqual(layer.features[0].scale, 1.0)
+
+    def test_large_ids_that_may_be_missing(self):
+        ids = [2**60 + 1, 2**60 + 2, 2**60 + 3]
+        column = pd.array([*ids, None], dtype="Int64")
+        frame = pd.DataFrame({"u": column})
+        learned = layers.FeatureEmbedding([layers.Categorical("u", ids)])
+        hashed = layers.FeatureEmbedding(
+            [layers.Categorical("u", num_hash_buckets=10**6)]
+        )
+        some = hashed.encode(frame[:3])["u"]
+        self.assertLen(set(some.tolist()), 3)
+        for data in (
+            frame,
+            frame.astype("category"),
+            {"u": [*ids, None]},
+            {"u": [*ids, NAN]},
+        ):
+            np.testing.assert_array_equal(
+                learned.encode(data)["u"], [0, 1, 2, -1]
+            )
+            np.testing.assert_array_equal(hashed.encode(data)["u"], [*some, -1])
+
+    def test_values_that_cannot_be_saved(self):
+        for data in (
+            {"a": [datetime.date(2020, 1, 1)] * 2},
+            pd.DataFrame({"a": pd.cut([1, 2, 3], 2)}),
+        ):
+            with self.assertRaisesRegex(ValueError, "feature 'a' must be str"):
+                layers.FeatureEmbedding.from_data(data, categorical=["a"])
+
+    def test_numbers_that_float32_cannot_tell_apart(self):
+        seconds = {"a": 1.7e9 + np.arange(3600)}
+        with self.assertWarnsRegex(UserWarning, "'a' has numbers of up to 1.7"):
+            layers.FeatureEmbedding.from_data(seconds)
+        layers.FeatureEmbedding.from_data({"a": seconds["a"] - 1.7e9})
+        layers.FeatureEmbedding.from_data({"a": np.full(3, 1.7e9)})
+        feature = layers.Numeric("a")
+        for values, message in (
+            ([1.0, 1e39], "beyond float32"),
+            (np.array([1j]), "real numbers"),
+        ):
+            with self.assertRaisesRegex(ValueError, message):
+                layers.FeatureEmbedding([feature]).adapt({"a": values})
 
     def test_what_is_no_sequence(self):
         for make, name in (

@@ -116,6 +116,17 @@ class ConfigTest(TestCase):
             1e-5 if float64 else 3e-2,
         )
 
+    @unittest.skipIf(
+        keras.config.backend() == "jax",
+        "JAX has float64 only if told so as it starts",
+    )
+    def test_mixing_in_float64(self):
+        layer = MultiGateMoE(2, [4], dtype="float64", return_gates=True)
+        x = inputs(5, 6).astype("float64")
+        outputs, gates = map(ops.convert_to_numpy, layer(x))
+        experts = ops.convert_to_numpy(layer.experts(x))
+        self.assertAllClose(outputs, gates @ experts, rtol=0, atol=1e-14)
+
     def test_fit(self):
         x = inputs(64, 6)
         y = np.stack([x.sum(-1), x[:, 0] - x[:, 1]], axis=1)[..., None]

@@ -45,6 +45,54 @@ class MultiTaskDataTest(TestCase):
         for one, other in zip(before, model.get_weights(), strict=True):
             np.testing.assert_array_equal(one, other)
 
+    def test_loss_of_an_evaluation(self):
+        x, y = make_data()
+        y = {"click": y["click"], "watch": y["watch"].copy()}
+        y["watch"][:85] = NAN  # most batches have none
+        model = make_model(
+            ["click", models.TaskSpec("watch", "regression", weight=0.5)],
+            trunk=keras.layers.Dense(
+                8, kernel_regularizer=keras.regularizers.L2(0.1)
+            ),
+        )
+        model.compile(keras.optimizers.SGD(0.0))
+        p = model.predict(x, verbose=0)
+        click = np.where(y["click"] == 1, p["click"][:, 0], 0)
+        click = -np.log(np.where(click > 0, click, 1 - p["click"][:, 0]))
+        watch = (y["watch"] - p["watch"][:, 0])[85:] ** 2
+        expected = click.mean() + 0.5 * watch.mean()
+        (added,) = model.losses
+        expected += float(ops.convert_to_numpy(added))
+        found = [
+            model.evaluate(x, y, batch_size=size, verbose=0)[0]
+            for size in (7, 32, 96)
+        ]
+        found.append(model.test_on_batch(x, y)[0])
+        history = model.fit(x, y, validation_data=(x, y), verbose=0).history
+        found.append(history["val_loss"][0])
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        self.assertNotIn("added_loss", history)
+        # No label of a task: no number for it, and no error in an evaluation.
+        y["watch"][:] = NAN
+        logs = model.evaluate(x, y, verbose=0, return_dict=True)
+        self.assertTrue(np.isnan(logs["watch_loss"]))
+        np.testing.assert_allclose(
+            logs["loss"], expected - 0.5 * watch.mean(), rtol=1e-4
+        )
+
+    def test_metrics_are_there_once(self):
+        x, y = make_data()
+        model = make_model(["click", "buy"])
+        own = {k: [keras.metrics.BinaryAccuracy()] for k in ("click", "buy")}
+        model.compile("sgd", metrics=own)
+        losses = {"loss", "click_loss", "buy_loss"}
+        logs = model.evaluate(x, y, verbose=0, return_dict=True)
+        of_tasks = {"click_binary_accuracy", "buy_binary_accuracy"}
+        self.assertEqual(set(logs), losses | of_tasks)
+        model.compile("sgd")
+        logs = model.evaluate(x, y, verbose=0, return_dict=True)
+        self.assertEqual(set(logs), losses | {"click_auc", "buy_auc"})
+
     def test_weights_of_missing_labels_may_be_nan(self):
         x, y = make_data()
         weight = np.where(np.isnan(y["buy"]), NAN, 0.5).astype("float32")
@@ -63,6 +111,18 @@ class MultiTaskDataTest(TestCase):
             np.testing.assert_allclose(logs[name], value, rtol=1e-5)
         for one, other in zip(weights, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5)
+
+    def test_labels_that_are_objects(self):
+        x, y = make_data()
+        model = make_model(["buy"])
+        model.compile("sgd")
+        labels = [None if np.isnan(v) else int(v) for v in y["buy"]]
+        expected = model.evaluate(x, {"buy": y["buy"]}, verbose=0)
+        for given in (labels, np.array(labels, object)):
+            found = model.evaluate(x, {"buy": given}, verbose=0)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+        with self.assertRaisesRegex(ValueError, "`TaskSpec.class_weights`"):
+            model.fit(x, {"buy": y["buy"]}, class_weight={0: 1.0, 1: 2.0})
 
     def test_unknown_task_of_sample_weights(self):
         weights = {"clik": np.ones(3)}

@@ -172,17 +172,31 @@ class TaskWeightingTest(TestCase):
         self.assertGreater(np.ptp(factors), 0.1)
 
     def test_grad_norm_selects_what_is_shared(self):
-        layers = [keras.layers.Dense(1, name=n) for n in ("a_x", "ab", "b_y")]
-        for layer in layers:
-            layer.build((None, 2))
-        variables = [v for layer in layers for v in layer.variables]
-        weighting = made(models.GradNorm())
+        # Of tasks whose names are those of other layers.
+        x = keras.Input((2,), name="x")
+        trunk = keras.layers.Dense(3, name="bottom_0")(x)
+        tower = keras.layers.Dense(2, name="top_tower_0")(trunk)
+        outputs = {
+            "bottom": keras.layers.Dense(1, name="bottom_logits")(trunk),
+            "top": keras.layers.Dense(1, name="top_logits")(tower),
+        }
+        model = models.MultiTaskModel({"x": x}, outputs, list(outputs))
+        weighting = models.GradNorm()
+        model.compile("sgd", task_weighting=weighting)
+        variables = model.trainable_variables
+        shared = [v for v in variables if id(v) in model._shared_ids]
         self.assertEqual(
-            [v.path for v in weighting.select(variables, TASKS)],
-            ["ab/kernel", "ab/bias"],
+            [v.path for v in weighting.select(variables, shared)],
+            ["bottom_0/kernel", "bottom_0/bias"],
         )
-        with self.assertRaisesRegex(ValueError, "no shared variable"):
-            weighting.select(variables[:2], TASKS)
+        with self.assertRaisesRegex(ValueError, "more than one task uses"):
+            weighting.select(variables, [])
+        # All that a single task has is compared with nothing.
+        model = models.MultiTaskModel(
+            {"x": x}, {"top": outputs["top"]}, ["top"]
+        )
+        model.compile("sgd", task_weighting=models.GradNorm())
+        self.assertLen(model._shared_ids, 6)
 
     def test_pc_grad(self):
         rng = np.random.default_rng(0)

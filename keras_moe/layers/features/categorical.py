@@ -114,6 +114,13 @@ class Categorical(Feature):
 
     def _set_vocabulary(self, vocabulary):
         self.vocabulary = [plain(value) for value in vocabulary]
+        for value in self.vocabulary:
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(
+                    f"The values of feature {self.name!r} must be strings or "
+                    "numbers, to be saved. Make strings of others. Received: "
+                    f"{value!r}"
+                )
         self._ids = {value: i for i, value in enumerate(self.vocabulary)}
         if not self._ids or len(self._ids) < len(self.vocabulary):
             raise ValueError(

@@ -53,6 +53,9 @@ def column(table, name):
             f"days or weekdays. Received: dtype={values.dtype}"
         )
     if is_missing is not None:
+        if values.dtype.kind == "f" and given.dtype.kind != "f":
+            # Where one is missing, pandas would round ints to floats.
+            values = given.to_numpy(object)
         return values, np.asarray(is_missing)
     return values, missing(values)
 
@@ -67,7 +70,12 @@ def to_numpy(values):
             return rows
         # NumPy would make strings of the NaNs among strings.
         is_text = any(isinstance(v, (str, bytes)) for v in values)
-        values = np.asarray(values, object if is_text else None)
+        given, values = values, np.asarray(values, object if is_text else None)
+        # Or floats, of ints that no float is equal to.
+        if values.dtype.kind == "f" and any(
+            isinstance(v, int) and abs(v) > 2**53 for v in given
+        ):
+            values = np.asarray(given, object)
     values = np.asarray(values)
     if values.dtype.kind == "S":
         values = np.char.decode(values, "utf-8")
@@ -100,6 +108,11 @@ def as_floats(values, is_missing, name):
     """float64 values, NaN where they are missing."""
     if values.dtype.kind in "biuf":
         return values.astype("float64")
+    if values.dtype.kind == "c":
+        raise ValueError(
+            f"Feature {name!r} must be made of real numbers. Received: "
+            f"dtype={values.dtype}"
+        )
     floats = np.full(values.shape, np.nan)
     try:
         floats[~is_missing] = values[~is_missing].astype("float64")

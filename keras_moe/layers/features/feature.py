@@ -109,5 +109,11 @@ class Feature:
 
 
 def check_finite(name, values):
-    if np.isinf(values).any():
-        raise ValueError(f"Feature {name!r} must not have infinite values.")
+    if values.dtype.kind in "biu":
+        return
+    wrong = np.abs(values) > np.finfo("float32").max
+    if wrong.any():
+        raise ValueError(
+            f"Feature {name!r} must not have infinite values, or such beyond "
+            f"float32. Received: {values[wrong][:5]}"
+        )

@@ -76,8 +76,8 @@ class FeatureData:
     def adapt(self, data):
         """Learns what features lack: vocabularies, means, boundaries.
 
-        What was given to a feature stays. Features that share a table learn one
-        vocabulary together.
+        What was given to a feature, or learned before, stays. Features that
+        share a table learn one vocabulary together.
 
         Args:
             data: A pandas frame, a dict of arrays or lists, or an iterable of

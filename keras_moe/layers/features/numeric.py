@@ -1,3 +1,5 @@
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -81,6 +83,16 @@ class Numeric(Feature):
 
     def adapt(self, statistics):
         offset, scale = statistics.result(self.normalize)
+        low, high = statistics.low, statistics.high
+        largest = max(abs(low), abs(high))
+        rounding = np.spacing(np.float32(largest))
+        if low < high and not self.log and rounding > 0.1 * scale:
+            warnings.warn(
+                f"Feature {self.name!r} has numbers of up to {largest:.9g}, "
+                f"which differ by about {scale:.3g}: float32 rounds much of "
+                "that away. Subtract something from them first.",
+                stacklevel=2,
+            )
         self.offset = offset if self.offset is None else self.offset
         self.scale = scale if self.scale is None else self.scale
 

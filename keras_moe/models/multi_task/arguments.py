@@ -65,23 +65,30 @@ def labels_by_task(y):
 
 def _as_array(values):
     if isinstance(values, list):
-        return np.asarray(values)
+        values = np.asarray(values)
+    if getattr(getattr(values, "dtype", None), "kind", None) == "O":
+        try:
+            # `None` becomes NaN.
+            return np.asarray(values, "float32")
+        except (TypeError, ValueError):
+            return values  # An error will say what it is.
     if hasattr(getattr(values, "dtype", None), "na_value"):
         # One of pandas' own, in which a missing value is no NaN.
         return values.to_numpy("float32", na_value=np.nan)
     return values
 
 
-def check_data(model, x, y=None):
+def check_data(model, x, y=None, needs_labels=True):
     """Raises if NumPy arrays cannot be features or labels of the model.
 
+    With `needs_labels`, also if a task has none.
     Of a `tf.data.Dataset` nothing but its description is looked at.
     """
     described = getattr(x, "element_spec", None)
     if described is not None:
         x = described[0] if isinstance(described, tuple) else described
     check_no_frame(x)
-    check_labels(model.tasks, y)
+    check_labels(model.tasks, y, needs_labels)
     for layer in model.layers if isinstance(x, dict) else ():
         if hasattr(layer, "check_data"):
             layer.check_data(x)

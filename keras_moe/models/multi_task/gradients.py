@@ -25,9 +25,8 @@ def gradient_products(model, *args):
         )
     else:
         values, mapping = [v.value for v in variables], []
-    selected = {
-        id(v) for v in model.task_weighting.select(variables, model.tasks)
-    }
+    shared = [v for v in variables if id(v) in model._shared_ids]
+    selected = {id(v) for v in model.task_weighting.select(variables, shared)}
 
     def losses(values):
         # Nothing that is assigned in this scope stays: the step itself will
@@ -47,3 +46,18 @@ def gradient_products(model, *args):
         rows.append(ops.concatenate(gradients))
     rows = ops.stack(rows)
     return ops.stop_gradient(ops.matmul(rows, ops.transpose(rows)))
+
+
+def shared_variable_ids(model):
+    """The ids of the variables of layers that more than one task uses."""
+    inputs, outputs = model._graph
+    users = {}
+    for output in outputs.values():
+        for layer in keras.Model(inputs, output).layers:
+            users.setdefault(layer, []).append(output)
+    return frozenset(
+        id(variable)
+        for layer, of_layer in users.items()
+        if len(of_layer) > 1 or len(outputs) == 1
+        for variable in layer.variables
+    )

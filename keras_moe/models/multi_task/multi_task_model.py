@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 from keras import ops
 
@@ -10,6 +12,7 @@ from keras_moe.models.multi_task.arguments import check_graph
 from keras_moe.models.multi_task.arguments import labels_by_task
 from keras_moe.models.multi_task.arguments import masked_metrics
 from keras_moe.models.multi_task.gradients import gradient_products
+from keras_moe.models.multi_task.gradients import shared_variable_ids
 from keras_moe.models.multi_task.task_spec import check_tasks
 from keras_moe.models.multi_task.training_parts import Value
 from keras_moe.models.multi_task.training_parts import with_end_of_epoch
@@ -51,8 +54,12 @@ class MultiTaskModel(keras.Model):
 
     **Logs.** `loss`, `<task>_<metric>` and `<task>_loss`, the mean over all
     labels of the epoch without the weight of the task. In evaluation `loss` is
-    always the sum of `weight[t] * loss[t]` and of added losses, whatever the
-    task weighting: it can be compared between them.
+    always the sum of `weight[t] * <t>_loss` and of the mean of added losses,
+    whatever the task weighting and the batches: it can be compared. In training
+    it is the mean over batches of what was minimized.
+
+    **Copies.** `type(model).from_config(model.get_config())` makes one;
+    `keras.models.clone_model` makes a functional model that knows no tasks.
 
     Args:
         inputs: Dict of `keras.Input` by their names, or a single one.
@@ -91,6 +98,10 @@ class MultiTaskModel(keras.Model):
         }
         self._weightings = []
         self._gram = None
+        self._shared_ids = frozenset()
+        # Of an evaluation: its loss is that of all examples, not of batches.
+        self._added_loss = LabelledMean(name="added_loss")
+        self._is_evaluating = False
 
     def call(self, inputs, training=None, mask=None):
         expected = self._graph[0]
@@ -159,12 +170,16 @@ class MultiTaskModel(keras.Model):
             ),
             **kwargs,
         )
-        self._task_compile_config = {
+        config = {
             "loss": loss,
             "metrics": metrics,
             "weighted_metrics": weighted_metrics,
             "task_weighting": weighting,
         }
+        # A function, since Keras would track the metrics in a dict once more.
+        self._task_compile_config = lambda: config
+        if weighting.uses_gradients:
+            self._shared_ids = shared_variable_ids(self)
 
     def fit(
         self,
@@ -179,11 +194,16 @@ class MultiTaskModel(keras.Model):
         """As `keras.Model.fit`; what is in NumPy arrays is checked first."""
         y = labels_by_task(y)
         check_data(self, x, y)
+        if isinstance(y, dict) and kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "The weights of a task's classes are `TaskSpec.class_weights`. "
+                f"Received: class_weight={kwargs['class_weight']!r}"
+            )
         validation = kwargs.get("validation_data")
         if isinstance(validation, (tuple, list)) and len(validation) > 1:
             x_val, y_val, *weights = validation
             y_val = labels_by_task(y_val)
-            check_data(self, x_val, y_val)
+            check_data(self, x_val, y_val, needs_labels=False)
             kwargs["validation_data"] = (x_val, y_val, *weights)
         return super().fit(
             x=x,
@@ -198,8 +218,21 @@ class MultiTaskModel(keras.Model):
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """As `keras.Model.evaluate`; NumPy arrays are checked first."""
         y = labels_by_task(y)
-        check_data(self, x, y)
-        return super().evaluate(x, y, *args, **kwargs)
+        check_data(self, x, y, needs_labels=False)
+        with self._evaluation():
+            return super().evaluate(x, y, *args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        with self._evaluation():
+            return super().test_on_batch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _evaluation(self):
+        self._is_evaluating = True
+        try:
+            yield
+        finally:
+            self._is_evaluating = False
 
     def predict(self, x, *args, **kwargs):
         """As `keras.Model.predict`; NumPy arrays are checked first."""
@@ -255,9 +288,12 @@ class MultiTaskModel(keras.Model):
         # several, since these sum their gradients.
         total = Value()(ops.zeros((1, 1)), ops.reshape(total, (1, 1)))
         if self.losses:
-            total = total + super().compute_loss(
-                x, y, y_pred, sample_weight, training
+            added = super().compute_loss(x, y, y_pred, sample_weight, training)
+            size = ops.shape(y_pred[self.tasks[0].name])[0]
+            self._added_loss.update_state(
+                ops.stop_gradient(added), ops.cast(size, "float32")
             )
+            total = total + added
         return total
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -265,6 +301,18 @@ class MultiTaskModel(keras.Model):
         if sample_weight is not None:
             sample_weight = labels_lib.weights_of(self.tasks, sample_weight)
         return super().compute_metrics(x, labels, y_pred, sample_weight)
+
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()
+        added = logs.pop(self._added_loss.name)
+        if self._is_evaluating:
+            # The mean over batches would count a task in those without labels.
+            parts = [added]
+            for task in self.tasks:
+                parts.append(task.weight * logs[f"{task.name}_loss"])
+            parts = [ops.where(ops.isnan(part), 0.0, part) for part in parts]
+            logs["loss"] = sum(parts)
+        return logs
 
     def get_config(self):
         inputs, outputs = self._graph
@@ -298,7 +346,7 @@ class MultiTaskModel(keras.Model):
             return {}
         config = super().get_compile_config()
         config.update(
-            keras.saving.serialize_keras_object(self._task_compile_config)
+            keras.saving.serialize_keras_object(self._task_compile_config())
         )
         return config
 

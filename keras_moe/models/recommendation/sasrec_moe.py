@@ -189,6 +189,11 @@ class SASRecMoE(keras.Model):
         self._check_ids(y)
         return super().evaluate(x, y, **kwargs)
 
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`; NumPy arrays are checked first."""
+        self._check_ids(x)
+        return super().predict(x, *args, **kwargs)
+
     def recommend(self, ids, k=10, exclude_seen=False, batch_size=None):
         """The most likely next items of each sequence.
 

@@ -19,10 +19,10 @@ class GradNorm(TaskWeighting):
     loss      = sum over t of weight[t] * loss[t]
     ```
 
-    The gradients are those for all trainable variables that are shared: whose
-    path does not begin with `<task>_`, as that of the towers does. Means and
-    sums are over the tasks with labels in the batch; others keep their weight.
-    Costs a second forward pass, and a backward pass a task.
+    The gradients are those for all trainable variables of layers that more than
+    one task uses, and so not for those of the towers. Means and sums are over
+    the tasks with labels in the batch; others keep their weight. Costs a second
+    forward pass, and a backward pass a task.
 
     Args:
         alpha: float. How strongly slow tasks are favoured; with 0 all get equal
@@ -55,13 +55,11 @@ class GradNorm(TaskWeighting):
         self._factors = self.add_state("factors", 1.0)
         self._first = self.add_state("first", -1.0)  # Negative: not yet seen.
 
-    def select(self, variables, tasks):
-        own = tuple(f"{task.name}_" for task in tasks)
-        shared = [v for v in variables if not v.path.startswith(own)]
+    def select(self, variables, shared):
         if not shared:
             raise ValueError(
-                "GradNorm found no shared variable: the paths of all begin "
-                f"with one of {own}. Received: {[v.path for v in variables]}"
+                "GradNorm needs trainable variables that more than one task "
+                f"uses. Received: {[v.path for v in variables]}"
             )
         return shared
 

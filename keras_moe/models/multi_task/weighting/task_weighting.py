@@ -21,8 +21,9 @@ class TaskWeighting(keras.layers.Layer):
 
     With `uses_gradients = True` it gets `gram (T, T)`, the inner products of
     the gradients of all losses with respect to the trainable variables that
-    `select(variables, tasks)` chooses. That costs a second forward pass and a
-    backward pass for each task.
+    `select(variables, shared)` chooses: `shared` are those of layers that more
+    than one task uses. That costs a second forward pass and a backward pass for
+    each task.
 
     Args:
         **kwargs: Arguments of `keras.layers.Layer`.
@@ -59,7 +60,7 @@ class TaskWeighting(keras.layers.Layer):
         """The present factors of the losses, of shape `(T,)`."""
         return ops.ones((self.num_tasks,))
 
-    def select(self, variables, tasks):
+    def select(self, variables, shared):
         """The variables whose gradients are compared."""
         return variables
 

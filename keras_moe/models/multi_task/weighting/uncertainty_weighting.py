@@ -15,8 +15,8 @@ class UncertaintyWeighting(TaskWeighting):
 
     `s[t]` is the logarithm of the variance, one trainable number a task that
     the model's optimizer learns with all others. `c[t]` is 1/2 for a
-    regression and 1 otherwise. A task without labels in the batch leaves its
-    `s[t]` alone. The loss may become negative.
+    regression and 1 otherwise. A task without labels in the batch has no
+    gradient for its `s[t]`. The loss may become negative.
 
     Args:
         initial_log_variance: float. What `s` starts from. Defaults to `0.0`.
