@@ -1,6 +1,7 @@
 """Arguments, saving, dtypes and training of `MultiGateMoE`."""
 
 import os
+import unittest
 
 import keras
 import numpy as np
