@@ -25,8 +25,8 @@ ALLOWED = {
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
-    *("fractions", "functools", "hashlib", "inspect", "itertools", "math"),
-    *("numbers", "typing", "weakref"),
+    *("contextlib", "fractions", "functools", "hashlib", "inspect"),
+    *("itertools", "math", "numbers", "typing", "warnings", "weakref"),
 }
 
 

@@ -3,6 +3,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.batch_matmul import batch_matmul
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -14,8 +15,7 @@ class DotProducts(keras.layers.Layer):
 
     def call(self, inputs):
         number = int(inputs.shape[1])  # a tensor while PyTorch traces
-        # On torch `ops.matmul` would make float32 of float64.
-        products = ops.einsum("bfd,bgd->bfg", inputs, inputs)
+        products = batch_matmul(inputs, ops.transpose(inputs, (0, 2, 1)))
         products = ops.reshape(products, (-1, number * number))
         rows, columns = np.tril_indices(number, -1)
         places = (rows * number + columns).astype("int32")

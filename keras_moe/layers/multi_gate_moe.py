@@ -9,6 +9,7 @@ from keras_moe.layers import unit_inputs
 from keras_moe.layers.expert_units import ExpertUnits
 from keras_moe.layers.stacked_mlp import as_units
 from keras_moe.layers.task_gates import TaskGates
+from keras_moe.ops.batch_matmul import batch_matmul
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -340,12 +341,12 @@ class MultiGateMoE(keras.layers.Layer):
         foreign = self.units.foreign
         if self.stop_cross_task_gradients and foreign.any():
             zeros = ops.zeros_like(weights)
-            mixed = _weighted_sum(ops.where(foreign, zeros, weights), outputs)
-            mixed = mixed + _weighted_sum(
+            mixed = batch_matmul(ops.where(foreign, zeros, weights), outputs)
+            mixed = mixed + batch_matmul(
                 ops.where(foreign, weights, zeros), ops.stop_gradient(outputs)
             )
         else:
-            mixed = _weighted_sum(weights, outputs)
+            mixed = batch_matmul(weights, outputs)
         return ops.cast(mixed, self.compute_dtype)
 
     def compute_output_shape(self, inputs_shape, gate_inputs_shape=None):
@@ -378,8 +379,3 @@ class MultiGateMoE(keras.layers.Layer):
     def from_config(cls, config):
         experts = layer_networks.deserialize_experts(config["experts"])
         return super().from_config({**config, "experts": experts})
-
-
-def _weighted_sum(weights, outputs):
-    # On torch `ops.matmul` would make float32 of float64.
-    return ops.einsum("bge,beo->bgo", weights, outputs)

@@ -273,6 +273,7 @@ class FeatureDataTest(parameterized.TestCase):
             layer.adapt([{"a": part} for part in parts])
             self.assertEqual(layer.features[0].scale, 1.0)
 
+    @unittest.skipIf(pd is None, "needs pandas")
     def test_large_ids_that_may_be_missing(self):
         ids = [2**60 + 1, 2**60 + 2, 2**60 + 3]
         column = pd.array([*ids, None], dtype="Int64")
@@ -294,6 +295,7 @@ class FeatureDataTest(parameterized.TestCase):
             )
             np.testing.assert_array_equal(hashed.encode(data)["u"], [*some, -1])
 
+    @unittest.skipIf(pd is None, "needs pandas")
     def test_values_that_cannot_be_saved(self):
         for data in (
             {"a": [datetime.date(2020, 1, 1)] * 2},
