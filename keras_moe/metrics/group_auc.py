@@ -30,7 +30,8 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         A float; NaN if no group has an AUC, or a prediction is NaN.
 
     Raises:
-        ValueError: If the sizes differ or labels are not 0, 1 or NaN.
+        ValueError: If the sizes differ, labels are not 0, 1 or NaN, or groups
+            are of several kinds.
 
     Example:
 
@@ -61,7 +62,13 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         )
     if not y_true.size or np.isnan(y_pred).any():
         return math.nan
-    names, groups = np.unique(groups, return_inverse=True)
+    try:
+        names, groups = np.unique(groups, return_inverse=True)
+    except TypeError as error:
+        raise ValueError(
+            "`groups` must be numbers or strings, without `None`. "
+            f"Received: {groups[:5]}"
+        ) from error
     ranks = _ranks_in_groups(groups, y_pred)
     size = np.bincount(groups, minlength=names.size)
     positives = np.bincount(groups, y_true, minlength=names.size)

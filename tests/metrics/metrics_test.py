@@ -170,6 +170,7 @@ class MetricsTest(TestCase):
             (([1, 0], [0.1], [1, 1]), "must be of one size"),
             (([1, 2], [0.1, 0.2], [1, 1]), "must be made of 0, 1 and NaN"),
             (([1, 0], [0.1, 0.2], [1, 1], "sum"), "`weighting` must be"),
+            (([1, 0], [0.1, 0.2], np.array(["u", None])), "without `None`"),
         ):
             with self.assertRaisesRegex(ValueError, message):
                 metrics.group_auc(*args)
