@@ -80,6 +80,39 @@ class MultiTaskDataTest(TestCase):
             logs["loss"], expected - 0.5 * watch.mean(), rtol=1e-4
         )
 
+    def test_loss_of_a_model_that_has_diverged(self):
+        x, y = make_data()
+        tasks = ["click", models.TaskSpec("watch", "regression")]
+        model = make_model(tasks)
+        model.compile("sgd")
+        logits = model.get_layer("watch_logits")
+        logits.set_weights([w * NAN for w in logits.get_weights()])
+        logs = model.evaluate(x, y, verbose=0, return_dict=True)
+        self.assertFalse(np.isnan(logs["click_loss"]))
+        self.assertTrue(np.isnan(logs["loss"]))
+        # Nor is a model good of which nothing is known.
+        model = make_model(tasks)
+        model.compile("sgd")
+        y = {name: labels * NAN for name, labels in y.items()}
+        self.assertTrue(np.isnan(model.test_on_batch(x, y)[0]))
+
+    def test_added_losses(self):
+        x, y = make_data()
+        # The name is one that the model might want for itself.
+        y = {"added": y["click"]}
+        for policy in ("float32", "mixed_bfloat16"):
+            model = make_model(
+                ["added"],
+                trunk=keras.layers.Dense(
+                    8, activity_regularizer="l2", dtype=policy
+                ),
+            )
+            model.compile("sgd")
+            logs = model.fit(x, y, verbose=0).history
+            self.assertIn("added_loss", logs)
+            logs = model.evaluate(x, y, verbose=0, return_dict=True)
+            self.assertGreater(logs["loss"], logs["added_loss"])
+
     def test_metrics_are_there_once(self):
         x, y = make_data()
         model = make_model(["click", "buy"])

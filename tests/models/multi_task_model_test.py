@@ -546,12 +546,22 @@ class MultiTaskModelTest(TestCase):
         for scope in (contextlib.nullcontext, strategy.scope):
             keras.utils.set_random_seed(0)
             with scope():
-                model = make_model(tasks)
+                trunk = keras.layers.Dense(
+                    8, kernel_regularizer=keras.regularizers.L2(0.1)
+                )
+                model = make_model(tasks, trunk=trunk)
                 model.compile(keras.optimizers.SGD(0.1))
                 history = model.fit(
-                    x, y, epochs=2, batch_size=96, verbose=0, shuffle=False
+                    x,
+                    y,
+                    epochs=2,
+                    batch_size=96,
+                    verbose=0,
+                    shuffle=False,
+                    validation_data=(x, y),
                 ).history
-            losses.append([history["loss"], history["watch_loss"]])
+            logs = ("loss", "watch_loss", "val_loss")
+            losses.append([history[name] for name in logs])
         np.testing.assert_allclose(*losses, rtol=1e-4)
         with self.assertRaisesRegex(ValueError, "each replica would weigh"):
             model.compile("sgd", task_weighting="dwa")

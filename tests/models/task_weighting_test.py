@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from absl.testing import parameterized
 
+from keras_moe import layers
 from keras_moe import models
 from keras_moe.backend.jacobian import jacobian
 from keras_moe.models.multi_task.weighting import named
@@ -191,6 +192,22 @@ class TaskWeightingTest(TestCase):
         )
         with self.assertRaisesRegex(ValueError, "more than one task uses"):
             weighting.select(variables, [])
+        for heads in ("esmm", "aitm"):
+            spaced = models.TaskSpec("buy", sample_space="click")
+            model = models.MMoE(
+                ["click", spaced] if heads == "esmm" else ["click", "buy"],
+                layers.FeatureEmbedding([layers.Embedded("x", 2)]),
+                heads=heads,
+            )
+            model.compile("sgd", task_weighting="gradnorm")
+            names = {
+                layer.name
+                for layer in model.layers
+                for v in layer.variables
+                if id(v) in model._shared_ids
+            }
+            self.assertIn("experts", names)
+            self.assertFalse({n for n in names if "buy_" in n or "click_" in n})
         # All that a single task has is compared with nothing.
         model = models.MultiTaskModel(
             {"x": x}, {"top": outputs["top"]}, ["top"]

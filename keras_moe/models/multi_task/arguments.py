@@ -40,15 +40,19 @@ def check_compile(model, weighting, loss_weights):
             "The weight of a task is `TaskSpec.weight`; `loss_weights` is not "
             f"taken. Received: loss_weights={loss_weights!r}"
         )
-    # On TensorFlow alone there is one.
-    strategy = getattr(model, "distribute_strategy", None)
-    replicas = getattr(strategy, "num_replicas_in_sync", 1)
+    replicas = num_replicas(model)
     if replicas > 1 and not isinstance(weighting, StaticWeighting):
         raise ValueError(
             "Under a TensorFlow strategy each replica would weigh the tasks by "
             "its own part of the batch. Use task_weighting='static'. Received: "
             f"task_weighting={weighting!r}, {replicas} replicas"
         )
+
+
+def num_replicas(model):
+    """Those of a strategy of TensorFlow; elsewhere there is none."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return getattr(strategy, "num_replicas_in_sync", 1)
 
 
 def labels_by_task(y):

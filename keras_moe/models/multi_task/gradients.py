@@ -49,8 +49,17 @@ def gradient_products(model, *args):
 
 
 def shared_variable_ids(model):
-    """The ids of the variables of layers that more than one task uses."""
+    """The ids of the variables of layers that more than one task uses.
+
+    Those of towers are not among them, though ESMM multiplies predictions, and
+    AITM tells a tower of the one before.
+    """
     inputs, outputs = model._graph
+    towers = tuple(
+        f"{task.name}_{part}"
+        for task in model.tasks
+        for part in ("tower_", "logits")
+    )
     users = {}
     for output in outputs.values():
         for layer in keras.Model(inputs, output).layers:
@@ -58,6 +67,7 @@ def shared_variable_ids(model):
     return frozenset(
         id(variable)
         for layer, of_layer in users.items()
-        if len(of_layer) > 1 or len(outputs) == 1
+        if len(outputs) == 1
+        or (len(of_layer) > 1 and not layer.name.startswith(towers))
         for variable in layer.variables
     )

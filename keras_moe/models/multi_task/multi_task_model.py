@@ -1,4 +1,5 @@
 import contextlib
+import math
 
 import keras
 from keras import ops
@@ -11,6 +12,7 @@ from keras_moe.models.multi_task.arguments import check_data
 from keras_moe.models.multi_task.arguments import check_graph
 from keras_moe.models.multi_task.arguments import labels_by_task
 from keras_moe.models.multi_task.arguments import masked_metrics
+from keras_moe.models.multi_task.arguments import num_replicas
 from keras_moe.models.multi_task.gradients import gradient_products
 from keras_moe.models.multi_task.gradients import shared_variable_ids
 from keras_moe.models.multi_task.task_spec import check_tasks
@@ -55,8 +57,9 @@ class MultiTaskModel(keras.Model):
     **Logs.** `loss`, `<task>_<metric>` and `<task>_loss`, the mean over all
     labels of the epoch without the weight of the task. In evaluation `loss` is
     always the sum of `weight[t] * <t>_loss` and of the mean of added losses,
-    whatever the task weighting and the batches: it can be compared. In training
-    it is the mean over batches of what was minimized.
+    whatever the task weighting and the batches: it can be compared. It is NaN
+    if no task has a label. In training it is the mean over batches of what was
+    minimized.
 
     **Copies.** `type(model).from_config(model.get_config())` makes one;
     `keras.models.clone_model` makes a functional model that knows no tasks.
@@ -100,7 +103,8 @@ class MultiTaskModel(keras.Model):
         self._gram = None
         self._shared_ids = frozenset()
         # Of an evaluation: its loss is that of all examples, not of batches.
-        self._added_loss = LabelledMean(name="added_loss")
+        # (No task's metric has such a name.)
+        self._added_loss = LabelledMean(name="_added")
         self._is_evaluating = False
 
     def call(self, inputs, training=None, mask=None):
@@ -228,11 +232,11 @@ class MultiTaskModel(keras.Model):
 
     @contextlib.contextmanager
     def _evaluation(self):
-        self._is_evaluating = True
+        before, self._is_evaluating = self._is_evaluating, True
         try:
             yield
         finally:
-            self._is_evaluating = False
+            self._is_evaluating = before
 
     def predict(self, x, *args, **kwargs):
         """As `keras.Model.predict`; NumPy arrays are checked first."""
@@ -289,9 +293,11 @@ class MultiTaskModel(keras.Model):
         total = Value()(ops.zeros((1, 1)), ops.reshape(total, (1, 1)))
         if self.losses:
             added = super().compute_loss(x, y, y_pred, sample_weight, training)
+            added = ops.cast(added, "float32")
             size = ops.shape(y_pred[self.tasks[0].name])[0]
             self._added_loss.update_state(
-                ops.stop_gradient(added), ops.cast(size, "float32")
+                ops.stop_gradient(added) * num_replicas(self),
+                ops.cast(size, "float32"),
             )
             total = total + added
         return total
@@ -307,11 +313,16 @@ class MultiTaskModel(keras.Model):
         added = logs.pop(self._added_loss.name)
         if self._is_evaluating:
             # The mean over batches would count a task in those without labels.
-            parts = [added]
+            counted = self._added_loss.count > 0
+            total, labels = ops.where(counted, added, 0.0), 0.0
             for task in self.tasks:
-                parts.append(task.weight * logs[f"{task.name}_loss"])
-            parts = [ops.where(ops.isnan(part), 0.0, part) for part in parts]
-            logs["loss"] = sum(parts)
+                count = ops.convert_to_tensor(
+                    self._task_losses[task.name].count
+                )
+                loss = task.weight * logs[f"{task.name}_loss"]
+                total = total + ops.where(count > 0, loss, 0.0)
+                labels = labels + count
+            logs["loss"] = ops.where(labels > 0, total, math.nan)
         return logs
 
     def get_config(self):

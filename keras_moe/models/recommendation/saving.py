@@ -9,10 +9,11 @@ def settings_of(model):
     """The dtype policy of a model's parts, and what of it is not trained."""
     return {
         "dtype_policy": keras.dtype_policies.serialize(model.dtype_policy),
+        # By their places: names that Keras makes differ from time to time.
         "frozen_layers": [
-            layer.name for layer in model.layers if not layer.trainable
+            i for i, layer in enumerate(model.layers) if not layer.trainable
         ],
-        # Of layers in layers, too.
+        # Those of layers in layers too.
         "frozen_weights": [
             i
             for i, weight in enumerate(_weights(model))
@@ -48,8 +49,8 @@ def made_again(model_class, arguments, settings):
         model = model_class(**arguments)
     finally:
         keras.config.set_dtype_policy(now)
-    for name in settings.get("frozen_layers", ()):
-        model.get_layer(name).trainable = False
+    for i in settings.get("frozen_layers", ()):
+        model.layers[i].trainable = False
     weights = _weights(model)
     for i in settings.get("frozen_weights", ()):
         weights[i].trainable = False

@@ -12,6 +12,14 @@ from tests.models.recommendation.small_data import small_tasks
 from tests.test_case import TestCase
 
 
+@keras.saving.register_keras_serializable("keras_moe_tests")
+def unnamed_heads(features, tasks):
+    return {
+        task.name: keras.layers.Dense(1, "sigmoid")(features[i])
+        for i, task in enumerate(tasks)
+    }
+
+
 class SavingTest(TestCase):
     def setUp(self):
         super().setUp()
@@ -59,6 +67,22 @@ class SavingTest(TestCase):
             self.assertEqual(
                 len(again.optimizer.variables), len(model.optimizer.variables)
             )
+
+    def test_frozen_layers_without_names(self):
+        model = models.MMoE(
+            small_tasks(), make_features(), 3, (4,), heads=unnamed_heads
+        )
+        model.trainable = False
+        copy = models.MMoE.from_config(model.get_config())
+        self.assertEmpty(copy.trainable_variables)
+        copy.trainable = True
+        model.trainable = True
+        model.layers[-1].trainable = False
+        again = self.save_and_load(model)
+        self.assertEqual(
+            [layer.trainable for layer in again.layers],
+            [layer.trainable for layer in model.layers],
+        )
 
     def test_dtype_policy(self):
         keras.config.set_dtype_policy("mixed_bfloat16")

@@ -20,9 +20,9 @@ class GradNorm(TaskWeighting):
     ```
 
     The gradients are those for all trainable variables of layers that more than
-    one task uses, and so not for those of the towers. Means and sums are over
-    the tasks with labels in the batch; others keep their weight. Costs a second
-    forward pass, and a backward pass a task.
+    one task uses, without those of `<task>_tower_...` and `<task>_logits`.
+    Means and sums are over the tasks with labels in the batch; others keep
+    their weight. Costs a second forward pass, and a backward pass a task.
 
     Args:
         alpha: float. How strongly slow tasks are favoured; with 0 all get equal
