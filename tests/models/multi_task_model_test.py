@@ -25,17 +25,6 @@ ALL_TYPES = (
 )
 
 
-class Frame:
-    """What matters here of a pandas frame."""
-
-    def __init__(self, data):
-        self.data = data
-        self.columns = list(data)
-
-    def __getitem__(self, name):
-        return self.data[name]
-
-
 def make_data(n=96, seed=0):
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(n, 4)), rng.normal(size=n)
@@ -172,37 +161,6 @@ class MultiTaskModelTest(TestCase):
             for one, two in zip(steps[-1], other, strict=True):
                 np.testing.assert_allclose(one, two, atol=1e-6)
 
-    def test_impossible_labels_of_a_batch(self):
-        # In arrays that `fit` gets they are an error.
-        x, y = make_data()
-        for task, label in (("click", -1.0), ("stars", 3.0), ("stars", 0.5)):
-            model = make_model()
-            model.compile("sgd")
-            wrong = {**y, task: np.where(np.arange(96) == 5, label, y[task])}
-            with self.assertRaisesRegex(ValueError, f"task '{task}' must be"):
-                model.fit(x, wrong, verbose=0)
-            try:
-                logs = model.train_on_batch(x, wrong, return_dict=True)
-            except Exception as error:  # of PyTorch's or TensorFlow's own loss
-                self.assertRegex(str(error), "0 and 1|out of bounds|range")
-            else:
-                self.assertTrue(np.isnan(logs[f"{task}_loss"]))
-
-    def test_kinds_of_labels(self):
-        x, y = make_data()
-        model = make_model([SPEC("click"), SPEC("buy")])
-        model.compile("sgd")
-        y = {"click": y["click"], "buy": y["buy"]}
-        expected = model.evaluate(x, y, verbose=0)
-        pandas = Frame({**y, "other": y["click"] * 9})
-        for labels in (pandas, {name: v.tolist() for name, v in y.items()}):
-            np.testing.assert_allclose(
-                model.evaluate(x, labels, verbose=0), expected, rtol=1e-5
-            )
-        for run in (model.fit, model.evaluate, model.predict):
-            with self.assertRaisesRegex(ValueError, "`x` must be a dict of"):
-                run(Frame(x))
-
     @parameterized.parameters(*WEIGHTINGS)
     def test_task_without_labels_in_a_batch(self, weighting):
         x, y = make_data()
@@ -297,51 +255,6 @@ class MultiTaskModelTest(TestCase):
             }
             for key, value in expected.items():
                 np.testing.assert_allclose(logs[key], value, rtol=1e-4)
-
-    def test_data_of_other_kinds(self):
-        x, y = make_data()
-        batches = [
-            (
-                {k: v[i : i + 32] for k, v in x.items()},
-                {k: v[i : i + 32] for k, v in y.items()},
-            )
-            for i in range(0, 96, 32)
-        ]
-
-        class Batches(keras.utils.PyDataset):
-            def __len__(self):
-                return 3
-
-            def __getitem__(self, i):
-                return batches[i]
-
-        def generator():
-            while True:
-                yield from batches
-
-        kinds = {
-            "arrays": ((x, y), {"batch_size": 32, "shuffle": False}),
-            "generator": ((generator(),), {"steps_per_epoch": 3}),
-            "py_dataset": ((Batches(),), {"shuffle": False}),
-        }
-        try:
-            import tensorflow as tf
-        except ImportError:
-            pass
-        else:
-            dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(32)
-            kinds["tf_data"] = ((dataset,), {})
-        losses = {}
-        for kind, (data, kwargs) in kinds.items():
-            keras.utils.set_random_seed(0)
-            model = make_model()
-            model.compile("adam", task_weighting="uncertainty")
-            history = model.fit(*data, epochs=2, verbose=0, **kwargs).history
-            losses[kind] = history["loss"]
-        for kind in losses:
-            np.testing.assert_allclose(
-                losses[kind], losses["arrays"], rtol=1e-4, err_msg=kind
-            )
 
     def test_uncertainty_is_trained_and_forgotten(self):
         x, y = make_data()
@@ -658,13 +571,6 @@ class MultiTaskModelTest(TestCase):
         logs = model.fit(x, y["click"], verbose=0).history
         self.assertEqual(set(logs), {"loss", "click_loss", "click_auc"})
         self.assertEqual(model.predict(x, verbose=0)["click"].shape, (96, 1))
-
-    def test_columns_that_are_not_used_are_no_error(self):
-        x, y = make_data()
-        model = make_model(["click"])
-        model.compile("adam")
-        x = {**x, "user": np.arange(96)}
-        model.fit(x, y, verbose=0)
 
     def test_errors(self):
         x, y = make_data()

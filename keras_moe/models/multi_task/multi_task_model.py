@@ -36,9 +36,9 @@ class MultiTaskModel(keras.Model):
     **Missing labels.** An example whose label is NaN counts in neither loss nor
     metrics of the task. A task without any label in a batch adds 0 to the loss
     and has no gradient; what is logged for a task without a label in the whole
-    epoch is NaN. Of labels in NumPy arrays, `fit` and `evaluate` check that
-    there are any, and that they fit the type of their task; elsewhere one that
-    does not (`-1` of a binary task) makes the loss NaN, or PyTorch and
+    epoch is NaN. Of labels in NumPy arrays, `fit` checks that there are any,
+    and `fit` and `evaluate` that they fit the type of their task; elsewhere one
+    that does not (`-1` of a binary task) makes the loss NaN, or PyTorch and
     TensorFlow raise. Labels may be a pandas frame.
 
     **Sample spaces.** The label of a task with `sample_space` counts only in

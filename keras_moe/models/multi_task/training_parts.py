@@ -1,5 +1,7 @@
 import keras
 
+from keras_moe.models.multi_task.arguments import as_list
+
 
 class Value(keras.losses.Loss):
     """The prediction itself."""
@@ -18,9 +20,7 @@ class EndOfEpoch(keras.callbacks.Callback):
 def with_end_of_epoch(callbacks, model):
     """What `fit` was given, and before it, as it may save, `EndOfEpoch`."""
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        if not isinstance(callbacks, (list, tuple)):
-            callbacks = [] if callbacks is None else [callbacks]
-        return [EndOfEpoch(), *callbacks]
+        return [EndOfEpoch(), *as_list(callbacks)]
     # That of an earlier `fit` has it already.
     if not any(isinstance(c, EndOfEpoch) for c in callbacks.callbacks):
         first = EndOfEpoch()

@@ -13,7 +13,7 @@ def settings_of(model):
         "frozen_layers": [
             i for i, layer in enumerate(model.layers) if not layer.trainable
         ],
-        # Those of layers in layers too.
+        # Those of layers in layers too, whose own `trainable` is not kept.
         "frozen_weights": [
             i
             for i, weight in enumerate(_weights(model))

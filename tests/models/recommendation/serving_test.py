@@ -54,6 +54,12 @@ class ServingTest(TestCase):
         again = loaded.predict(x, verbose=0)
         for name, p in found.items():
             np.testing.assert_array_equal(p, again[name])
+        model(x)
+        served = dict_of(export(self, model)(x))
+        for name, p in served.items():
+            np.testing.assert_allclose(
+                keras.ops.convert_to_numpy(p), found[name], atol=1e-5
+            )
         size = os.path.getsize(path)
         with self.assertRaisesRegex(ValueError, "'m_mo_e.*' is quantized"):
             model.save(path)
