@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 import keras_moe
-from keras_moe.models.multi_task import assemble
+from keras_moe.recommendation.tasks import assemble
 
 BATCH = 1024
 EXPERT_UNITS, TOWER_UNITS = 16, 8

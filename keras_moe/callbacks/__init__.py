@@ -1,3 +1,5 @@
 """Callbacks for `fit`."""
 
-from keras_moe.callbacks.combine_logs import CombineLogs as CombineLogs
+from keras_moe.recommendation.tasks.combine_logs import (
+    CombineLogs as CombineLogs,
+)

@@ -1,6 +1,5 @@
 """Experts: Keras layers from rows grouped by expert to rows."""
 
-from keras_moe.experts.activations import Swish as Swish
 from keras_moe.experts.constant_experts import (
     ConstantExperts as ConstantExperts,
 )
@@ -11,5 +10,6 @@ from keras_moe.experts.layer_experts import LayerExperts as LayerExperts
 from keras_moe.experts.low_rank_experts import LowRankExperts as LowRankExperts
 from keras_moe.experts.mixed_experts import MixedExperts as MixedExperts
 from keras_moe.experts.mlp_experts import MLPExperts as MLPExperts
-from keras_moe.experts.named import get as get
+from keras_moe.experts.named_experts import get as get
 from keras_moe.experts.zero_experts import ZeroExperts as ZeroExperts
+from keras_moe.ops.activations import Swish as Swish

@@ -1,7 +1,7 @@
 import keras
 
+from keras_moe.experts.experts import PlainExperts
 from keras_moe.experts.grouped_rows import clear_rows_of_nobody
-from keras_moe.experts.plain_experts import PlainExperts
 
 
 @keras.saving.register_keras_serializable("keras_moe")

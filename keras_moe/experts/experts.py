@@ -2,9 +2,9 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.experts import per_expert
 from keras_moe.ops.grouped_matmul import check_implementation
 from keras_moe.ops.grouped_matmul import grouped_matmul
+from keras_moe.stacked import per_expert
 
 
 class Experts(keras.layers.Layer):
@@ -174,4 +174,19 @@ class Experts(keras.layers.Layer):
                 self.bias_constraint
             ),
             "implementation": self.implementation,
+        }
+
+
+class PlainExperts(Experts):
+    """Base of the banks that make no kernels: `num_experts` and no more."""
+
+    def __init__(self, num_experts, *, name=None, dtype=None, trainable=True):
+        super().__init__(
+            num_experts, name=name, dtype=dtype, trainable=trainable
+        )
+
+    def get_config(self):
+        return {
+            **keras.layers.Layer.get_config(self),
+            "num_experts": self.num_experts,
         }

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_moe.experts import activations
 from keras_moe.experts.experts import Experts
+from keras_moe.ops import activations
 from keras_moe.ops.fused_experts import fused_experts
 
 

@@ -2,9 +2,9 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.experts import layer_copies
 from keras_moe.experts import padded_rows
-from keras_moe.experts.plain_experts import PlainExperts
+from keras_moe.experts.experts import PlainExperts
+from keras_moe.stacked import layer_copies
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -1,9 +1,9 @@
 import keras
 from keras import ops
 
-from keras_moe.experts import per_expert
 from keras_moe.experts.glu_experts import GLUExperts
 from keras_moe.experts.grouped_rows import clear_rows_of_nobody
+from keras_moe.stacked import per_expert
 
 
 @keras.saving.register_keras_serializable("keras_moe")

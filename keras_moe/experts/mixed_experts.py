@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.experts.experts import PlainExperts
 from keras_moe.experts.grouped_rows import bounds
 from keras_moe.experts.grouped_rows import spread
-from keras_moe.experts.plain_experts import PlainExperts
 
 
 @keras.saving.register_keras_serializable("keras_moe")

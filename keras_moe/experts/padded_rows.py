@@ -7,10 +7,10 @@ is zero, and must count nowhere: not in the state of a layer, not in its losses.
 import keras
 from keras import ops
 
-from keras_moe.experts import layer_copies
 from keras_moe.experts.grouped_rows import bounds
 from keras_moe.experts.grouped_rows import spread
 from keras_moe.ops.sizes import as_number
+from keras_moe.stacked import layer_copies
 
 
 def to_buffers(rows, group_sizes, size):

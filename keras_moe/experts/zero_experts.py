@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.experts.plain_experts import PlainExperts
+from keras_moe.experts.experts import PlainExperts
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -20,7 +20,7 @@ from keras_moe.losses.load_loss import LoadLoss as LoadLoss
 from keras_moe.losses.mutual_information_loss import (
     MutualInformationLoss as MutualInformationLoss,
 )
-from keras_moe.losses.named import get as get
+from keras_moe.losses.named_losses import get as get
 from keras_moe.losses.orthogonality_regularizer import (
     OrthogonalityRegularizer as OrthogonalityRegularizer,
 )

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_int_up_to
 from keras_moe.losses.device_balance_loss import DeviceBalanceLoss
-from keras_moe.ops.checks import check_int_up_to
 from keras_moe.ops.masking import group_means
 
 

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_positive
+from keras_moe.checks import check_positive
 
 
 @keras.saving.register_keras_serializable("keras_moe")

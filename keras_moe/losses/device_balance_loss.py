@@ -1,10 +1,10 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_int
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import counts_by_expert
 from keras_moe.ops.assignments import expert_scores
-from keras_moe.ops.checks import check_int
 from keras_moe.ops.masking import group_means
 
 

@@ -1,12 +1,12 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_one_of
+from keras_moe.checks import is_int
+from keras_moe.checks import is_number
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.balance import entropy
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import is_int
-from keras_moe.ops.checks import is_number
 from keras_moe.ops.masking import group_means
 
 KINDS = ("token", "marginal")

@@ -1,12 +1,12 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_one_of
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import SCORES
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.assignments import sums_by_expert
 from keras_moe.ops.balance import squared_variation
-from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.masking import group_means
 
 

@@ -2,13 +2,13 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import check_one_of
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import ASSIGNMENTS
 from keras_moe.ops.assignments import SCORES
 from keras_moe.ops.assignments import assigned_experts
 from keras_moe.ops.assignments import counts_by_expert
 from keras_moe.ops.assignments import expert_scores
-from keras_moe.ops.checks import check_one_of
 from keras_moe.ops.masking import group_means
 from keras_moe.ops.masking import token_counts
 

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import is_int
+from keras_moe.checks import check_at_least
+from keras_moe.checks import is_int
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -1,4 +1,4 @@
-from keras_moe.ops.checks import check_at_least
+from keras_moe.checks import check_at_least
 
 
 class RoutingLoss:

@@ -29,8 +29,8 @@ from keras_moe.ops.grouped_matmul import (
 )
 from keras_moe.ops.groups import num_groups as num_groups
 from keras_moe.ops.groups import to_groups as to_groups
-from keras_moe.ops.load import expected_load as expected_load
 from keras_moe.ops.masking import masked_mean as masked_mean
+from keras_moe.ops.noise import expected_load as expected_load
 from keras_moe.ops.routing import Routing as Routing
 from keras_moe.ops.routing import expert_counts as expert_counts
 from keras_moe.ops.scores import normalize_weights as normalize_weights

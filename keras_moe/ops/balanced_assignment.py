@@ -10,10 +10,10 @@ best with its loads (successive shortest paths), until these are equal.
 
 from keras import ops
 
-from keras_moe.ops.chains import LOWEST
-from keras_moe.ops.chains import TIE
-from keras_moe.ops.chains import holds
-from keras_moe.ops.chains import move_along_best_chain
+from keras_moe.ops.assignment_chains import LOWEST
+from keras_moe.ops.assignment_chains import TIE
+from keras_moe.ops.assignment_chains import holds
+from keras_moe.ops.assignment_chains import move_along_best_chain
 
 _PRICE_STEPS = 40
 

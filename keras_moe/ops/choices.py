@@ -1,6 +1,6 @@
 from keras import ops
 
-from keras_moe.ops.checks import is_int
+from keras_moe.checks import is_int
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 

@@ -1,5 +1,10 @@
+import math
+
 import keras
 from keras import ops
+
+from keras_moe.ops.selection import take_chosen
+from keras_moe.ops.selection import top_k_indices
 
 
 def gumbel(shape, dtype, seed):
@@ -20,3 +25,87 @@ def gumbel(shape, dtype, seed):
     # Neither end of (0, 1) has a finite logarithm of its logarithm.
     draws = ops.clip(draws, 1e-20, 1 - 2**-24)
     return -ops.log(-ops.log(draws))
+
+
+THRESHOLDS = ("exact", "shared")
+
+
+def expected_load(
+    clean_logits, noisy_logits, noise_stddev, top_k, threshold="exact"
+):
+    """Probability of each expert to be chosen if its noise were drawn anew.
+
+    ```
+    noisy_logits = clean_logits + noise_stddev * normal
+    load         = normal_cdf((clean_logits - thresholds) / noise_stddev)
+    ```
+
+    The threshold of an expert is what it must exceed to be among the `top_k`.
+    Summed over the tokens this is a load that, unlike the counts, has a
+    gradient, through logits, threshold and standard deviation.
+
+    Where the standard deviation is 0 (at most `1e-10`), nothing depends on a
+    draw: the load is 1 for the chosen experts and 0 for the others, without a
+    gradient. With `top_k = E` it is 1 everywhere.
+
+    Args:
+        clean_logits: `(T, E)`.
+        noisy_logits: `(T, E)`. What the experts were chosen by.
+        noise_stddev: `(T, E)`, or a float.
+        top_k: int, at most `E`.
+        threshold: `"exact"`: the `top_k`-th largest noisy logit of the other
+            experts (Shazeer et al.), the sum over the experts of a token is
+            `top_k` on average. `"shared"`: the `top_k`-th largest of all (V-MoE
+            and Tutel), which asks more of the chosen experts.
+
+    Returns:
+        `(T, E)`, float32, or float64 if the logits are.
+
+    Example:
+
+    >>> logits = keras.ops.array([[2.0, 1.0]])
+    >>> load = keras_moe.ops.expected_load(logits, logits, 1.0, top_k=1)
+    >>> [round(float(p), 3) for p in load[0]]
+    [0.841, 0.159]
+
+    Reference:
+
+    - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equations 8 to
+      10
+    - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A
+    """
+    if threshold not in THRESHOLDS:
+        raise ValueError(
+            f"`threshold` must be one of {THRESHOLDS}. "
+            f"Received: threshold={threshold!r}"
+        )
+    num_experts = clean_logits.shape[-1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            "`top_k` must be between 1 and the number of experts. "
+            f"Received: top_k={top_k}, num_experts={num_experts}"
+        )
+    dtype = keras.backend.standardize_dtype(clean_logits.dtype)
+    dtype = dtype if dtype == "float64" else "float32"
+    clean_logits = ops.cast(clean_logits, dtype)
+    noisy_logits = ops.cast(noisy_logits, dtype)
+    if top_k == num_experts:
+        return ops.ones_like(clean_logits)
+    best = top_k_indices(noisy_logits, top_k + 1)  # (T, K + 1)
+    values = take_chosen(noisy_logits, best)
+    chosen = ops.any(
+        ops.expand_dims(best[:, :top_k], -1)
+        == ops.arange(num_experts, dtype="int32"),
+        axis=1,
+    )  # (T, E)
+    thresholds = values[:, top_k - 1 : top_k]
+    if threshold == "exact":
+        thresholds = ops.where(chosen, values[:, top_k:], thresholds)
+    stddev = ops.cast(noise_stddev, dtype) + ops.zeros_like(clean_logits)
+    # Below, the division would overflow in the gradient.
+    noisy = stddev > 1e-10
+    stddev = ops.where(noisy, stddev, ops.ones_like(stddev))
+    # Beyond 10 the probability is 0 or 1 in float32.
+    margin = ops.clip((clean_logits - thresholds) / stddev, -10.0, 10.0)
+    load = 0.5 * (1 + ops.erf(margin * math.sqrt(0.5)))
+    return ops.where(noisy, load, ops.cast(chosen, dtype))

@@ -3,7 +3,7 @@ import math
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_int
+from keras_moe.checks import check_int
 
 # Stands for minus infinity, where that would make NaN of a difference.
 LOWEST = -1e30

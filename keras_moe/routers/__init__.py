@@ -17,7 +17,7 @@ from keras_moe.routers.hierarchical_router import (
 from keras_moe.routers.linear_router import LinearRouter as LinearRouter
 from keras_moe.routers.mlp_router import MLPRouter as MLPRouter
 from keras_moe.routers.mlp_router import StatefulRouting as StatefulRouting
-from keras_moe.routers.named import get as get
+from keras_moe.routers.named_routers import get as get
 from keras_moe.routers.noisy_top_k_router import NoisyRouting as NoisyRouting
 from keras_moe.routers.noisy_top_k_router import (
     NoisyTopKRouter as NoisyTopKRouter,

@@ -3,8 +3,8 @@ import math
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_positive
+from keras_moe.checks import check_int
+from keras_moe.checks import check_positive
 from keras_moe.ops.masking import zero_masked
 from keras_moe.routers.top_k_router import TopKRouter
 

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_one_of
+from keras_moe.checks import check_one_of
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import score
 from keras_moe.routers.linear_router import LinearRouter

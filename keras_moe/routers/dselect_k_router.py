@@ -2,15 +2,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_positive
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_positive
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.masking import masked_mean
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
-from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.router import Router
 
 

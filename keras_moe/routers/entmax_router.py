@@ -1,6 +1,6 @@
 import keras
 
-from keras_moe.ops.checks import is_number
+from keras_moe.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import positive_choices

@@ -1,21 +1,21 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
 from keras_moe.ops.capacity import expert_capacity
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import check_positive
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import group_size
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
 from keras_moe.ops.masking import zero_masked
-from keras_moe.ops.ranking import descending_ranks
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import score
+from keras_moe.ops.selection import descending_ranks
 from keras_moe.routers.linear_router import LinearRouter
 
 

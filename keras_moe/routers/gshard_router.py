@@ -2,8 +2,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import is_number
+from keras_moe.checks import check_one_of
+from keras_moe.checks import is_number
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.scores import rankable
 from keras_moe.ops.selection import top_k_indices

@@ -2,17 +2,17 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_number
-from keras_moe.ops.checks import check_one_of
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_number
+from keras_moe.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
-from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.hash_table import balanced_table
 from keras_moe.routers.hash_table import checked_table
 from keras_moe.routers.linear_router import LinearRouter

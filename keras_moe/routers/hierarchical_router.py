@@ -1,9 +1,9 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_int_up_to
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_int_up_to
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized

@@ -1,9 +1,9 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_positive
-from keras_moe.ops.checks import check_rate
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_positive
+from keras_moe.checks import check_rate
 from keras_moe.routers.router import Router
 
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import is_int
-from keras_moe.ops.checks import is_number
-from keras_moe.ops.load import expected_load
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_one_of
+from keras_moe.checks import is_int
+from keras_moe.checks import is_number
+from keras_moe.ops.noise import expected_load
 from keras_moe.routers.top_k_router import TopKRouter
 
 

@@ -1,10 +1,10 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_one_of
+from keras_moe.checks import check_one_of
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.router import Router
 
 KINDS = ("uniform", "round_robin")

@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import is_number
+from keras_moe.checks import check_at_least
+from keras_moe.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.masking import zero_masked

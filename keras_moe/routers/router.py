@@ -1,6 +1,6 @@
 import keras
 
-from keras_moe.ops.checks import check_int
+from keras_moe.checks import check_int
 
 
 class Router(keras.layers.Layer):

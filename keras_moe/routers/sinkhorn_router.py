@@ -1,8 +1,8 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_one_of
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
 from keras_moe.ops.groups import num_groups
@@ -14,7 +14,7 @@ from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.ops.sinkhorn import sinkhorn
-from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.linear_router import LinearRouter
 
 

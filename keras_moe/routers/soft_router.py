@@ -4,10 +4,10 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import check_positive
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.scores import softmax
 from keras_moe.routers.router import Router

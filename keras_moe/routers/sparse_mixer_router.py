@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
+from keras_moe.checks import check_at_least
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
@@ -9,7 +9,7 @@ from keras_moe.ops.scores import rankable
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_top_k
+from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.linear_router import LinearRouter
 
 

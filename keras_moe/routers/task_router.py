@@ -3,8 +3,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_one_of
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import score

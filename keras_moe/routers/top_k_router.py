@@ -1,13 +1,13 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import check_at_least
-from keras_moe.ops.checks import check_int
-from keras_moe.ops.checks import check_number
-from keras_moe.ops.checks import check_one_of
-from keras_moe.ops.checks import check_positive
-from keras_moe.ops.checks import check_rate
-from keras_moe.ops.checks import is_int
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_number
+from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
+from keras_moe.checks import check_rate
+from keras_moe.checks import is_int
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
@@ -16,7 +16,7 @@ from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.checks import check_groups
+from keras_moe.routers.choice_arguments import check_groups
 from keras_moe.routers.expert_bias import BIAS_KINDS
 from keras_moe.routers.expert_bias import add_expert_bias
 from keras_moe.routers.expert_bias import update_expert_bias

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.ops.checks import is_number
+from keras_moe.checks import is_number
 from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import existing_choices

@@ -15,9 +15,9 @@ import keras_moe
 from keras_moe.losses import ImportanceLoss
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import LoadLoss
-from keras_moe.ops import load as load_module
+from keras_moe.ops import noise_load as load_module
 from keras_moe.ops.balance import squared_variation
-from keras_moe.ops.load import expected_load
+from keras_moe.ops.noise import expected_load
 from tests import token_loop
 from tests.losses import loops
 from tests.losses.cases import LoadRouting

@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe.layers import EPNet
 from keras_moe.layers import GateNU
 from keras_moe.layers import PPNet
-from keras_moe.layers.star_dense import of_domain
+from keras_moe.recommendation.layers.star_dense import of_domain
 from tests.recommendation_cases.recorded import EPSILON
 
 GATES = ("dense_layers", "network.0", "gate_nu", "gate_nus")

@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe.layers import BalancedExperts
 from keras_moe.layers import PartitionedNormalization
 from keras_moe.layers import STARDense
-from keras_moe.layers.star_dense import of_domain
+from keras_moe.recommendation.layers.star_dense import of_domain
 from tests.recommendation_cases.recorded import EPSILON
 
 

@@ -6,7 +6,7 @@ from absl.testing import parameterized
 from keras_moe import routers
 from keras_moe.experts import GLUExperts
 from keras_moe.layers import MoE
-from keras_moe.routers import named
+from keras_moe.routers import named_routers as named
 from tests.test_case import TestCase
 
 NUMBERS = {

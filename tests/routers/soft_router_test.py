@@ -7,7 +7,7 @@ import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
-from keras_moe.layers.moe import MoE
+from keras_moe.moe.moe import MoE
 from keras_moe.routers.soft_router import SoftRouter
 from tests.test_case import TestCase
 from tests.token_loop import softmax

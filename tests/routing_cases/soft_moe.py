@@ -1,6 +1,6 @@
 """Soft MoE as vmoe and soft-moe-pytorch have it, through public arguments."""
 
-from keras_moe.layers.soft_moe import SoftMoE
+from keras_moe.moe.soft_moe import SoftMoE
 from keras_moe.routers.soft_router import SoftRouter
 from tests.routing_cases.cases import LinearExperts
 from tests.routing_cases.cases import recorded_draws

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from tests import token_loop
-from tests.layers.soft_moe_test import soft_moe
+from tests.moe.soft_moe_test import soft_moe
 from tests.routing_cases.cases import LinearExperts
 from tests.routing_cases.soft_moe import draws_of
 from tests.routing_cases.soft_moe import is_vmoe

@@ -1,0 +1,112 @@
+"""Checks of arguments that routers and losses have in common."""
+
+import math
+import numbers
+
+
+def is_int(value):
+    """Whether it is an int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value):
+    """Whether it is a finite real number; a bool is none."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)
+
+
+def check_int(name, value, minimum):
+    if not is_int(value) or value < minimum:
+        raise ValueError(
+            f"`{name}` must be an int of at least {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_several(name, value):
+    """Raises if it is no collection; a string is none of its letters."""
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ValueError(
+            f"`{name}` must be a sequence. Received: {name}={value!r}"
+        )
+
+
+def ints_of(name, value, length, minimum=0):
+    """A list of ints, from one for all or one for each."""
+    several = [value] * length if is_int(value) else value
+    if (
+        not isinstance(several, (list, tuple))
+        or len(several) != length
+        or not all(is_int(number) and number >= minimum for number in several)
+    ):
+        raise ValueError(
+            f"`{name}` must be an int of at least {minimum}, or a list of "
+            f"{length} such. Received: {name}={value!r}"
+        )
+    return list(several)
+
+
+def as_units(name, units, minimum=1):
+    """A tuple of widths, at least `minimum` of them, from one or several."""
+    given = units
+    units = (units,) if is_int(units) else units
+    if (
+        not isinstance(units, (list, tuple))
+        or len(units) < minimum
+        or not all(is_int(width) and width >= 1 for width in units)
+    ):
+        raise ValueError(
+            f"`{name}` must be a positive int or a list of at least {minimum} "
+            f"such. Received: {name}={given!r}"
+        )
+    return tuple(units)
+
+
+def check_int_up_to(name, value, limit_name, limit):
+    """Raises unless it is an int from 1 to another argument."""
+    if not is_int(value) or not 1 <= value <= limit:
+        raise ValueError(
+            f"`{name}` must be an int between 1 and `{limit_name}`. "
+            f"Received: {name}={value!r}, {limit_name}={limit}"
+        )
+
+
+def check_number(name, value):
+    if not is_number(value):
+        raise ValueError(
+            f"`{name}` must be a finite number. Received: {name}={value!r}"
+        )
+
+
+def check_at_least(name, value, minimum):
+    if not is_number(value) or value < minimum:
+        raise ValueError(
+            f"`{name}` must be a finite number of at least {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_positive(name, value):
+    if not is_number(value) or value <= 0:
+        raise ValueError(
+            f"`{name}` must be positive and finite. Received: {name}={value!r}"
+        )
+
+
+def check_rate(name, value):
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a number of at least 0 and below 1. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_one_of(name, value, known):
+    # `True` equals 1, but is not meant by it.
+    is_bool = isinstance(value, bool)
+    if not any(
+        value == k and (isinstance(k, bool) or not is_bool) for k in known
+    ):
+        raise ValueError(
+            f"`{name}` must be one of {known}. Received: {name}={value!r}"
+        )

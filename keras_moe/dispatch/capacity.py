@@ -1,0 +1,149 @@
+import math
+
+import keras
+
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
+from keras_moe.ops.capacity import CAPACITY_RULES
+from keras_moe.ops.capacity import expert_capacity
+from keras_moe.ops.dispatch_plan import DROP_POLICIES
+from keras_moe.ops.groups import check_per
+from keras_moe.ops.groups import group_size
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class Capacity:
+    """How many rows each expert takes, and who is dropped beyond that.
+
+    A dropped choice gives zero; the residual connection around the layer
+    carries the token.
+
+    Args:
+        capacity_factor: float, or `None` to drop nothing. The capacity as a
+            multiple of the experts' fair share. Defaults to `None`.
+        eval_capacity_factor: float, or `None`. The same in inference, infinity
+            to drop nothing. `None` is `capacity_factor`. Defaults to `None`.
+        rule: How the factor becomes a whole number of rows; the table is in
+            `keras_moe.ops.expert_capacity`. Defaults to `"ceil"`.
+        multiple_of: int. The capacity is raised to a multiple of it. Defaults
+            to `1`.
+        size: int, or `None`. The capacity itself, in the place of the factors.
+            Defaults to `None`.
+        drop_policy: Who stays when an expert has more choices than room.
+            - `"position"`: first choices before second ones and so on, among
+              them earlier tokens first (GShard, Switch, V-MoE).
+            - `"token"`: earlier tokens first, with all their choices
+              (MegaBlocks, MaxText). Alone among these with `top_k > 1` it
+              keeps a causal model causal.
+            - `"priority"`: as `"position"`, but tokens with the largest
+              probability first (V-MoE's batch prioritized routing).
+            - `"weight"`: the largest expert weights (Megatron's `probs`).
+            - `"random"`: in training in random order, otherwise `"position"`
+              (DeepSpeed's random token selection).
+            Defaults to `"position"`.
+        per: `"batch"` counts over all tokens of the batch, `"sequence"` within
+            each sequence, an int within groups of as many sequences, the last
+            of which may be smaller. Defaults to `"batch"`.
+        normalize_kept_weights: bool. Whether the weights of what is kept of a
+            token are divided by their sum, so that the survivor of two choices
+            gets weight 1 (GShard's later implementations). Defaults to
+            `False`: what is dropped is missing.
+        seed: int, or `None`. Seed of the policy `"random"`. Defaults to `None`.
+
+    Raises:
+        ValueError: If an argument is out of range, or `size` comes with a
+            factor.
+
+    Example:
+
+    >>> capacity = keras_moe.layers.Capacity(1.0, drop_policy="priority")
+    >>> capacity.of(num_tokens=64, num_experts=8, top_k=2, training=True)
+    16
+
+    Reference:
+
+    - [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1
+    - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 4
+    """
+
+    def __init__(
+        self,
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        rule="ceil",
+        multiple_of=1,
+        size=None,
+        drop_policy="position",
+        per="batch",
+        normalize_kept_weights=False,
+        seed=None,
+    ):
+        for name, factor in (
+            ("capacity_factor", capacity_factor),
+            ("eval_capacity_factor", eval_capacity_factor),
+        ):
+            # Infinity drops nothing.
+            if factor not in (None, math.inf):
+                check_positive(name, factor)
+        check_int("multiple_of", multiple_of, minimum=1)
+        if size is not None:
+            check_int("size", size, minimum=1)
+        if size is not None and (capacity_factor or eval_capacity_factor):
+            raise ValueError(
+                "`size` stands in the place of the capacity factors. Received: "
+                f"size={size}, capacity_factor={capacity_factor}, "
+                f"eval_capacity_factor={eval_capacity_factor}"
+            )
+        check_one_of("rule", rule, CAPACITY_RULES)
+        check_one_of("drop_policy", drop_policy, DROP_POLICIES)
+        check_per(per)
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.rule = rule
+        self.multiple_of = multiple_of
+        self.size = size
+        self.drop_policy = drop_policy
+        self.per = per
+        self.normalize_kept_weights = normalize_kept_weights
+        self.seed = seed
+
+    @property
+    def drops(self):
+        """Whether there is any limit at all."""
+        return any((self.capacity_factor, self.eval_capacity_factor, self.size))
+
+    def of(self, num_tokens, num_experts, top_k, training):
+        """Rows an expert takes of a group of tokens, or `None` for no limit."""
+        if self.size is not None:
+            return self.size
+        factor = self.capacity_factor
+        if not training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        return expert_capacity(
+            num_tokens, num_experts, top_k, factor, self.rule, self.multiple_of
+        )
+
+    def group_size(self, num_tokens, num_sequences):
+        """Number of tokens that are counted together."""
+        if self.per == "batch":
+            return num_tokens
+        length = group_size(num_tokens, num_sequences)
+        return length if self.per == "sequence" else self.per * length
+
+    def get_config(self):
+        return {
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "rule": self.rule,
+            "multiple_of": self.multiple_of,
+            "size": self.size,
+            "drop_policy": self.drop_policy,
+            "per": self.per,
+            "normalize_kept_weights": self.normalize_kept_weights,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)

@@ -1,0 +1,1 @@
+"""Layers that join routers, dispatch, experts and losses."""

@@ -1,0 +1,247 @@
+import math
+
+import keras
+from keras import ops
+
+from keras_moe import experts as experts_lib
+from keras_moe.moe.part_arguments import agreed_num_experts
+from keras_moe.moe.part_arguments import check_intermediate_dim
+from keras_moe.moe.part_arguments import default_name
+from keras_moe.moe.part_arguments import num_experts_of
+from keras_moe.moe.part_arguments import resolve_part
+from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.moe.tokens import flatten_mask
+from keras_moe.routers.soft_router import SoftRouter
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class SoftMoE(keras.layers.Layer):
+    """A mixture of experts that mixes tokens instead of choosing experts.
+
+    It stands in the place of a feed-forward block, and all of it has gradients.
+
+    ```
+    dispatch, combine = router(tokens of an example)
+    slots[e, p] = sum over l of dispatch[l, e, p] * tokens[l]
+    y[l]        = sum over e, p of combine[l, e, p] * experts[e](slots[e, p])
+    ```
+
+    Each expert computes `slots_per_expert` rows for each example, whatever the
+    number of tokens: the cost is that of `num_experts * slots_per_expert`
+    tokens an example. No token is dropped, no expert starves and no balancing
+    loss is needed. The choice of the paper is about as many slots as tokens.
+
+    Each output depends on all tokens of its example, later ones among them: it
+    is for vision and for encoders, not for a model that predicts the next
+    token. The examples of a batch do not touch each other.
+
+    Masked tokens give zero, and change nothing for the others.
+
+    Args:
+        num_experts: int. Number of experts. Required unless `router` or
+            `experts` is an object.
+        intermediate_dim: int. Width of each expert's hidden layer. Required if
+            `experts` is a name.
+        slots_per_expert: int. Slots of each expert for an example, if `router`
+            is a name. Defaults to `1`.
+        activation: Activation of the experts, if `experts` is a name. Defaults
+            to what the experts have by default, `"silu"` for `"glu"`.
+        router: `"soft"` or a `keras_moe.routers.SoftRouter`. Defaults to
+            `"soft"`.
+        experts: `"glu"`, `"mlp"` or a layer with `num_experts` that is called
+            as `experts(rows, group_sizes)`; its rows may be wider or narrower
+            than the tokens. Defaults to `"glu"`.
+        causal: bool. Whether an output may depend on earlier tokens alone.
+            `True` is refused, as the layer cannot do it, unless the router has
+            `allow_lookahead=True`. Defaults to `False`.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, ..., dim)`. All positions of an example
+            are its tokens.
+        mask: Boolean tensor of shape `(batch, ...)`, or of its first axes.
+            `False` tokens are masked.
+        training: bool. Whether to apply noise and dropout.
+
+    Input shape:
+        `(batch, ..., dim)`, of rank 3 or more.
+
+    Output shape:
+        Same as the input, with the width of the experts' rows as the last axis.
+
+    Raises:
+        ValueError: If arguments are out of range or do not fit together.
+
+    Example:
+
+    >>> layer = keras_moe.layers.SoftMoE(num_experts=8, intermediate_dim=32)
+    >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+    (2, 5, 16)
+
+    Reference:
+
+    - [Puigcerver et al., 2023](https://arxiv.org/abs/2308.00951), section 2
+    """
+
+    def __init__(
+        self,
+        num_experts=None,
+        intermediate_dim=None,
+        slots_per_expert=None,
+        activation=None,
+        router="soft",
+        experts="glu",
+        causal=False,
+        *,
+        name=None,
+        **kwargs,
+    ):
+        super().__init__(name=name or default_name("soft_moe"), **kwargs)
+        num_experts = num_experts_of(num_experts, router, experts)
+        self.router = resolve_part(
+            _get_router,
+            "router",
+            router,
+            {
+                "num_experts": num_experts,
+                "name": "router",
+                "dtype": self.dtype_policy,
+            },
+            {"slots_per_expert": slots_per_expert},
+        )
+        if not isinstance(self.router, SoftRouter):
+            raise ValueError(
+                "`router` must be 'soft' or a SoftRouter. "
+                f"Received: router={router!r}"
+            )
+        check_intermediate_dim(intermediate_dim, experts)
+        self.experts = resolve_part(
+            experts_lib.get,
+            "experts",
+            experts,
+            {
+                "num_experts": num_experts,
+                "name": "experts",
+                "dtype": self.dtype_policy,
+            },
+            {"intermediate_dim": intermediate_dim, "activation": activation},
+        )
+        self.num_experts = agreed_num_experts(
+            num_experts, self.router, self.experts
+        )
+        if causal and not self.router.allow_lookahead:
+            raise ValueError(
+                "SoftMoE cannot be causal: its slots mix all tokens of an "
+                "example, so that each output depends on later tokens. Use "
+                "`keras_moe.layers.MoE`, or, where only whole sequences are "
+                "scored, a SoftRouter with `allow_lookahead=True`. "
+                f"Received: causal={causal}"
+            )
+        self.causal = causal
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if len(input_shape) < 3 or input_shape[-1] is None:
+            raise ValueError(
+                "The input of SoftMoE must be of shape (batch, ..., dim), of "
+                "rank 3 or more, with a static dim. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
+        dim = input_shape[-1]
+        self.input_spec = keras.layers.InputSpec(min_ndim=3, axes={-1: dim})
+        if not self.router.built:
+            self.router.build((None, None, dim))
+        if not self.experts.built:
+            self.experts.build((None, dim))
+
+    def call(self, inputs, mask=None, training=None):
+        routing = self._route(inputs, mask, training)
+        # In the router's float32, the products as well as the sums.
+        slots = ops.einsum(
+            "blep,bld->ebpd", routing.dispatch_weights, routing.inputs
+        )
+        num_experts, batch, num_slots, dim = ops.shape(slots)
+        rows = self.experts(
+            ops.reshape(
+                ops.cast(slots, self.compute_dtype),
+                (num_experts * batch * num_slots, dim),
+            ),
+            ops.zeros((num_experts,), "int32") + batch * num_slots,
+            training=training,
+        )
+        width = rows.shape[-1]
+        if width != self._width(dim):
+            raise ValueError(
+                "`experts` must return rows of the width that its "
+                f"`compute_output_shape` says. Received width {width}, said "
+                f"{self._width(dim)}"
+            )
+        outputs = ops.einsum(
+            "blep,ebpd->bld",
+            routing.combine_weights,
+            ops.reshape(
+                ops.cast(rows, routing.combine_weights.dtype),
+                (num_experts, batch, num_slots, width),
+            ),
+        )
+        return ops.reshape(
+            ops.cast(outputs, self.compute_dtype),
+            (*ops.shape(inputs)[:-1], width),
+        )
+
+    def route(self, inputs, mask=None, training=False):
+        """The weights with which the layer mixes the given inputs.
+
+        Args:
+            inputs: Tensor of shape `(batch, ..., dim)`.
+            mask: Boolean tensor of shape `(batch, ...)`, or `None`.
+            training: bool. Whether the router applies noise.
+
+        Returns:
+            A `keras_moe.routers.SoftRouting`, whose `L` tokens are the
+            positions of an example in the order of
+            `reshape(inputs, (batch, -1, dim))`.
+        """
+        inputs = ops.convert_to_tensor(inputs)
+        if not self.built:
+            self.build(inputs.shape)
+        return self._route(inputs, mask, training)
+
+    def _route(self, inputs, mask, training):
+        inputs = ops.cast(inputs, self.compute_dtype)
+        *positions, dim = ops.shape(inputs)
+        flat = (positions[0], math.prod(positions[1:]))  # (B, L)
+        if mask is not None:
+            mask = ops.reshape(flatten_mask(mask, positions), flat)
+        tokens = ops.reshape(inputs, (*flat, dim))
+        return self.router(tokens, mask=mask, training=training)
+
+    def _width(self, dim):
+        try:
+            return self.experts.compute_output_shape((None, dim))[-1]
+        except NotImplementedError:  # It does not say: as wide as they came.
+            return dim
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self._width(input_shape[-1]))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "router": serialize_part(self.router),
+            "experts": serialize_part(self.experts),
+            "causal": self.causal,
+        }
+
+
+def _get_router(identifier, **kwargs):
+    if isinstance(identifier, str):
+        if identifier != "soft":
+            raise ValueError(
+                "`router` must be 'soft' or a SoftRouter. "
+                f"Received: router={identifier!r}"
+            )
+        return SoftRouter(**kwargs)
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    return identifier

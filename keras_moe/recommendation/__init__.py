@@ -1,0 +1,1 @@
+"""The wing of recommendation: features, gates, tasks, models and metrics."""

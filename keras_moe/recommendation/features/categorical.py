@@ -1,0 +1,261 @@
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.checks import check_int
+from keras_moe.checks import check_several
+from keras_moe.recommendation.features.columns import plain
+from keras_moe.recommendation.features.feature import Feature
+from keras_moe.recommendation.features.hashing import hashed_ids
+
+# Ids of what is no id.
+MISSING = -1
+UNKNOWN = -2
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class Categorical(Feature):
+    """One of many values: a user, a country, a kind of device.
+
+    The model takes ids: `0` to `num_ids - 1`, `-1` for a missing value, and
+    `-2`, or any other number of int32, for an unknown one. Each of these has a
+    vector of its own in the table: missing in row `0`, unknown in row `1`, and
+    the id `i` in row `i + 2`. So an id out of range means "unknown" where
+    nobody looks (`tf.data`, generators, compiled steps); in NumPy arrays given
+    to `fit`, `evaluate`, `predict` or `encode` it is an error. What is beyond
+    int32 is cut to it by the frameworks: hash such ids first.
+
+    With a `vocabulary`, `encode` makes ids of strings or other values: the
+    position in it, `-2` for what is not in it. That is done with the data, in
+    NumPy: no string enters the model.
+
+    With `num_hash_buckets`, `encode` gives each value an id by hashing it,
+    without a list of values: for very many values, or such as nobody has seen
+    yet. No value is then unknown, and some share an id. Values have the same
+    ids in every process; `3` and `3.0` are one value, `"3"` is another.
+
+    The vectors of missing and unknown values are learned like others: from
+    training data that has such values, as when `max_vocabulary` or `min_count`
+    leave out the rare ones. Where it has none, they stay as they began.
+
+    Args:
+        name: str. Name of the feature.
+        vocabulary: Sequence of strings or numbers. Defaults to `None`: the ids
+            are in the data, or the vocabulary is learned by `adapt`.
+        num_ids: int. Number of ids, if there is no vocabulary. Defaults to
+            `None`.
+        embedding_dim: int. Width of the vectors. Defaults to `None`, that of
+            the `FeatureEmbedding`.
+        table: str. Name of the table of vectors; features of the same table
+            share it. Defaults to `None`, a table of its own.
+        max_vocabulary: int. How many values a learned vocabulary may have; the
+            most frequent are kept. Defaults to `None`, all.
+        min_count: int. How often a value must occur to be in a learned
+            vocabulary. Defaults to `1`.
+        num_hash_buckets: int. Number of ids that values are hashed to, instead
+            of a vocabulary or `num_ids`. Defaults to `None`, no hashing.
+
+    Raises:
+        ValueError: If arguments are out of range or do not fit together.
+
+    Example:
+
+    >>> country = keras_moe.layers.Categorical("country", ["fr", "it", "es"])
+    >>> layer = keras_moe.layers.FeatureEmbedding([country], embedding_dim=4)
+    >>> layer.encode({"country": ["it", None, "at"]})["country"].tolist()
+    [1, -1, -2]
+    """
+
+    input_dtype = "int32"
+
+    def __init__(
+        self,
+        name,
+        vocabulary=None,
+        num_ids=None,
+        embedding_dim=None,
+        table=None,
+        max_vocabulary=None,
+        min_count=1,
+        num_hash_buckets=None,
+    ):
+        super().__init__(name)
+        if vocabulary is not None and num_ids is not None:
+            raise ValueError(
+                "`num_ids` is the size of the vocabulary where there is one. "
+                f"Received both, for feature {name!r}: num_ids={num_ids}"
+            )
+        if num_ids is not None:
+            check_int("num_ids", num_ids, 1)
+        if num_hash_buckets is not None:
+            check_int("num_hash_buckets", num_hash_buckets, 1)
+            if vocabulary is not None or num_ids is not None:
+                raise ValueError(
+                    "With `num_hash_buckets` there is neither a `vocabulary` "
+                    f"nor `num_ids`. Received, for feature {name!r}: "
+                    f"num_hash_buckets={num_hash_buckets}, "
+                    f"vocabulary={vocabulary!r}, num_ids={num_ids!r}"
+                )
+        if embedding_dim is not None:
+            check_int("embedding_dim", embedding_dim, 1)
+        if max_vocabulary is not None:
+            check_int("max_vocabulary", max_vocabulary, 1)
+        check_int("min_count", min_count, 1)
+        self.embedding_dim = embedding_dim
+        self.table = table or name
+        self.max_vocabulary = max_vocabulary
+        self.min_count = min_count
+        self.num_hash_buckets = num_hash_buckets
+        self._given_num_ids = num_ids
+        self.vocabulary = None
+        if vocabulary is not None:
+            check_several("vocabulary", vocabulary)
+            self._set_vocabulary(vocabulary)
+
+    def _set_vocabulary(self, vocabulary):
+        self.vocabulary = [plain(value) for value in vocabulary]
+        for value in self.vocabulary:
+            if not isinstance(value, (str, int, float)):
+                raise ValueError(
+                    f"The values of feature {self.name!r} must be strings or "
+                    "numbers, to be saved. Make strings of others. Received: "
+                    f"{value!r}"
+                )
+        self._ids = {value: i for i, value in enumerate(self.vocabulary)}
+        if not self._ids or len(self._ids) < len(self.vocabulary):
+            raise ValueError(
+                f"The vocabulary of feature {self.name!r} must have entries, "
+                f"and none twice. Received: {len(self.vocabulary)} entries, "
+                f"{len(self._ids)} different"
+            )
+
+    @property
+    def num_ids(self):
+        if self.vocabulary is not None:
+            return len(self.vocabulary)
+        return self.num_hash_buckets or self._given_num_ids
+
+    @property
+    def lacks(self):
+        return "a `vocabulary` or `num_ids`" if self.num_ids is None else None
+
+    def take_ids_of(self, other):
+        """Takes the vocabulary, or the number of ids, of another feature."""
+        if other.vocabulary is not None:
+            self._set_vocabulary(other.vocabulary)
+        self.num_hash_buckets = other.num_hash_buckets
+        self._given_num_ids = other._given_num_ids
+
+    def statistics(self):
+        return Counts() if self.num_ids is None else None
+
+    def adapt(self, statistics):
+        # By frequency; ties in the order of their names, not of the data.
+        counts = sorted(
+            statistics.counts.items(), key=lambda item: (-item[1], str(item[0]))
+        )
+        kept = [value for value, count in counts if count >= self.min_count]
+        if not kept:
+            raise ValueError(
+                f"No value of feature {self.name!r} occurs at least "
+                f"{self.min_count} times."
+            )
+        self._set_vocabulary(kept[: self.max_vocabulary])
+
+    def encode(self, values, missing):
+        ids = np.full(values.shape, MISSING, "int32")
+        known = ~missing
+        ids[known] = self.ids_of(values[known])
+        return ids
+
+    def ids_of(self, values):
+        """The ids of an array of values, none of them missing."""
+        if self.num_hash_buckets is not None:
+            return hashed_ids(values, self.num_hash_buckets)
+        if self.vocabulary is not None:
+            ids = [self._ids.get(v, UNKNOWN) for v in map(plain, values)]
+            if ids and max(ids) == UNKNOWN:
+                self._check_kind(values)
+            return ids
+        try:
+            numbers = values.astype("float64")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Feature {self.name!r} has no vocabulary: it must be made of "
+                f"ids. Received: dtype={values.dtype}, such as {values[0]!r}"
+            ) from error
+        self._check_ids(numbers)
+        return numbers.astype("int32")
+
+    def _check_kind(self, values):
+        """Raises if no value is of a kind that the vocabulary has."""
+        kinds = {isinstance(plain(value), str) for value in values}
+        if kinds.isdisjoint(isinstance(v, str) for v in self.vocabulary):
+            raise ValueError(
+                f"No value of feature {self.name!r} can be in its vocabulary: "
+                "one has strings, the other none. Received: "
+                f"{plain(values[0])!r}, vocabulary: {self.vocabulary[0]!r}, ..."
+            )
+
+    def check(self, values):
+        super().check(values)
+        self._check_ids(values)
+
+    def _check_ids(self, values):
+        if values.dtype.kind == "f":
+            wrong = ~(values == np.floor(values))
+        else:
+            wrong = np.zeros(values.shape, bool)
+        wrong |= (values < UNKNOWN) | (values >= self.num_ids)
+        if wrong.any():
+            raise ValueError(
+                f"The ids of feature {self.name!r} must be whole numbers from "
+                f"0 to {self.num_ids - 1}, -1 (missing) or -2 (unknown). "
+                f"Received: {values[wrong][:5]}"
+            )
+
+    def rows(self, ids):
+        """The rows of the table for ids."""
+        return rows_of(ops.cast(ids, "int32"), self.num_ids)
+
+    def embed(self, inputs, table=None):
+        return table(self.rows(inputs))
+
+    @property
+    def width(self):
+        return self.embedding_dim
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "vocabulary": self.vocabulary,
+            "num_ids": self._given_num_ids,
+            "embedding_dim": self.embedding_dim,
+            "table": self.table,
+            "max_vocabulary": self.max_vocabulary,
+            "min_count": self.min_count,
+            "num_hash_buckets": self.num_hash_buckets,
+        }
+
+
+def rows_of(ids, num_ids):
+    """The rows of a table with a row for missing and one for unknown ids."""
+    inside = ops.logical_and(ids >= 0, ids < num_ids)
+    rows = ops.where(inside, ids + 2, 1)
+    # `==` would compare the tensors of a graph themselves.
+    return ops.where(ops.equal(ids, MISSING), 0, rows)
+
+
+class Counts:
+    """How often each value occurs."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def share(self, other):
+        """Counts together with other statistics from now on."""
+        self.counts = other.counts
+
+    def update(self, values, missing):
+        for value in map(plain, values[~missing]):
+            self.counts[value] = self.counts.get(value, 0) + 1

@@ -1,0 +1,118 @@
+import keras
+from keras import ops
+
+from keras_moe.recommendation.features.categorical import MISSING
+from keras_moe.recommendation.features.multi_categorical import COMBINERS
+from keras_moe.recommendation.features.multi_categorical import MultiCategorical
+from keras_moe.recommendation.features.multi_categorical import combine
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class Sequence(MultiCategorical):
+    """What somebody did, in the order of time, the last thing last.
+
+    As `MultiCategorical`, but of a sequence that is too long the last entries
+    are kept, and the vector may depend on the order: `"last"`, or what a layer
+    makes of the vectors.
+
+    Args:
+        name: str. Name of the feature.
+        vocabulary: As in `Categorical`.
+        num_ids: As in `Categorical`.
+        embedding_dim: As in `Categorical`.
+        table: As in `Categorical`. A history of items and the item itself
+            should share one.
+        length: As in `MultiCategorical`.
+        combiner: `"mean"`, `"sum"`, `"sqrtn"`, `"max"`, `"last"` (the vector of
+            the last entry that is no padding), or a layer that is called as
+            `layer(vectors (B, L, D), mask=mask (B, L))` and gives `(B, O)`,
+            such as `keras.layers.GRU(16)`. Defaults to `"mean"`.
+        mask_id: As in `MultiCategorical`.
+        separator: As in `MultiCategorical`.
+        max_vocabulary: As in `Categorical`.
+        min_count: As in `Categorical`.
+        num_hash_buckets: As in `Categorical`.
+
+    Raises:
+        ValueError: If arguments are out of range or do not fit together.
+
+    Example:
+
+    >>> layer = keras_moe.layers.FeatureEmbedding([
+    ...     keras_moe.layers.Categorical("item", num_ids=100),
+    ...     keras_moe.layers.Sequence(
+    ...         "history", num_ids=100, table="item", length=20),
+    ... ])
+    """
+
+    known_combiners = (*COMBINERS, "last")
+    keeps_last = True
+
+    def __init__(
+        self,
+        name,
+        vocabulary=None,
+        num_ids=None,
+        embedding_dim=None,
+        table=None,
+        length=None,
+        combiner="mean",
+        mask_id=MISSING,
+        separator=None,
+        max_vocabulary=None,
+        min_count=1,
+        num_hash_buckets=None,
+    ):
+        if isinstance(combiner, dict):
+            combiner = keras.saving.deserialize_keras_object(combiner)
+        if not isinstance(combiner, (str, keras.layers.Layer)):
+            raise ValueError(
+                f"`combiner` must be one of {self.known_combiners} or a "
+                f"layer. Received: combiner={combiner!r}"
+            )
+        super().__init__(
+            name=name,
+            vocabulary=vocabulary,
+            num_ids=num_ids,
+            embedding_dim=embedding_dim,
+            table=table,
+            length=length,
+            combiner=combiner,
+            mask_id=mask_id,
+            separator=separator,
+            max_vocabulary=max_vocabulary,
+            min_count=min_count,
+            num_hash_buckets=num_hash_buckets,
+        )
+
+    @property
+    def layer(self):
+        """The layer that combines, or `None`."""
+        return None if isinstance(self.combiner, str) else self.combiner
+
+    def embed(self, inputs, table=None):
+        mask = ops.logical_and(inputs != self.mask_id, inputs != MISSING)
+        vectors = table(self.rows(inputs))
+        if self.layer is not None:
+            return self.layer(vectors, mask=mask)
+        if self.combiner == "last":
+            # Of all that are no padding, the one with the largest position.
+            places = ops.cumsum(ops.cast(mask, "int32"), axis=1)
+            is_last = ops.logical_and(mask, places == places[:, -1:])
+            return combine(vectors, is_last, "sum")
+        return combine(vectors, mask, self.combiner)
+
+    @property
+    def width(self):
+        if self.layer is None:
+            return self.embedding_dim
+        return self.layer.compute_output_shape(
+            (None, self.length, self.embedding_dim)
+        )[-1]
+
+    def get_config(self):
+        config = super().get_config()
+        if self.layer is not None:
+            config["combiner"] = keras.saving.serialize_keras_object(self.layer)
+            config["combiner"].pop("build_config", None)
+        return config

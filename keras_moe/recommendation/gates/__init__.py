@@ -1,0 +1,1 @@
+"""Experts that several tasks mix, each by a gate of its own."""

@@ -1,0 +1,106 @@
+"""From the logits of gates to their weights, over the experts they see.
+
+Logits and weights are `(B, G, E)`, G gates. Which experts a gate sees is known
+when the layer is made, a boolean array `visible` `(G, E)`; weights are zero
+elsewhere.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe.ops import activations
+from keras_moe.ops.entmax import entmax15
+from keras_moe.ops.entmax import sparsemax
+from keras_moe.ops.scores import softmax
+from keras_moe.ops.selection import top_k_indices
+
+NAMED = ("softmax", "sparsemax", "entmax15", "top_k", "dselect_k")
+
+
+def get(identifier):
+    """One of `NAMED`, or what Keras makes of it."""
+    if isinstance(identifier, str) and identifier in NAMED:
+        return identifier
+    return activations.get(identifier)
+
+
+def serialize(activation):
+    if isinstance(activation, str):
+        return activation
+    return activations.serialize(activation)
+
+
+def gate_weights(logits, visible, activation, top_k=None):
+    """The weights that `activation` makes of the logits.
+
+    Args:
+        logits: `(B, G, E)`.
+        visible: `(G, E)` boolean array. Each gate sees an expert.
+        activation: One of `NAMED`, but not `"dselect_k"`; `"self_gate"`, see
+            `self_gate_weights`; or a function of logits. It gets minus infinity
+            for experts that a gate does not see, so that functions which
+            normalize do so over those it sees.
+        top_k: int. Of the softmax over the `top_k` largest logits.
+
+    Returns:
+        `(B, G, E)`.
+    """
+    if activation == "self_gate":
+        return self_gate_weights(logits, visible)
+    # A number, and no tensor of them: ONNX files that tf2onnx writes multiply
+    # the tensors with the condition, and so make NaN of the infinities.
+    lowest = float("-inf")
+    if not visible.all():
+        logits = ops.where(visible, logits, lowest)
+    if activation == "softmax":
+        return softmax(logits)
+    if activation == "sparsemax":
+        return sparsemax(logits)
+    if activation == "entmax15":
+        return entmax15(logits)
+    if activation == "top_k":
+        num_experts = visible.shape[-1]
+        flat = ops.reshape(logits, (-1, num_experts))
+        chosen = ops.one_hot(top_k_indices(flat, top_k), num_experts)
+        chosen = ops.reshape(ops.sum(chosen, axis=1), ops.shape(logits)) > 0
+        return softmax(ops.where(chosen, logits, lowest))
+    return only(visible, activation(logits))
+
+
+def self_gate_weights(logits, own):
+    """HoME's self gate: softmax over a unit's own experts, sigmoid of one."""
+    weights = ops.zeros_like(logits)
+    number = own.sum(axis=-1, keepdims=True)
+    if (number > 1).any():
+        # A row without any must not be minus infinity throughout.
+        over = np.where(number > 1, own, True)
+        softmaxed = gate_weights(logits, over, "softmax")
+        weights = only(own & (number > 1), softmaxed)
+    if (number == 1).any():
+        weights = weights + only(own & (number == 1), ops.sigmoid(logits))
+    return weights
+
+
+def only(visible, weights):
+    if visible.all():
+        return weights
+    return ops.where(visible, weights, ops.zeros_like(weights))
+
+
+def drop_gates(weights, rate, seed, activation):
+    """Drops weights at random, and makes up for it in the others.
+
+    The weights of a gate keep their sum. Where all with a weight were dropped,
+    none are. Of a function that may give negative ones, where a sum can be
+    close to 0, the others are divided by `1 - rate`.
+    """
+    kept = keras.random.uniform(ops.shape(weights), seed=seed) >= rate
+    rest = ops.where(kept, weights, ops.zeros_like(weights))
+    if not isinstance(activation, str):
+        return rest / (1 - rate)
+    total = ops.sum(weights, axis=-1, keepdims=True)
+    left = ops.sum(rest, axis=-1, keepdims=True)
+    none = ops.equal(left, 0)
+    left = ops.where(none, ops.ones_like(left), left)
+    return ops.where(none, weights, rest * total / left)

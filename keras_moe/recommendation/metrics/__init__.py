@@ -1,0 +1,1 @@
+"""Metrics of rankings and probabilities, for labels that may be missing."""

@@ -1,0 +1,143 @@
+import keras
+
+from keras_moe.recommendation.models.saving import deserialized
+from keras_moe.recommendation.models.saving import made_again
+from keras_moe.recommendation.models.saving import settings_of
+from keras_moe.recommendation.tasks.arguments import check_data
+from keras_moe.recommendation.tasks.assemble import assemble
+from keras_moe.recommendation.tasks.multi_task_model import MultiTaskModel
+
+
+class Recommender(MultiTaskModel):
+    """What the ready-made models have in common.
+
+    A model is its embedding, its trunk and its heads. A subclass makes the
+    trunk of its arguments, and these are what is saved.
+
+    Args:
+        tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
+            tasks.
+        embedding: What makes a vector of the features: a
+            `keras_moe.layers.FeatureEmbedding`, an adapted
+            `keras.utils.FeatureSpace`, or a layer called with the dict of
+            inputs.
+        trunk: What `keras_moe.recommendation.tasks.assemble` takes. One with an
+            attribute `gates`, a list with a dict `{unit: tensor (B, E)}` for
+            each of its levels, lets users read them.
+        heads: `"towers"`, `"esmm"`, `"aitm"` or a function
+            `(list of tensors, tasks) -> {task: prediction}`.
+        inputs: Dict of `keras.Input` by name, if `embedding` has no
+            `inputs()`, or beside them: `{**embedding.inputs(), "domain":
+            keras.Input((), dtype="int32", name="domain")}`.
+        arguments: Dict of the other arguments of the subclass.
+        **kwargs: Arguments of `keras.Model`.
+    """
+
+    def __init__(
+        self,
+        tasks,
+        embedding,
+        trunk,
+        heads="towers",
+        inputs=None,
+        arguments=None,
+        **kwargs,
+    ):
+        graph = assemble(tasks, embedding, trunk, heads, inputs)
+        super().__init__(**graph, **kwargs)
+        self.heads = heads
+        self._gates = list(getattr(trunk, "gates", ()))
+        self._arguments = {
+            "embedding": embedding,
+            "heads": heads,
+            "inputs": inputs,
+            **(arguments or {}),
+        }
+        self._quantized = False
+
+    @property
+    def num_gate_levels(self):
+        """How many levels of gates `gate_weights` can read."""
+        return len(self._gates)
+
+    def gate_weights(self, x, level=-1, batch_size=None):
+        """How much each task takes of each expert, example by example.
+
+        Args:
+            x: Features, as for `predict`. Of a stream, no others than these.
+            level: int. Which level of experts, from the first at 0. Defaults
+                to `-1`, the last.
+            batch_size: int. As for `predict`. Defaults to `None`, 32.
+
+        Returns:
+            Dict of NumPy arrays `(B, E)` by task, and by `"shared"` where the
+            shared experts of a level have a gate of their own. Experts are in
+            the order of `keras_moe.layers.MultiGateMoE`: by task, the shared
+            ones last. The weights of experts that a task does not see are 0.
+
+        Raises:
+            ValueError: If the model has no gates, or no such level.
+        """
+        if not self._gates:
+            raise ValueError(f"A {type(self).__name__} has no gates to read.")
+        if not -len(self._gates) <= level < len(self._gates):
+            raise ValueError(
+                f"`level` must be one of the {len(self._gates)} levels with "
+                f"gates. Received: level={level!r}"
+            )
+        inputs, _ = self._graph
+        check_data(self, x)
+        if isinstance(inputs, dict):
+            inputs = dict(inputs)
+            if isinstance(x, dict):
+                x = {name: x[name] for name in inputs}
+        # Local, since Keras would save a model that is an attribute.
+        gates = keras.Model(inputs, dict(self._gates[level]))
+        return gates.predict(x, batch_size=batch_size, verbose=0)
+
+    def quantize(self, *args, **kwargs):
+        super().quantize(*args, **kwargs)
+        self._quantized = True
+
+    def save(self, *args, **kwargs):
+        self._check_not_quantized()  # Later, Keras has opened the file.
+        super().save(*args, **kwargs)
+
+    def _check_not_quantized(self):
+        if self._quantized:
+            raise ValueError(
+                f"The {type(self).__name__} {self.name!r} is quantized, and "
+                "what is made of its configuration is not. Export it, or save "
+                "it before it is quantized, and quantize what is loaded."
+            )
+
+    def get_config(self):
+        self._check_not_quantized()
+        config = {"tasks": list(self.tasks), **self._arguments}
+        if config["inputs"] is not None:
+            config["inputs"] = {
+                # A tensor would be loaded as one that is no input.
+                name: {
+                    "batch_shape": tuple(x.shape),
+                    "dtype": x.dtype,
+                    "sparse": x.sparse,
+                }
+                for name, x in config["inputs"].items()
+            }
+        # Serialized, or a copy of the model would share its embedding.
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            **settings_of(self),
+            **keras.saving.serialize_keras_object(config),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        arguments, settings = deserialized(config, custom_objects)
+        if arguments.get("inputs") is not None:
+            arguments["inputs"] = {
+                name: keras.Input(**kwargs, name=name)
+                for name, kwargs in arguments["inputs"].items()
+            }
+        return made_again(cls, arguments, settings)

@@ -1,0 +1,372 @@
+import contextlib
+import math
+
+import keras
+from keras import ops
+
+from keras_moe.recommendation.metrics.labelled import LabelledMean
+from keras_moe.recommendation.tasks import labels as labels_lib
+from keras_moe.recommendation.tasks.arguments import by_task
+from keras_moe.recommendation.tasks.arguments import check_compile
+from keras_moe.recommendation.tasks.arguments import check_data
+from keras_moe.recommendation.tasks.arguments import check_graph
+from keras_moe.recommendation.tasks.arguments import labels_by_task
+from keras_moe.recommendation.tasks.arguments import masked_metrics
+from keras_moe.recommendation.tasks.arguments import num_replicas
+from keras_moe.recommendation.tasks.gradients import gradient_products
+from keras_moe.recommendation.tasks.gradients import shared_variable_ids
+from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.training_parts import Value
+from keras_moe.recommendation.tasks.training_parts import with_end_of_epoch
+from keras_moe.recommendation.tasks.weighting import (
+    named_weightings as weightings,
+)
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class MultiTaskModel(keras.Model):
+    """A functional model with one prediction for each of several tasks.
+
+    A dict of features goes in, a dict of predictions `{task: (B, O)}` comes
+    out, and the loss is made of those of the tasks:
+
+    ```
+    loss[t] = mean over the examples with a label of task t
+    loss    = task_weighting(weight[t] * loss[t] for all t) + added losses
+    ```
+
+    **Missing labels.** An example whose label is NaN counts in neither loss nor
+    metrics of the task. A task without any label in a batch adds 0 to the loss
+    and has no gradient; what is logged for a task without a label in the whole
+    epoch is NaN. Of labels in NumPy arrays, `fit` checks that there are any,
+    and `fit` and `evaluate` that they fit the type of their task; elsewhere one
+    that does not (`-1` of a binary task) makes the loss NaN, or PyTorch and
+    TensorFlow raise. Labels may be a pandas frame.
+
+    **Sample spaces.** The label of a task with `sample_space` counts only in
+    examples whose label of that other task is 1, and what the model predicts is
+    conditional on it. With `entire_space=True` (heads that multiply
+    probabilities, as in ESMM) labels count in all examples: where that of the
+    sample space is 0 the label is 0, whatever `y` has there.
+
+    **Inputs.** Entries of the dict that are no features of the model are
+    ignored; features that are not there are an error.
+
+    **Several devices.** As in Keras: on JAX with `keras.distribution`, all
+    numbers are those of a single device; under a TensorFlow strategy the loss
+    is the mean of the replicas' losses, and only static weighting is possible.
+
+    **Logs.** `loss`, `<task>_<metric>` and `<task>_loss`, the mean over all
+    labels of the epoch without the weight of the task. In evaluation `loss` is
+    always the sum of `weight[t] * <t>_loss` and of the mean of added losses,
+    whatever the task weighting and the batches: it can be compared. It is NaN
+    if no task has a label. In training it is the mean over batches of what was
+    minimized.
+
+    **Copies.** `type(model).from_config(model.get_config())` makes one;
+    `keras.models.clone_model` makes a functional model that knows no tasks.
+
+    Args:
+        inputs: Dict of `keras.Input` by their names, or a single one.
+        outputs: Dict of tensors `(batch, output_dim)` by task.
+        tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
+            tasks.
+        entire_space: bool. Whether the predictions are for the entire space
+            although tasks have sample spaces. Defaults to `False`.
+        **kwargs: Arguments of `keras.Model`.
+
+    Raises:
+        ValueError: If `outputs` are not those of the tasks, or an input is not
+            known by its name.
+
+    Example:
+
+    >>> inputs = {"x": keras.Input((8,), name="x")}
+    >>> outputs = {
+    ...     name: keras.layers.Dense(1, activation="sigmoid")(inputs["x"])
+    ...     for name in ("click", "buy")
+    ... }
+    >>> model = keras_moe.models.MultiTaskModel(
+    ...     inputs, outputs, tasks=["click", "buy"])
+    >>> model.compile("adam", task_weighting="uncertainty")
+    """
+
+    def __init__(self, inputs, outputs, tasks, entire_space=False, **kwargs):
+        tasks = check_tasks(tasks)
+        check_graph(inputs, outputs, tasks)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self.tasks = tasks
+        self.entire_space = entire_space
+        self._graph = (inputs, outputs)
+        self._task_losses = {
+            t.name: LabelledMean(name=f"{t.name}_loss") for t in tasks
+        }
+        self._weightings = []
+        self._gram = None
+        self._shared_ids = frozenset()
+        # Of an evaluation: its loss is that of all examples, not of batches.
+        # (No task's metric has such a name.)
+        self._added_loss = LabelledMean(name="_added")
+        self._is_evaluating = False
+
+    def call(self, inputs, training=None, mask=None):
+        expected = self._graph[0]
+        if isinstance(inputs, dict) and isinstance(expected, dict):
+            missing = sorted(set(expected) - set(inputs))
+            if missing:
+                raise ValueError(
+                    f"Features are missing from the inputs: {missing}. "
+                    f"Received: {sorted(inputs)}"
+                )
+            # Columns that are no features may well be there: user ids, say.
+            inputs = {name: inputs[name] for name in expected}
+        return super().call(inputs, training=training, mask=mask)
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss="auto",
+        metrics="auto",
+        task_weighting="static",
+        weighted_metrics=None,
+        **kwargs,
+    ):
+        """Configures the training.
+
+        Args:
+            optimizer: As in `keras.Model.compile`.
+            loss: `"auto"`, or a dict of losses by task, of which `"auto"` and
+                tasks left out stand for binary cross-entropy, squared error or
+                sparse categorical cross-entropy. A loss is a name or object of
+                Keras, or a function `(y_true (B, 1), y_pred (B, O)) -> (B,)`;
+                labels are float32.
+            metrics: `"auto"` (`BinaryAUC`, `RootMeanSquaredError` or
+                `SparseCategoricalAccuracy`), `None`, or a dict of one or a list
+                of metrics by task, where `"auto"` is one too. They leave
+                missing labels out.
+            task_weighting: `"static"`, `"uncertainty"`, `"dwa"`, `"rlw"`,
+                `"gls"`, `"famo"`, `"gradnorm"`, `"pcgrad"`, or a
+                `keras_moe.models.TaskWeighting`. Defaults to `"static"`, the
+                sum.
+            weighted_metrics: As `metrics`, with sample weights. Defaults to
+                `None`.
+            **kwargs: As in `keras.Model.compile`, without `loss_weights`: see
+                `TaskSpec.weight`.
+        """
+        weighting = weightings.get(task_weighting)
+        check_compile(self, weighting, kwargs.pop("loss_weights", None))
+        self._losses_by_task = {
+            t.name: labels_lib.resolve_loss(
+                t, by_task("loss", loss, self.tasks).get(t.name)
+            )
+            for t in self.tasks
+        }
+        weighting.set_tasks(self.tasks)
+        # The list forgets the variables of an earlier weighting; only an
+        # attribute makes PyTorch reset the gradients of those of this one.
+        self._weightings.clear()
+        self._weightings.append(weighting)
+        self.task_weighting = weighting
+        super().compile(
+            optimizer=optimizer,
+            loss=None,
+            metrics=masked_metrics("metrics", metrics, self.tasks),
+            weighted_metrics=masked_metrics(
+                "weighted_metrics", weighted_metrics, self.tasks
+            ),
+            **kwargs,
+        )
+        config = {
+            "loss": loss,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
+            "task_weighting": weighting,
+        }
+        # A function, since Keras would track the metrics in a dict once more.
+        self._task_compile_config = lambda: config
+        if weighting.uses_gradients:
+            self._shared_ids = shared_variable_ids(self)
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        **kwargs,
+    ):
+        """As `keras.Model.fit`; what is in NumPy arrays is checked first."""
+        y = labels_by_task(y)
+        check_data(self, x, y)
+        if isinstance(y, dict) and kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "The weights of a task's classes are `TaskSpec.class_weights`. "
+                f"Received: class_weight={kwargs['class_weight']!r}"
+            )
+        validation = kwargs.get("validation_data")
+        if isinstance(validation, (tuple, list)) and len(validation) > 1:
+            x_val, y_val, *weights = validation
+            y_val = labels_by_task(y_val)
+            check_data(self, x_val, y_val, needs_labels=False)
+            kwargs["validation_data"] = (x_val, y_val, *weights)
+        return super().fit(
+            x=x,
+            y=y,
+            batch_size=batch_size,
+            epochs=epochs,
+            verbose=verbose,
+            callbacks=with_end_of_epoch(callbacks, self),
+            **kwargs,
+        )
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        """As `keras.Model.evaluate`; NumPy arrays are checked first."""
+        y = labels_by_task(y)
+        check_data(self, x, y, needs_labels=False)
+        with self._evaluation():
+            return super().evaluate(x, y, *args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        with self._evaluation():
+            return super().test_on_batch(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _evaluation(self):
+        before, self._is_evaluating = self._is_evaluating, True
+        try:
+            yield
+        finally:
+            self._is_evaluating = before
+
+    def predict(self, x, *args, **kwargs):
+        """As `keras.Model.predict`; NumPy arrays are checked first."""
+        check_data(self, x)
+        return super().predict(x, *args, **kwargs)
+
+    def train_step(self, *args):
+        # `(state, data)` on JAX, `(data,)` elsewhere.
+        if not self.task_weighting.uses_gradients:
+            return super().train_step(*args)
+        self._gram = gradient_products(self, *args)
+        try:
+            return super().train_step(*args)
+        finally:
+            self._gram = None
+
+    def weighted_losses(self, y, y_pred, sample_weight=None):
+        """What the task weighting gets, and what it is made of.
+
+        Returns:
+            The losses times the weights of their tasks `(T,)`, a list of the
+            losses and a list of the numbers of labels.
+        """
+        given = (y, y_pred, sample_weight, self.entire_space)
+        losses, counts = labels_lib.task_losses(
+            self.tasks, self._losses_by_task, *given
+        )
+        weights = [task.weight for task in self.tasks]
+        weighted = ops.stack(losses) * ops.convert_to_tensor(weights, "float32")
+        return weighted, losses, counts
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        weighted, losses, counts = self.weighted_losses(
+            y, y_pred, sample_weight
+        )
+        for task, loss, count in zip(self.tasks, losses, counts, strict=True):
+            self._task_losses[task.name].update_state(
+                ops.stop_gradient(loss), count
+            )
+        if training:
+            # A task of weight 0 is as good as one without labels.
+            present = [
+                ops.cast(count > 0, "float32") * float(task.weight > 0)
+                for task, count in zip(self.tasks, counts, strict=True)
+            ]
+            present = ops.stack(present)
+            total = self.task_weighting.combine(weighted, present, self._gram)
+        else:
+            total = ops.sum(weighted)
+        # A Keras loss is divided by the number of replicas where there are
+        # several, since these sum their gradients.
+        total = Value()(ops.zeros((1, 1)), ops.reshape(total, (1, 1)))
+        if self.losses:
+            added = super().compute_loss(x, y, y_pred, sample_weight, training)
+            added = ops.cast(added, "float32")
+            size = ops.shape(y_pred[self.tasks[0].name])[0]
+            self._added_loss.update_state(
+                ops.stop_gradient(added) * num_replicas(self),
+                ops.cast(size, "float32"),
+            )
+            total = total + added
+        return total
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        labels = labels_lib.labels_of(self.tasks, y, self.entire_space)
+        if sample_weight is not None:
+            sample_weight = labels_lib.weights_of(self.tasks, sample_weight)
+        return super().compute_metrics(x, labels, y_pred, sample_weight)
+
+    def get_metrics_result(self):
+        logs = super().get_metrics_result()
+        added = logs.pop(self._added_loss.name)
+        if self._is_evaluating:
+            # The mean over batches would count a task in those without labels.
+            counted = self._added_loss.count > 0
+            total, labels = ops.where(counted, added, 0.0), 0.0
+            for task in self.tasks:
+                count = ops.convert_to_tensor(
+                    self._task_losses[task.name].count
+                )
+                loss = task.weight * logs[f"{task.name}_loss"]
+                total = total + ops.where(count > 0, loss, 0.0)
+                labels = labels + count
+            logs["loss"] = ops.where(labels > 0, total, math.nan)
+        return logs
+
+    def get_config(self):
+        inputs, outputs = self._graph
+        graph = keras.Model(_plain(inputs), _plain(outputs), name=self.name)
+        tasks = [keras.saving.serialize_keras_object(t) for t in self.tasks]
+        return {
+            "graph": graph.get_config(),
+            "single_input": not isinstance(inputs, dict),
+            "tasks": tasks,
+            "entire_space": self.entire_space,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        if "graph" not in config:  # That of a subclass: its arguments.
+            return cls(**config)
+        config = dict(config)
+        graph = keras.Model.from_config(config.pop("graph"), custom_objects)
+        tasks = check_tasks(config.pop("tasks"))
+        inputs = {tensor.name: tensor for tensor in graph.inputs}
+        if config.pop("single_input"):
+            inputs = graph.inputs[0]
+        # Keras keeps the outputs of a dict in the order of their keys.
+        names = sorted(task.name for task in tasks)
+        outputs = dict(zip(names, graph.outputs, strict=True))
+        return MultiTaskModel(inputs, outputs, tasks, name=graph.name, **config)
+
+    def get_compile_config(self):
+        if not self.compiled:
+            return {}
+        config = super().get_compile_config()
+        config.update(
+            keras.saving.serialize_keras_object(self._task_compile_config())
+        )
+        return config
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+
+def _plain(structure):
+    return dict(structure) if isinstance(structure, dict) else structure

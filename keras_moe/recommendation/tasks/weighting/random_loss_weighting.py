@@ -1,0 +1,46 @@
+import keras
+from keras import ops
+
+from keras_moe.recommendation.tasks.weighting.task_weighting import (
+    TaskWeighting,
+)
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class RandomLossWeighting(TaskWeighting):
+    """Other random weights at each training step (RLW).
+
+    ```
+    weight = T * softmax(standard normal numbers)
+    loss   = sum over t of weight[t] * loss[t]
+    ```
+
+    A simple baseline that is hard to beat. The weights sum to the number of
+    tasks, as those of an unweighted sum do; in the paper they sum to 1.
+
+    Args:
+        seed: int. Seed of the numbers. Defaults to `None`, a random one.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Example:
+
+    >>> weighting = keras_moe.models.RandomLossWeighting(seed=0)
+
+    Reference:
+
+    - [Lin et al., 2022](https://arxiv.org/abs/2111.10603), section 3.1
+    """
+
+    def __init__(self, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def combine(self, losses, present, gram=None):
+        draws = keras.random.normal(
+            (self.num_tasks,), dtype="float32", seed=self.seed_generator
+        )
+        return ops.sum(self.num_tasks * ops.softmax(draws) * losses)
+
+    def get_config(self):
+        return {**super().get_config(), "seed": self.seed}

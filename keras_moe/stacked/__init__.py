@@ -1,0 +1,1 @@
+"""Many networks held in one variable: layers, draws, seeds and copies."""
