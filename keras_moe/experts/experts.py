@@ -16,6 +16,9 @@ class Experts(keras.layers.Layer):
     are those of expert 0, and so on; rows after the last group (masked and
     dropped tokens) may give anything finite, it is not used.
 
+    With the class attribute `uses_max_group_size = True`, `call` also takes
+    `max_group_size`, an int or a scalar tensor that no group exceeds.
+
     Args:
         num_experts: int. Number of experts in the bank.
         kernel_initializer: Initializer of each expert's kernels, each of them
@@ -56,6 +59,8 @@ class Experts(keras.layers.Layer):
             return self.grouped_dense(rows, group_sizes, self.kernel)
     ```
     """
+
+    uses_max_group_size = False
 
     def __init__(
         self,
@@ -144,6 +149,24 @@ class Experts(keras.layers.Layer):
                 ones, ops.expand_dims(bias, 1), group_sizes
             )
         return out
+
+    def mix(self, tokens, row_weights, choices, group_sizes, training=None):
+        """What the experts make of the tokens, weighted and summed, at once.
+
+        It gives the same as `dispatch`, a call and `combine`, and is faster
+        where the backend has a kernel for these experts.
+
+        Args:
+            tokens: `(T, D)`.
+            row_weights: `(N,)`.
+            choices: `(N,)` int32. The `choices` of a `DispatchPlan`.
+            group_sizes: `(E,)` int32. Rows of each expert.
+            training: bool. Whether to apply dropout.
+
+        Returns:
+            `(T, ...)`, or `None` where rows have to be sent, as here.
+        """
+        return None
 
     def compute_output_shape(self, rows_shape, group_sizes_shape=None):
         return tuple(rows_shape)

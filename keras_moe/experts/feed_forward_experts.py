@@ -101,22 +101,6 @@ class FeedForwardExperts(Experts):
         return self.dense("down", hidden, group_sizes)
 
     def mix(self, tokens, row_weights, choices, group_sizes, training=None):
-        """What the experts make of the tokens, weighted and summed, at once.
-
-        The same as `dispatch`, a call and `combine`, but faster where the
-        backend has a kernel for it.
-
-        Args:
-            tokens: `(T, D)`.
-            row_weights: `(N,)`.
-            choices: `(N,)` int32. The `choices` of a `DispatchPlan`.
-            group_sizes: `(E,)` int32. Rows of each expert.
-            training: bool. Whether to apply dropout.
-
-        Returns:
-            `(T, D)`, or `(T, output_dim)`. `None` if that cannot be done at
-            once, be it for the backend or for these experts.
-        """
         if not self._can_mix(training):
             return None
         layers = (*self.hidden_layers, "down")

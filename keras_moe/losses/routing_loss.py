@@ -36,6 +36,15 @@ class RoutingLoss:
             kwargs["context"] = context
         return self.weight * self.call(routing, mask, **kwargs)
 
+    def check_router(self, router):
+        """Raises if the loss cannot be computed from what the router returns.
+
+        `MoE` calls it as it is made. By default nothing is checked.
+
+        Args:
+            router: A `keras_moe.routers.Router`.
+        """
+
     def call(self, routing, mask=None):
         raise NotImplementedError(
             f"{type(self).__name__} must define `call(routing, mask=None)`."

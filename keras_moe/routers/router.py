@@ -24,6 +24,12 @@ class Router(keras.layers.Layer):
       unless it has `allow_lookahead=True`.
     - `distinct_choices = True`: no token is ever sent twice to one expert. Some
       experts need less memory if they can rely on it.
+    - `choices_per_token`: int, the `K` of every routing, or `None` where it
+      varies or is not known.
+    - `per`: the tokens that are routed together: `"batch"`, `"sequence"` or an
+      int, a number of sequences.
+    - `routing_class`: the class of what `call` returns, or `None` if it is not
+      said. A loss that reads more than a `Routing` holds checks it.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -56,6 +62,9 @@ class Router(keras.layers.Layer):
     uses_context = False
     looks_ahead = False
     distinct_choices = False
+    choices_per_token = None
+    per = "batch"
+    routing_class = None
 
     def __init__(
         self, num_experts, *, allow_lookahead=False, dtype=None, **kwargs

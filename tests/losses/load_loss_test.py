@@ -15,7 +15,7 @@ import keras_moe
 from keras_moe.losses import ImportanceLoss
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import LoadLoss
-from keras_moe.ops import noise_load as load_module
+from keras_moe.ops import noise
 from keras_moe.ops.balance import squared_variation
 from keras_moe.ops.noise import expected_load
 from tests import token_loop
@@ -120,7 +120,7 @@ class ExpectedLoadTest(TestCase):
             keras_moe.ops, "expected_load", expected_load, create=True
         ):
             results = doctest.testmod(
-                load_module,
+                noise,
                 extraglobs={"keras": keras, "keras_moe": keras_moe},
             )
         self.assertEqual((results.failed, results.attempted), (0, 3))
