@@ -3,6 +3,8 @@
 import math
 import numbers
 
+import numpy as np
+
 
 def is_int(value):
     """Whether it is an int; a bool is none."""
@@ -13,6 +15,13 @@ def is_number(value):
     """Whether it is a finite real number; a bool is none."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
+
+
+def check_bool(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={value!r}"
+        )
 
 
 def check_int(name, value, minimum):

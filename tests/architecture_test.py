@@ -23,7 +23,8 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
     *("contextlib", "fractions", "functools", "hashlib", "inspect"),
-    *("itertools", "math", "numbers", "typing", "warnings", "weakref"),
+    *("itertools", "math", "numbers", "re", "threading", "types", "typing"),
+    *("warnings", "weakref"),
 }
 
 

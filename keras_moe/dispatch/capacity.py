@@ -17,19 +17,21 @@ class Capacity:
     """How many rows each expert takes, and who is dropped beyond that.
 
     A dropped choice gives zero; the residual connection around the layer
-    carries the token.
+    carries the token. Who is dropped depends on what else is in the batch, or
+    in the group that `per` says: with a capacity in inference, one example may
+    give another output alone than in a batch.
 
     Args:
         capacity_factor: float, or `None` to drop nothing. The capacity as a
             multiple of the experts' fair share. Defaults to `None`.
         eval_capacity_factor: float, or `None`. The same in inference, infinity
-            to drop nothing. `None` is `capacity_factor`. Defaults to `None`.
+            to drop nothing. `None` is as in training. Defaults to `None`.
         rule: How the factor becomes a whole number of rows; the table is in
             `keras_moe.ops.expert_capacity`. Defaults to `"ceil"`.
         multiple_of: int. The capacity is raised to a multiple of it. Defaults
             to `1`.
-        size: int, or `None`. The capacity itself, in the place of the factors.
-            Defaults to `None`.
+        size: int, or `None`. The capacity itself, in the place of
+            `capacity_factor`. Defaults to `None`.
         drop_policy: Who stays when an expert has more choices than room.
             - `"position"`: first choices before second ones and so on, among
               them earlier tokens first (GShard, Switch, V-MoE).
@@ -52,13 +54,13 @@ class Capacity:
         seed: int, or `None`. Seed of the policy `"random"`. Defaults to `None`.
 
     Raises:
-        ValueError: If an argument is out of range, or `size` comes with a
-            factor.
+        ValueError: If an argument is out of range, or `size` comes with
+            `capacity_factor`.
 
     Example:
 
     >>> capacity = keras_moe.layers.Capacity(1.0, drop_policy="priority")
-    >>> capacity.of(num_tokens=64, num_experts=8, top_k=2, training=True)
+    >>> capacity.rows_per_expert(64, num_experts=8, top_k=2, training=True)
     16
 
     Reference:
@@ -89,11 +91,10 @@ class Capacity:
         check_int("multiple_of", multiple_of, minimum=1)
         if size is not None:
             check_int("size", size, minimum=1)
-        if size is not None and (capacity_factor or eval_capacity_factor):
+        if size is not None and capacity_factor is not None:
             raise ValueError(
-                "`size` stands in the place of the capacity factors. Received: "
-                f"size={size}, capacity_factor={capacity_factor}, "
-                f"eval_capacity_factor={eval_capacity_factor}"
+                "`size` stands in the place of `capacity_factor`. "
+                f"Received: size={size}, capacity_factor={capacity_factor}"
             )
         check_one_of("rule", rule, CAPACITY_RULES)
         check_one_of("drop_policy", drop_policy, DROP_POLICIES)
@@ -110,16 +111,42 @@ class Capacity:
 
     @property
     def drops(self):
-        """Whether there is any limit at all."""
-        return any((self.capacity_factor, self.eval_capacity_factor, self.size))
+        """Whether a choice may be dropped, in training or in inference."""
+        return self.limits(training=True) or self.limits(training=False)
 
-    def of(self, num_tokens, num_experts, top_k, training):
-        """Rows an expert takes of a group of tokens, or `None` for no limit."""
-        if self.size is not None:
-            return self.size
-        factor = self.capacity_factor
-        if not training and self.eval_capacity_factor is not None:
-            factor = self.eval_capacity_factor
+    def limits(self, training):
+        """Whether a choice may be dropped then."""
+        size, factor = self._limit(training)
+        return size is not None or factor not in (None, math.inf)
+
+    def _limit(self, training):
+        """`(size, factor)` that holds then, one of them at most."""
+        if training or self.eval_capacity_factor is None:
+            return self.size, self.capacity_factor
+        return None, self.eval_capacity_factor
+
+    def dropless_in_inference(self):
+        """The same capacity, which drops nothing in inference by default."""
+        if self.eval_capacity_factor is not None or not self.drops:
+            return self
+        config = {**self.get_config(), "eval_capacity_factor": math.inf}
+        return type(self).from_config(config)
+
+    def rows_per_expert(self, num_tokens, num_experts, top_k, training):
+        """Rows an expert takes of a group of tokens.
+
+        Args:
+            num_tokens: int or integer tensor. Tokens of the group.
+            num_experts: int.
+            top_k: int. Choices of a token.
+            training: bool.
+
+        Returns:
+            int or int32 scalar, or `None` for no limit.
+        """
+        size, factor = self._limit(training)
+        if size is not None:
+            return size
         return expert_capacity(
             num_tokens, num_experts, top_k, factor, self.rule, self.multiple_of
         )

@@ -1,3 +1,5 @@
+import inspect
+
 import keras
 
 from keras_moe.experts.glu_experts import GLUExperts
@@ -27,12 +29,27 @@ def get(identifier, **kwargs):
     True
     """
     if isinstance(identifier, str):
-        if identifier not in _NAMED:
-            raise ValueError(
-                f"`experts` must be one of {tuple(_NAMED)} or a layer. "
-                f"Received: experts={identifier!r}"
-            )
-        return _NAMED[identifier](**kwargs)
+        return _NAMED[_check_name(identifier)](**kwargs)
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
     return identifier
+
+
+def arguments_of(name):
+    """The names of the arguments of the experts that `get(name)` makes."""
+    make = _NAMED[_check_name(name)]
+    return {
+        argument
+        for parent in make.__mro__
+        if parent.__module__.startswith("keras_moe.")
+        for argument in inspect.signature(parent.__init__).parameters
+    } - {"self", "kwargs"}
+
+
+def _check_name(name):
+    if name not in _NAMED:
+        raise ValueError(
+            f"`experts` must be one of {tuple(_NAMED)} or a layer. "
+            f"Received: experts={name!r}"
+        )
+    return name

@@ -1,15 +1,57 @@
-"""How `MoE` gets its parts from its arguments, and saves them."""
+"""How layers of experts get their parts from their arguments, and save them."""
 
 import keras
 
-from keras_moe.dispatch.capacity import Capacity
-from keras_moe.routers import TopKRouter
+from keras_moe import experts as experts_lib
+from keras_moe import routers as routers_lib
+from keras_moe.dispatch import Capacity
+from keras_moe.dispatch import Dispatcher
+from keras_moe.experts.named_experts import arguments_of
+
+# What `keras.layers.Layer` takes and these layers hand on to it.
+_LAYER_ARGUMENTS = ("activity_regularizer", "dtype", "trainable")
 
 
 def default_name(prefix="moe"):
     """`"moe"`, `"moe_1"`, ...: Keras would make it `"mo_e"`."""
     number = keras.backend.get_uid(prefix) - 1
     return f"{prefix}_{number}" if number else prefix
+
+
+def router_and_experts(
+    router, experts, num_experts, dtype, of_router, of_experts, get_router=None
+):
+    """`(router, experts)`, each from a name, a config or an object.
+
+    Args:
+        router, experts, num_experts: As given to the layer.
+        dtype: Its dtype policy, for parts made from names, or `None`.
+        of_router, of_experts: dicts of arguments for parts made from names.
+        get_router: In the place of `routers.get`. Defaults to `None`.
+
+    Raises:
+        ValueError: If a part cannot be made, or they do not agree on the number
+            of experts.
+    """
+    num_experts = num_experts_of(num_experts, router, experts)
+    check_intermediate_dim(of_experts["intermediate_dim"], experts)
+    defaults = {"num_experts": num_experts, "dtype": dtype}
+    router = resolve_part(
+        get_router or routers_lib.get,
+        "router",
+        router,
+        {**defaults, "name": "router"},
+        of_router,
+    )
+    experts = resolve_part(
+        experts_lib.get,
+        "experts",
+        experts,
+        {**defaults, "name": "experts"},
+        of_experts,
+    )
+    check_agreement(num_experts, router, experts)
+    return router, experts
 
 
 def num_experts_of(num_experts, router, experts):
@@ -55,8 +97,8 @@ def resolve_part(get, name, identifier, defaults, choices):
     return part
 
 
-def agreed_num_experts(num_experts, router, experts):
-    """The number of experts, if all that say one say the same."""
+def check_agreement(num_experts, router, experts):
+    """Raises unless all say the same number of experts."""
     for name, part in (("router", router), ("experts", experts)):
         if getattr(part, "num_experts", None) is None:
             raise ValueError(
@@ -73,7 +115,6 @@ def agreed_num_experts(num_experts, router, experts):
             f"router.num_experts={router.num_experts}, "
             f"experts.num_experts={experts.num_experts}"
         )
-    return router.num_experts
 
 
 def serialize_part(layer):
@@ -95,7 +136,40 @@ def check_intermediate_dim(intermediate_dim, experts):
         )
 
 
-def check_layer(name, layer):
+def split_arguments(layer_name, kwargs, experts):
+    """`(arguments of the experts, arguments of keras.layers.Layer)`.
+
+    Args:
+        layer_name: str. Name of the layer's class, for errors.
+        kwargs: dict. Arguments that the layer does not have itself.
+        experts: A name, or experts.
+
+    Raises:
+        ValueError: If an argument belongs to neither.
+    """
+    layer = {k: v for k, v in kwargs.items() if k in _LAYER_ARGUMENTS}
+    rest = {k: v for k, v in kwargs.items() if k not in layer}
+    if not isinstance(experts, str):
+        if rest:
+            raise ValueError(
+                f"{layer_name} hands the arguments of experts on only if "
+                "`experts` is a name. Give them to the experts themselves. "
+                f"Received: {rest}, experts={experts!r}"
+            )
+        return {}, layer
+    known = arguments_of(experts) - {"num_experts", "name"}
+    wrong = sorted(set(rest) - known)
+    if wrong:
+        raise ValueError(
+            f"{layer_name} does not know {', '.join(f'`{k}`' for k in wrong)}. "
+            f"Besides its own arguments it takes those of experts={experts!r}: "
+            f"{sorted(known - set(_LAYER_ARGUMENTS))}. "
+            f"Received: { {k: rest[k] for k in wrong} }"
+        )
+    return rest, layer
+
+
+def as_layer(name, layer):
     """A layer, from itself or its config; `None` stays `None`."""
     if isinstance(layer, dict):
         layer = keras.saving.deserialize_keras_object(layer)
@@ -106,39 +180,68 @@ def check_layer(name, layer):
     return layer
 
 
-def capacity_of(capacity, capacity_factor, eval_capacity_factor, drop_policy):
-    """A `Capacity`, from itself, its config or the arguments in its place."""
-    if capacity is None:
-        return Capacity(
-            capacity_factor,
-            eval_capacity_factor,
-            drop_policy="position" if drop_policy is None else drop_policy,
-        )
-    given = {
+def as_dispatcher(
+    dispatcher,
+    capacity,
+    capacity_factor,
+    eval_capacity_factor,
+    drop_policy,
+    weights_on,
+    causal,
+):
+    """A `Dispatcher`, from itself, its config or the arguments in its place."""
+    flat = {
         "capacity_factor": capacity_factor,
         "eval_capacity_factor": eval_capacity_factor,
         "drop_policy": drop_policy,
     }
-    given = {k: v for k, v in given.items() if v is not None}
+    if dispatcher is None:
+        if capacity is None:
+            capacity = Capacity(**_given(flat))
+        else:
+            _refuse_beside("capacity", flat)
+        dispatcher = Dispatcher(capacity, weights_on or "output")
+        if causal:
+            dispatcher.capacity = dispatcher.capacity.dropless_in_inference()
+        return dispatcher
+    _refuse_beside(
+        "dispatcher", {**flat, "capacity": capacity, "weights_on": weights_on}
+    )
+    if isinstance(dispatcher, dict):
+        dispatcher = keras.saving.deserialize_keras_object(dispatcher)
+    if not isinstance(dispatcher, Dispatcher):
+        raise ValueError(
+            "`dispatcher` must be a keras_moe.dispatch.Dispatcher or None. "
+            f"Received: dispatcher={dispatcher!r}"
+        )
+    capacity = dispatcher.capacity
+    if causal and capacity.drops and capacity.eval_capacity_factor is None:
+        raise ValueError(
+            "In a causal layer the `dispatcher` must say what its capacity is "
+            "in inference: `eval_capacity_factor=math.inf` drops nothing, "
+            "with any other an output depends on what else is in the batch. "
+            "Received: causal=True, dispatcher.capacity with "
+            "eval_capacity_factor=None"
+        )
+    return dispatcher
+
+
+def _given(arguments):
+    return {k: v for k, v in arguments.items() if v is not None}
+
+
+def _refuse_beside(name, arguments):
+    given = _given(arguments)
     if given:
         raise ValueError(
-            "`capacity` stands in the place of "
+            f"`{name}` stands in the place of "
             f"{', '.join(f'`{key}`' for key in given)}. Received both: {given}"
         )
-    if isinstance(capacity, dict):
-        capacity = keras.saving.deserialize_keras_object(capacity)
-    if not isinstance(capacity, Capacity):
-        raise ValueError(
-            "`capacity` must be a keras_moe.layers.Capacity or None. "
-            f"Received: capacity={capacity!r}"
-        )
-    return capacity
 
 
 def check_kept_weights(capacity, router):
     """Of one choice the survivor's share is always one."""
-    one = isinstance(router, TopKRouter) and router.choices_per_token == 1
-    if capacity.normalize_kept_weights and one:
+    if capacity.normalize_kept_weights and router.choices_per_token == 1:
         raise ValueError(
             "With one expert a token, `normalize_kept_weights` makes its "
             "weight always one, and the router would get no gradient. "
@@ -146,15 +249,16 @@ def check_kept_weights(capacity, router):
         )
 
 
-def check_causal(causal, router, capacity, route_per):
-    if not causal or getattr(router, "allow_lookahead", False):
+def check_causal(router, capacity, route_per):
+    """Raises if a token's output could depend on later tokens."""
+    if router.allow_lookahead:
         return
     # Where a token has more choices, its later ones stand behind the first
     # choices of later tokens.
-    one = isinstance(router, TopKRouter) and router.choices_per_token == 1
+    one = router.choices_per_token == 1
     in_order = ("token", "position") if one else ("token",)
     looks_ahead = None
-    if getattr(router, "looks_ahead", False):
+    if router.looks_ahead:
         looks_ahead = f"router={router!r}"
     elif capacity.drops and capacity.drop_policy not in in_order:
         looks_ahead = f"a capacity with drop_policy={capacity.drop_policy!r}"

@@ -3,12 +3,15 @@ import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import check_one_of
+from keras_moe.moe.log_line import LogLine
+from keras_moe.moe.log_line import Summary
+from keras_moe.moe.log_line import label_of
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import expert_counts
 
 DETAILS = ("auto", "summary", "per_expert")
-# With more experts, "auto" would flood the progress bar.
-MAX_EXPERTS_SHOWN = 8
+_LINE = LogLine()
 
 
 class RoutingStatistics(keras.layers.Layer):
@@ -19,35 +22,48 @@ class RoutingStatistics(keras.layers.Layer):
     metric. Under a distribution strategy each replica counts on its own, and
     reading adds the replicas up: nothing is synchronized in the forward pass.
 
+    The logs of a model have these entries, whatever the number of its layers:
+
+    - `routing_max_violation`: largest load of an expert over the mean load,
+      minus 1, averaged over the layers; 0 at perfect balance.
+    - `routing_max_violation_worst`: that of the worst layer, if there are
+      several.
+    - `routing_dropped_fraction` and `routing_dropped_fraction_worst`: share of
+      the choices dropped for lack of capacity, if there is a capacity.
+    - `routing_entropy`: mean entropy of the tokens' probabilities in nats.
+    - `routing_dead_experts`: experts that no token chose, over all layers.
+
     Args:
         num_experts: int.
-        detail: `"per_expert"` logs the load of every expert, `"summary"` the
-            smallest and the largest, `"auto"` the former up to 8 experts.
+        detail: `"auto"` for these; `"summary"` adds the layer's own
+            `load_min` and `load_max`, `"per_expert"` its `load_0` ..., both its
+            `dropped_fraction`, `routing_entropy` and `dead_experts`, each
+            behind the layer's name. Layers whose name Keras chose are `moe`,
+            `moe_1`, ... in their order in the model. Defaults to `"auto"`.
+        may_drop: bool. Whether choices may be dropped in training. Defaults to
+            `True`.
+        label: str. The name of the layer that routes. Defaults to `"moe"`.
     """
 
-    def __init__(self, num_experts, detail="auto", **kwargs):
+    def __init__(
+        self, num_experts, detail="auto", may_drop=True, label="moe", **kwargs
+    ):
         super().__init__(dtype="float32", **kwargs)
-        if detail not in DETAILS:
-            raise ValueError(
-                f"`statistics` must be None or one of {DETAILS}. "
-                f"Received: statistics={detail!r}"
-            )
+        check_one_of("statistics", detail, DETAILS)
         self.num_experts = num_experts
-        if detail == "auto":
-            few = num_experts <= MAX_EXPERTS_SHOWN
-            detail = "per_expert" if few else "summary"
         self.detail = detail
+        self.may_drop = may_drop
+        self.label = label_of(label)
         self.metric = _RoutingMetric(
-            self._log_entries, self.reset, name="routing"
+            self._log_entries, self.reset, name=f"{label}_routing"
         )
-        # Whether a step that ran, or was traced, since the last reset did
-        # record: one of `evaluate` does not.
+        # Whether a step since the last reset did record: one that ran, or one
+        # that was traced, which later steps repeat.
         self._recorded = False
+        self._was_traced = False
         self._last_counts = None
 
     def build(self):
-        # The path of the layer that this belongs to, since names repeat.
-        self.prefix = "_".join(self.path.split("/")[:-1])
         self.expert_counts = self._add_counter(
             "expert_counts", self.num_experts
         )
@@ -78,20 +94,17 @@ class RoutingStatistics(keras.layers.Layer):
             self.token_count,
         )
 
-    def record(self, routing, group_sizes, mask=None, dropped=True):
+    def record(self, routing, group_sizes, mask=None):
         """Adds one call's routing to the counts.
 
         Args:
             routing: A `Routing`.
             group_sizes: `(E,)` int32. Rows of each expert after dropping.
             mask: `(T,)` bool, or `None`.
-            dropped: bool. Whether any choice can have been dropped. Defaults to
-                `True`.
         """
-        self._recorded = True
         probs = ops.stop_gradient(zero_masked(routing.probs, mask))
         counts = kept = ops.cast(group_sizes, "float32")
-        if dropped:
+        if self.may_drop:
             counts = expert_counts(routing, self.num_experts, mask)
         num_tokens = ops.cast(ops.shape(probs)[0], "float32")
         if mask is not None:
@@ -100,8 +113,10 @@ class RoutingStatistics(keras.layers.Layer):
         _add(self.expert_counts, counts)
         _add(self.entropy_sum, entropy)
         _add(self.token_count, num_tokens)
-        if dropped:
+        if self.may_drop:
             _add(self.dropped_count, ops.sum(counts - kept))
+        self._recorded = True
+        self._was_traced = self._was_traced or backend.is_symbolic(counts)
 
     def reset(self):
         if not self.built:
@@ -112,6 +127,12 @@ class RoutingStatistics(keras.layers.Layer):
         for counter in self._counters():
             counter.assign(ops.zeros(counter.shape, "float32"))
 
+    @property
+    def metrics(self):
+        """The metric, while there is something to show: not in `evaluate`."""
+        _LINE.list()
+        return [self.metric] if self._is_shown() else []
+
     def result(self):
         """What has been counted since the start of the epoch.
 
@@ -120,11 +141,15 @@ class RoutingStatistics(keras.layers.Layer):
 
         Returns:
             dict of `expert_load`, a `(E,)` NumPy array with each expert's share
-            of all assignments (they sum to 1); `dropped_fraction`, the share
-            of assignments dropped for lack of capacity; `routing_entropy`, the
-            mean entropy of the tokens' probabilities in nats (`log(E)` if they
-            are uniform); `dead_experts`, the number of experts that got no
-            token. `None` before any training step.
+            of all choices (they sum to 1); `max_violation`, the largest load
+            over the mean load, minus 1; `dropped_fraction`, the share of
+            choices dropped for lack of capacity; `routing_entropy`, the mean
+            entropy of the tokens' probabilities in nats (`log(E)` if they are
+            uniform); `dead_experts`, the number of experts that got no token.
+            `None` before any training step.
+
+        Raises:
+            RuntimeError: If a step of `fit` runs, on JAX.
         """
         if self.built and not self._readable():
             raise RuntimeError(
@@ -136,46 +161,52 @@ class RoutingStatistics(keras.layers.Layer):
             counts = self._read()
         if counts is None:
             return None
-        load, dropped, entropy, dead = _summarize(*counts)
+        summary = Summary(*counts, self.may_drop)
         return {
-            "expert_load": ops.convert_to_numpy(load),
-            "dropped_fraction": float(dropped),
-            "routing_entropy": float(entropy),
-            "dead_experts": int(dead),
+            "expert_load": summary.load,
+            "max_violation": float(summary.max_violation),
+            "dropped_fraction": float(summary.dropped_fraction),
+            "routing_entropy": float(summary.entropy),
+            "dead_experts": int(summary.dead_experts),
         }
 
+    def _is_shown(self):
+        if self._recorded or not (self.built and self._was_traced):
+            return self._recorded
+        # Compiled steps record without coming through `record`.
+        return (
+            self._readable()
+            and not backend.is_symbolic(ops.convert_to_tensor(self.token_count))
+            and self._has_tokens()
+        )
+
     def _log_entries(self):
-        """The entries for the logs of `fit`; none where nothing is counted.
+        """The entries for a line of logs.
 
         Keras asks twice: inside its compiled step, and at the end of the epoch,
         and takes the second answer if both have the same entries.
         """
-        if not self.built:
+        if not self._is_shown():
             return {}
-        counters = self._counters()
-        recorded = self._recorded
+        summary = Summary(*self._visible_counts(), self.may_drop)
+        name, entries = _LINE.add(self, self.label, summary)
+        own = summary.own_entries(self.detail)
+        return {**entries, **{f"{name}_{key}": x for key, x in own.items()}}
+
+    def _visible_counts(self):
         # While it runs, the JAX trainer takes the values out of the variables:
         # its steps show NaN, and the end of the epoch the right numbers.
-        if self._readable():
-            counts = [ops.convert_to_tensor(counter) for counter in counters]
-            if not any(backend.is_symbolic(count) for count in counts):
-                recorded = self._has_tokens()
-        else:
-            counts = [
-                ops.full(counter.shape, float("nan"), "float32")
-                for counter in counters
+        if not self._readable():
+            return [
+                np.full(counter.shape, np.nan, "float32")
+                for counter in self._counters()
             ]
-        if not recorded:
-            return {}
-        load, dropped, entropy, dead = _summarize(*counts)
-        if self.detail == "per_expert":
-            entries = {f"load_{e}": load[e] for e in range(self.num_experts)}
-        else:
-            entries = {"load_min": ops.min(load), "load_max": ops.max(load)}
-        entries["dropped_fraction"] = dropped
-        entries["routing_entropy"] = entropy
-        entries["dead_experts"] = dead
-        return {f"{self.prefix}_{name}": v for name, v in entries.items()}
+        counts = [
+            ops.convert_to_tensor(counter) for counter in self._counters()
+        ]
+        if any(backend.is_symbolic(count) for count in counts):
+            return counts
+        return self._read()
 
     def _readable(self):
         return all(counter._value is not None for counter in self._counters())
@@ -207,7 +238,10 @@ class _RoutingMetric(keras.metrics.Metric):
         self._reset()
 
     def update_state(self, *args, **kwargs):
-        raise TypeError("Routing is recorded by the layer that routes.")
+        """Nothing: the layer has recorded as it routed.
+
+        Training loops that hand labels and predictions to all metrics call it.
+        """
 
     def result(self):
         return self._result()
@@ -222,14 +256,3 @@ def _entropy(probs):
     probs = ops.cast(probs, "float32")
     probs = probs / ops.maximum(ops.sum(probs, axis=-1, keepdims=True), 1e-20)
     return -ops.sum(probs * ops.log(ops.maximum(probs, 1e-20)), axis=-1)
-
-
-def _summarize(expert_counts, dropped_count, entropy_sum, token_count):
-    assignments = ops.maximum(ops.sum(expert_counts), 1.0)
-    return (
-        expert_counts / assignments,
-        dropped_count / assignments,
-        entropy_sum / ops.maximum(token_count, 1.0),
-        # Comparing this way gives NaN for NaN.
-        ops.sum(1.0 - ops.minimum(expert_counts, 1.0)),
-    )

@@ -8,12 +8,14 @@ from keras_moe.moe.tokens import call_masked
 from keras_moe.ops.masking import zero_masked
 
 SHARED_EXPERTS_MODES = ("add", "gate", "average", "residual")
+# Columns of the gate's kernel, in the modes that have a gate.
+GATE_WIDTHS = {"gate": 1, "residual": 2}
 
 
 def shared_output(shared_experts, tokens, mask, training):
-    """`(T, D)` -> `(T, D')`. The experts of a bank are summed."""
+    """`(T, D)` -> `(T, D')`, zero where masked. A bank's experts are summed."""
     if not isinstance(shared_experts, Experts):
-        return call_masked(shared_experts, tokens, mask)
+        return zero_masked(call_masked(shared_experts, tokens, mask), mask)
     copies = shared_experts.num_experts
     num_tokens = ops.shape(tokens)[0]
     rows = shared_experts(
@@ -22,24 +24,19 @@ def shared_output(shared_experts, tokens, mask, training):
         training=training,
     )
     rows = ops.reshape(rows, (copies, num_tokens, *ops.shape(rows)[1:]))
-    return ops.sum(rows, axis=0)
+    return zero_masked(ops.sum(rows, axis=0), mask)
 
 
-def add_shared_gate(layer, dim):
-    """The weights that the modes `"gate"` and `"residual"` need."""
-    width = {"gate": 1, "residual": 2}.get(layer.shared_experts_mode)
-    if width is None:
-        return None
-    return layer.add_weight(
-        name="shared_gate_kernel",
-        shape=(dim, width),
-        initializer="glorot_uniform",
-    )
+def join(routed, shared, mode, features=None, gate_kernel=None):
+    """Routed and shared outputs as one.
 
-
-def join(layer, routed, tokens, features, mask, training):
-    """Routed and shared outputs as one; `features` `(T, D)` make the gate."""
-    shared = shared_output(layer.shared_experts, tokens, mask, training)
+    Args:
+        routed: `(T, ...)`.
+        shared: The same shape, zero where masked.
+        mode: One of `SHARED_EXPERTS_MODES`.
+        features, gate_kernel: `(T, D)` and `(D, GATE_WIDTHS[mode])`, of which
+            the gate of a mode that has one is made.
+    """
     if len(shared.shape) != len(routed.shape) or (
         shared.shape[-1] != routed.shape[-1]
     ):
@@ -48,19 +45,19 @@ def join(layer, routed, tokens, features, mask, training):
             f"shape {tuple(shared.shape)} for {tuple(routed.shape)}"
         )
     shared = ops.cast(shared, routed.dtype)
-    mode = layer.shared_experts_mode
-    if layer.shared_gate_kernel is not None:
+    if mode in GATE_WIDTHS:
+        kernel = ops.cast(gate_kernel, features.dtype)
         # On torch `ops.matmul` would make float32 of float64.
-        gate = ops.einsum("td,de->te", features, layer.shared_gate_kernel)
+        gate = ops.einsum("td,de->te", features, kernel)
         missing = (1,) * (len(routed.shape) - 2)
-        gate = ops.reshape(gate, (-1, *missing, gate.shape[-1]))
-        if mode == "gate":
-            shared = ops.sigmoid(gate) * shared
-        else:
-            gate = ops.softmax(gate)
-            routed, shared = gate[..., :1] * routed, gate[..., 1:] * shared
-    out = routed + zero_masked(shared, mask)
-    return out / 2 if mode == "average" else out
+        gate = ops.reshape(gate, (-1, *missing, GATE_WIDTHS[mode]))
+    if mode == "gate":
+        shared = ops.sigmoid(gate) * shared
+    elif mode == "residual":
+        gate = ops.softmax(gate)
+        routed, shared = gate[..., :1] * routed, gate[..., 1:] * shared
+    outputs = routed + shared
+    return outputs / 2 if mode == "average" else outputs
 
 
 def check_shared_experts(shared_experts, mode):

@@ -3,13 +3,10 @@ import math
 import keras
 from keras import ops
 
-from keras_moe import experts as experts_lib
-from keras_moe.moe.part_arguments import agreed_num_experts
-from keras_moe.moe.part_arguments import check_intermediate_dim
-from keras_moe.moe.part_arguments import default_name
-from keras_moe.moe.part_arguments import num_experts_of
-from keras_moe.moe.part_arguments import resolve_part
-from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.checks import check_bool
+from keras_moe.moe import part_arguments as parts
+from keras_moe.moe.foreign_parts import as_experts
+from keras_moe.moe.foreign_parts import output_shape_of
 from keras_moe.moe.tokens import flatten_mask
 from keras_moe.routers.soft_router import SoftRouter
 
@@ -54,7 +51,9 @@ class SoftMoE(keras.layers.Layer):
         causal: bool. Whether an output may depend on earlier tokens alone.
             `True` is refused, as the layer cannot do it, unless the router has
             `allow_lookahead=True`. Defaults to `False`.
-        **kwargs: Arguments of `keras.layers.Layer`.
+        **kwargs: Arguments of the experts, if `experts` is a name (`dropout`,
+            `use_bias`, `kernel_initializer`, ...), and of
+            `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, ..., dim)`. All positions of an example
@@ -96,39 +95,24 @@ class SoftMoE(keras.layers.Layer):
         name=None,
         **kwargs,
     ):
-        super().__init__(name=name or default_name("soft_moe"), **kwargs)
-        num_experts = num_experts_of(num_experts, router, experts)
-        self.router = resolve_part(
-            _get_router,
-            "router",
+        of_experts, kwargs = parts.split_arguments("SoftMoE", kwargs, experts)
+        super().__init__(name=name or parts.default_name("soft_moe"), **kwargs)
+        self.router, experts = parts.router_and_experts(
             router,
-            {
-                "num_experts": num_experts,
-                "name": "router",
-                "dtype": self.dtype_policy,
-            },
-            {"slots_per_expert": slots_per_expert},
-        )
-        if not isinstance(self.router, SoftRouter):
-            raise ValueError(
-                "`router` must be 'soft' or a SoftRouter. "
-                f"Received: router={router!r}"
-            )
-        check_intermediate_dim(intermediate_dim, experts)
-        self.experts = resolve_part(
-            experts_lib.get,
-            "experts",
             experts,
+            num_experts,
+            self.dtype_policy,
+            {"slots_per_expert": slots_per_expert},
             {
-                "num_experts": num_experts,
-                "name": "experts",
-                "dtype": self.dtype_policy,
+                "intermediate_dim": intermediate_dim,
+                "activation": activation,
+                **of_experts,
             },
-            {"intermediate_dim": intermediate_dim, "activation": activation},
+            get_router=_get_router,
         )
-        self.num_experts = agreed_num_experts(
-            num_experts, self.router, self.experts
-        )
+        self.experts = as_experts(experts)
+        self.num_experts = self.experts.num_experts
+        check_bool("causal", causal)
         if causal and not self.router.allow_lookahead:
             raise ValueError(
                 "SoftMoE cannot be causal: its slots mix all tokens of an "
@@ -217,10 +201,7 @@ class SoftMoE(keras.layers.Layer):
         return self.router(tokens, mask=mask, training=training)
 
     def _width(self, dim):
-        try:
-            return self.experts.compute_output_shape((None, dim))[-1]
-        except NotImplementedError:  # It does not say: as wide as they came.
-            return dim
+        return output_shape_of(self.experts, (None, dim))[-1]
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self._width(input_shape[-1]))
@@ -228,20 +209,21 @@ class SoftMoE(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
-            "router": serialize_part(self.router),
-            "experts": serialize_part(self.experts),
+            "router": parts.serialize_part(self.router),
+            "experts": parts.serialize_part(self.experts),
             "causal": self.causal,
         }
 
 
 def _get_router(identifier, **kwargs):
-    if isinstance(identifier, str):
-        if identifier != "soft":
-            raise ValueError(
-                "`router` must be 'soft' or a SoftRouter. "
-                f"Received: router={identifier!r}"
-            )
-        return SoftRouter(**kwargs)
-    if isinstance(identifier, dict):
-        return keras.saving.deserialize_keras_object(identifier)
-    return identifier
+    router = identifier
+    if identifier == "soft":
+        router = SoftRouter(**kwargs)
+    elif isinstance(identifier, dict):
+        router = keras.saving.deserialize_keras_object(identifier)
+    if not isinstance(router, SoftRouter):
+        raise ValueError(
+            "`router` must be 'soft' or a SoftRouter. "
+            f"Received: router={identifier!r}"
+        )
+    return router

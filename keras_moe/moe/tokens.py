@@ -1,74 +1,123 @@
-"""Turning what a layer is called with into one row a token."""
+"""What a layer is called with, as one row a token, and its shapes."""
 
 import inspect
 import math
+from typing import Any
+from typing import NamedTuple
 
 import keras
 from keras import ops
 
-from keras_moe.experts import Experts
 from keras_moe.ops.masking import zero_masked
 
 
-def routed_positions(inputs, route_per):
-    """Shape of what is routed: all positions, or the examples alone."""
-    return ops.shape(inputs)[: -1 if route_per == "token" else 1]
+class Tokens(NamedTuple):
+    """The inputs of one call, by token. Per example, a token is an example.
 
-
-def to_tokens(inputs, mask, route_per):
-    """`(features, tokens, mask)`: what is routed by, what is sent, `(T,)` bool.
-
-    Per token both are `(T, D)`. Per example what is sent are the inputs, and
-    what is routed by is their mean over the positions that are not masked.
+    Fields:
+        rows: `(T, D)`, or `(T, ..., D)` per example. What is sent to experts.
+        features: `(T, D)`. Each token as one vector.
+        router_inputs: `(T, D)`, or of another width. What the router sees.
+        mask: `(T,)` bool, or `None`.
+        context: `(T,)` or `(T, C)`, or `None`.
+        positions: Shape of what is routed: the first axes of the inputs.
     """
+
+    rows: Any
+    features: Any
+    router_inputs: Any
+    mask: Any
+    context: Any
+    positions: Any
+
+
+def to_tokens(inputs, mask, route_per, context=None, router_inputs=None):
+    """The `Tokens` of what a layer is called with.
+
+    Args:
+        inputs: `(batch, ..., D)`, in the layer's compute dtype.
+        mask: Bool, of the shape of the positions or of their first axes.
+        route_per: `"token"` or `"example"`.
+        context: As `flatten_context` takes it.
+        router_inputs: `(batch, ..., D)` of the same positions, or `None` for
+            the inputs.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+    """
+    all_positions = ops.shape(inputs)[:-1]
+    positions = all_positions if route_per == "token" else all_positions[:1]
     if mask is not None:
-        mask = flatten_mask(mask, ops.shape(inputs)[:-1])
-    dim = inputs.shape[-1]
-    if route_per == "token":
-        tokens = zero_masked(ops.reshape(inputs, (-1, dim)), mask)
-        return tokens, tokens, mask
-    if mask is None:
-        axes = tuple(range(1, len(inputs.shape) - 1))
-        return ops.mean(inputs, axis=axes), inputs, None
-    flat = zero_masked(ops.reshape(inputs, (-1, dim)), mask)
-    mask = ops.reshape(mask, (ops.shape(inputs)[0], -1))  # (B, L)
-    # Sums of long examples are too much for half precision.
-    half = keras.backend.standardize_dtype(inputs.dtype) != "float64"
-    exact = ops.cast(flat, "float32") if half else flat
-    count = ops.sum(ops.cast(mask, exact.dtype), axis=1, keepdims=True)
-    total = ops.sum(ops.reshape(exact, (*ops.shape(mask), dim)), axis=1)
-    features = ops.cast(total / ops.maximum(count, 1.0), inputs.dtype)
-    return features, ops.reshape(flat, ops.shape(inputs)), ops.any(mask, axis=1)
+        mask = flatten_mask(mask, all_positions)
+    context = flatten_context(context, positions)
+    seen = None
+    if router_inputs is not None:
+        _check_router_inputs(router_inputs, inputs)
+        seen = _by_token(router_inputs, mask, route_per)[1]
+    rows, features = _by_token(inputs, mask, route_per)
+    if mask is not None and route_per == "example":
+        shape = (all_positions[0], math.prod(all_positions[1:]))
+        mask = ops.any(ops.reshape(mask, shape), axis=1)
+    if seen is None:
+        seen = features
+    return Tokens(rows, features, seen, mask, context, positions)
 
 
-def call_masked(layer, tokens, mask):
-    """A layer on tokens `(T, D)`, with their mask if it takes one.
+def _by_token(inputs, mask, route_per):
+    """`(rows, features)`: what is sent, and a vector of each token.
 
-    Keras hands `training` on by itself. A mask of examples says nothing to a
-    layer that looks at their positions: then what is masked is just zero.
+    Per example the vector is the mean over the positions not masked.
     """
-    takes_mask = "mask" in inspect.signature(layer.call).parameters
-    if mask is None or not takes_mask or len(tokens.shape) > 2:
-        return layer(tokens)
-    return layer(tokens, mask=mask)
+    *positions, dim = ops.shape(inputs)
+    flat = ops.reshape(inputs, (math.prod(positions), dim))
+    flat = zero_masked(flat, mask)
+    if route_per == "token":
+        return flat, flat
+    if mask is None:
+        return inputs, ops.mean(inputs, axis=tuple(range(1, len(positions))))
+    by_example = (positions[0], math.prod(positions[1:]))  # (B, L)
+    # Half precision cannot hold the sums of long examples.
+    is_float64 = keras.backend.standardize_dtype(inputs.dtype) == "float64"
+    exact = flat if is_float64 else ops.cast(flat, "float32")
+    count = ops.cast(ops.reshape(mask, by_example), exact.dtype)
+    count = ops.sum(count, axis=1, keepdims=True)
+    total = ops.sum(ops.reshape(exact, (*by_example, dim)), axis=1)
+    features = ops.cast(total / ops.maximum(count, 1.0), inputs.dtype)
+    return ops.reshape(flat, ops.shape(inputs)), features
 
 
-def match_rank(x, like):
-    """`x` with axes of size 1 behind its own, in the dtype of `like`."""
-    missing = (1,) * (len(like.shape) - len(x.shape))
-    return ops.cast(ops.reshape(x, (*ops.shape(x), *missing)), like.dtype)
+def _check_router_inputs(router_inputs, inputs):
+    given, positions = tuple(router_inputs.shape), tuple(inputs.shape[:-1])
+    if len(given) != len(positions) + 1 or not _may_be(given[:-1], positions):
+        raise ValueError(
+            "`router_inputs` must have the shape of the inputs but for the "
+            f"last axis. Received: router_inputs.shape={given}, "
+            f"inputs.shape={tuple(inputs.shape)}"
+        )
+
+
+def _may_be(shape, other):
+    """Whether the sizes of two shapes of one rank agree where known."""
+    return all(
+        a == b
+        for a, b in zip(shape, other, strict=True)
+        if isinstance(a, int) and isinstance(b, int)
+    )
 
 
 def flatten_mask(mask, positions):
     """A mask of the positions, or of their first axes, as `(T,)` bool."""
     mask = ops.cast(mask, "bool")
-    if len(mask.shape) > len(positions):
+    rank = len(mask.shape)
+    if not 1 <= rank <= len(positions) or not _may_be(
+        mask.shape, positions[:rank]
+    ):
         raise ValueError(
             "`mask` must have the shape of the inputs without their last "
             "axis, or of their first axes. Received: "
             f"mask.shape={tuple(mask.shape)}, positions {tuple(positions)}"
         )
-    return ops.reshape(_spread(mask, positions), (-1,))
+    return ops.reshape(_spread(mask, positions), (math.prod(positions),))
 
 
 def flatten_context(context, positions):
@@ -83,7 +132,9 @@ def flatten_context(context, positions):
     dtype = keras.backend.standardize_dtype(context.dtype)
     is_ids = _is_ids(dtype)
     rank = len(context.shape) - (0 if is_ids else 1)
-    if not 1 <= rank <= len(positions):
+    if not 1 <= rank <= len(positions) or not _may_be(
+        context.shape[:rank], positions[:rank]
+    ):
         raise ValueError(
             "`context` must be ids (whole numbers) of the shape of the inputs "
             "without their last axis, or of their first axes, or numbers with "
@@ -91,22 +142,13 @@ def flatten_context(context, positions):
             f"context.shape={tuple(context.shape)}, dtype={dtype}, positions "
             f"{tuple(positions)}"
         )
+    number = math.prod(positions)
     if is_ids:
         if dtype == "bool":
             context = ops.cast(context, "int32")
-        return ops.reshape(_spread(context, positions), (-1,))
-    features = context.shape[-1]
-    return ops.reshape(_spread(context, positions, features), (-1, features))
-
-
-def context_spec(context, num_tokens, dtype):
-    """What `flatten_context` will make of a symbolic context."""
-    if context is None:
-        return None
-    if _is_ids(context.dtype):
-        dtype = "int32" if context.dtype == "bool" else context.dtype
-        return keras.KerasTensor((num_tokens,), dtype=dtype)
-    return keras.KerasTensor((num_tokens, context.shape[-1]), dtype=dtype)
+        return ops.reshape(_spread(context, positions), (number,))
+    width = context.shape[-1]
+    return ops.reshape(_spread(context, positions, width), (number, width))
 
 
 def _is_ids(dtype):
@@ -120,68 +162,46 @@ def _spread(x, positions, *features):
     return ops.broadcast_to(x, (*positions, *features))
 
 
-def tokens_shape(layer, input_shape):
-    """What is sent to the experts, without the copies."""
-    if layer.route_per == "example":
-        return (None, *input_shape[1:])
-    return (None, input_shape[-1])
+def call_masked(layer, tokens, mask):
+    """A layer on tokens `(T, ...)`, with their mask if it takes one.
+
+    Keras hands `training` on by itself. A mask of examples says nothing to a
+    layer that looks at their positions: then what is masked is just zero.
+    """
+    takes_mask = "mask" in inspect.signature(layer.call).parameters
+    if mask is None or not takes_mask or len(tokens.shape) > 2:
+        return layer(tokens)
+    return layer(tokens, mask=mask)
 
 
-def shape_behind(part, shape):
-    """Output shape of a part, which experts of one's own need not tell."""
-    tells = isinstance(part, Experts) or not hasattr(part, "num_experts")
-    if part is None or not tells:
-        return shape
-    return tuple(part.compute_output_shape(shape))
-
-
-def output_shape(layer, input_shape):
-    shape = tokens_shape(layer, input_shape)
-    for part in (layer.pre_experts, layer.experts, layer.post_experts):
-        shape = shape_behind(part, shape)
-    kept = 1 if layer.route_per == "example" else -1
-    return (*input_shape[:kept], *shape[1:])
-
-
-def output_spec(layer, inputs, training, context):
-    """What the layer returns, as symbolic tensors."""
-    outputs = keras.KerasTensor(
-        output_shape(layer, inputs.shape), dtype=layer.compute_dtype
-    )
-    if not layer.return_routing:
-        return outputs
-    positions = routed_positions(inputs, layer.route_per)
+def routing_spec(router, shape, route_per, training, context):
+    """The routing of symbolic inputs of a shape, as symbolic tensors."""
+    positions = shape[:-1] if route_per == "token" else shape[:1]
     num_tokens = None if None in positions else math.prod(positions)
-    router = layer.router
-    # Where the number of tokens is not known, any that makes whole groups.
-    per = getattr(router, "per", None)
-    sequences = per if isinstance(per, int) else 2
-    if num_tokens is not None:
-        sequences = positions[0]
-    known = 2 * sequences if num_tokens is None else num_tokens
+    num_sequences = positions[0]
+    if num_tokens is None:
+        # Any number of tokens will do that makes whole groups.
+        num_sequences = router.per if isinstance(router.per, int) else 2
+    known = 2 * num_sequences if num_tokens is None else num_tokens
     kwargs = {}
-    if getattr(router, "uses_context", False):
-        kwargs["context"] = context_spec(context, known, router.compute_dtype)
-    if getattr(router, "looks_ahead", False):
-        kwargs["num_sequences"] = sequences
-    tokens = keras.KerasTensor(
-        (known, inputs.shape[-1]), dtype=router.compute_dtype
-    )
+    if router.uses_context:
+        kwargs["context"] = _context_spec(context, known, router.compute_dtype)
+    if router.looks_ahead:
+        kwargs["num_sequences"] = num_sequences
+    tokens = keras.KerasTensor((known, shape[-1]), dtype=router.compute_dtype)
     # Called, not asked for its specification: it has a dtype of its own.
     routing = router(tokens, training=training, **kwargs)
-    routing = keras.tree.map_structure(
+    return keras.tree.map_structure(
         lambda x: keras.KerasTensor((num_tokens, *x.shape[1:]), dtype=x.dtype),
         routing,
     )
-    return outputs, routing
 
 
-def check_width(layer, rows, tokens_shape):
-    """Raises unless the experts returned what they were taken to return."""
-    expected = shape_behind(layer.experts, tokens_shape)[-1]
-    if rows.shape[-1] != expected:
-        raise ValueError(
-            "`experts` that are not a `keras_moe.experts.Experts` must keep "
-            f"the width of their rows. Received rows of width {expected}, "
-            f"returned {rows.shape[-1]}"
-        )
+def _context_spec(context, num_tokens, dtype):
+    """What `flatten_context` will make of a symbolic context."""
+    if context is None:
+        return None
+    if _is_ids(context.dtype):
+        dtype = "int32" if context.dtype == "bool" else context.dtype
+        return keras.KerasTensor((num_tokens,), dtype=dtype)
+    return keras.KerasTensor((num_tokens, context.shape[-1]), dtype=dtype)

@@ -61,6 +61,7 @@ class Router(keras.layers.Layer):
 
     uses_context = False
     looks_ahead = False
+    allow_lookahead = False
     distinct_choices = False
     choices_per_token = None
     per = "batch"

@@ -237,7 +237,7 @@ class ConfigTest(TestCase):
     def test_wrong_rank(self):
         for shape in ((5,), (3, None)):
             layer = MoE(num_experts=4, intermediate_dim=2)
-            with self.assertRaisesRegex(ValueError, "input_shape="):
+            with self.assertRaisesRegex(ValueError, "inputs_shape="):
                 layer.build(shape)
         with self.assertRaisesRegex(ValueError, "expected axis -1"):
             make()(keras.Input((4, 6)))
@@ -313,7 +313,11 @@ class PlainExperts(keras.layers.Layer):
 class OwnPartsTest(TestCase):
     @parameterized.parameters(ScaleExperts, PlainExperts)
     def test_own_router_and_experts(self, experts):
-        layer = MoE(router=RoundRobinRouter(3), experts=experts(3))
+        layer = MoE(
+            router=RoundRobinRouter(3),
+            experts=experts(3),
+            statistics="per_expert",
+        )
         model = keras.Sequential(
             [keras.Input((None, 5)), layer, keras.layers.Dense(1)]
         )
@@ -325,7 +329,7 @@ class OwnPartsTest(TestCase):
         self.assertAllClose(layer(x), wanted.reshape(SHAPE), atol=1e-6)
         model.compile("sgd", "mse")
         history = model.fit(x, x[..., :1], verbose=0).history
-        load = history[f"{layer.statistics.prefix}_load_0"]
+        load = history["moe_load_0"]
         self.assertAllClose(load, [1 / 3])
         path = os.path.join(self.get_temp_dir(), "model.keras")
         model.save(path)
@@ -344,5 +348,5 @@ class OwnPartsTest(TestCase):
                 return rows[:, :2]
 
         layer = MoE(router=RoundRobinRouter(3), experts=Narrow(3))
-        with self.assertRaisesRegex(ValueError, "width 5, returned 2"):
+        with self.assertRaisesRegex(ValueError, "width 2, expected 5"):
             layer(inputs())

@@ -1,9 +1,5 @@
 """`MoE` in `fit`: statistics, compiled steps, precision, rematerialization."""
 
-import contextlib
-import io
-import re
-
 import keras
 import numpy as np
 import pytest
@@ -13,7 +9,6 @@ from keras import ops
 from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.routers import TopKRouter
-from tests.moe.moe_test import MASK
 from tests.moe.moe_test import SHAPE
 from tests.moe.moe_test import inputs
 from tests.moe.moe_test import make
@@ -31,167 +26,6 @@ def model_with(*layers, dim=5):
 def data(num_examples=12):
     x = inputs(shape=(num_examples, 4, 5))
     return x, x[..., :1]
-
-
-class StatisticsTest(TestCase):
-    def expected(self, layer, x, batch_size, mask=None):
-        """Counts of the routing of all batches, dropped ones by hand."""
-        load, dropped = np.zeros(layer.num_experts), 0
-        entropy = []
-        for i in range(0, len(x), batch_size):
-            batch = x[i : i + batch_size]
-            routing = layer.route(batch)
-            indices = ops.convert_to_numpy(routing.expert_indices)
-            probs = ops.convert_to_numpy(routing.probs)
-            if mask is not None:
-                keep = mask[i : i + batch_size].reshape(-1)
-                indices, probs = indices[keep], probs[keep]
-            counts = np.bincount(indices.reshape(-1), minlength=len(load))
-            load += counts
-            entropy.extend(-np.sum(probs * np.log(probs), axis=1))
-            if layer.capacity.capacity_factor is not None:
-                share = batch.shape[0] * batch.shape[1] * indices.shape[1]
-                capacity = np.ceil(
-                    share * layer.capacity.capacity_factor / len(load) - 1e-6
-                )
-                dropped += np.maximum(counts - capacity, 0).sum()
-        return load, dropped / load.sum(), np.mean(entropy)
-
-    @parameterized.parameters(None, 0.5)
-    def test_logs_history_and_progress_bar(self, capacity_factor):
-        layer = make(capacity_factor=capacity_factor, name="moe", top_k=1)
-        model = model_with(layer)
-        # With a learning rate of zero every epoch routes alike.
-        model.compile(keras.optimizers.SGD(0.0), "mse")
-        x, y = data()
-        load, dropped, entropy = self.expected(layer, x, batch_size=8)
-        screen = io.StringIO()
-        with contextlib.redirect_stdout(screen):
-            history = model.fit(
-                x,
-                y,
-                batch_size=8,  # the last batch is smaller
-                epochs=2,
-                shuffle=False,
-                validation_data=(x[:3], y[:3]),
-            ).history
-        for epoch in range(2):
-            self.assertAllClose(
-                [history[f"moe_load_{e}"][epoch] for e in range(4)],
-                load / load.sum(),
-                rtol=1e-5,
-            )
-            self.assertAllClose(
-                history["moe_dropped_fraction"][epoch], dropped, rtol=1e-5
-            )
-            self.assertAllClose(
-                history["moe_routing_entropy"][epoch], entropy, rtol=1e-5
-            )
-            self.assertEqual(
-                history["moe_dead_experts"][epoch], np.sum(load == 0)
-            )
-        # What is counted is training alone.
-        self.assertEqual([k for k in history if k.startswith("val_moe")], [])
-        # The line that stays on the screen has the numbers of the history.
-        last = re.split(r"[\r\n]+", screen.getvalue().strip())[-1]
-        shown = dict(re.findall(r"(moe_load_\d): ([-+.\de]+)", last))
-        self.assertLen(shown, 4)
-        for name, value in shown.items():
-            self.assertAllClose(float(value), history[name][-1], atol=1e-4)
-        # The last epoch can be read afterwards, validation or not.
-        result = layer.statistics.result()
-        self.assertAllClose(result["expert_load"], load / load.sum())
-        self.assertAllClose(result["dropped_fraction"], dropped, rtol=1e-5)
-        model.evaluate(x, y, verbose=0)
-        model.predict(x, verbose=0)
-        again = layer.statistics.result()
-        self.assertAllEqual(again["expert_load"], result["expert_load"])
-
-    def test_masked_tokens_do_not_count(self):
-        layer = make(name="moe", capacity_factor=0.5)
-        x = inputs()
-        layer(x, mask=ops.array(MASK), training=True)
-        load, dropped, entropy = self.expected(layer, x, 3, MASK)
-        result = layer.statistics.result()
-        self.assertAllClose(result["expert_load"] * load.sum(), load)
-        self.assertAllClose(result["dropped_fraction"], dropped, rtol=1e-5)
-        self.assertAllClose(result["routing_entropy"], entropy, rtol=1e-5)
-
-    def test_dead_experts(self):
-        layer = make(top_k=1)
-        layer.router.kernel.assign(np.zeros((5, 4)))  # ties: expert 0
-        layer(inputs(), training=True)
-        result = layer.statistics.result()
-        self.assertEqual(result["dead_experts"], 3)
-        self.assertAllClose(result["expert_load"], [1, 0, 0, 0])
-        self.assertAllClose(result["routing_entropy"], np.log(4), rtol=1e-6)
-
-    def test_detail(self):
-        x, y = data()
-        for detail, num_experts, entries in (
-            ("auto", 8, ["load_0", "load_7"]),
-            ("auto", 9, ["load_min", "load_max"]),
-            ("summary", 4, ["load_min", "load_max"]),
-            ("per_expert", 9, ["load_0", "load_8"]),
-            (None, 4, []),
-        ):
-            layer = MoE(num_experts, 4, statistics=detail, name="moe")
-            model = model_with(layer)
-            model.compile("sgd", "mse")
-            history = model.fit(x, y, verbose=0).history
-            for entry in entries:
-                self.assertIn(f"moe_{entry}", history)
-            if detail is None:
-                self.assertEqual(list(history), ["loss"])
-                self.assertEqual(layer.non_trainable_variables, [])
-
-    def test_each_layer_has_its_own(self):
-        model = model_with(MoE(2, 3, name="first"), MoE(2, 3, name="second"))
-        model.compile("sgd", "mse")
-        x, y = data()
-        history = model.fit(x, y, verbose=0).history
-        for name in ("first", "second"):
-            total = history[f"{name}_load_0"][0] + history[f"{name}_load_1"][0]
-            self.assertAllClose(total, 1.0)
-
-    def test_equal_names_in_different_layers(self):
-        class Block(keras.layers.Layer):
-            def __init__(self, **kwargs):
-                super().__init__(**kwargs)
-                self.moe = MoE(num_experts=2, intermediate_dim=3, name="moe")
-
-            def build(self, input_shape):
-                self.moe.build(input_shape)
-
-            def call(self, x):
-                return self.moe(x)
-
-        model = model_with(Block(name="one"), Block(name="two"))
-        model.compile("sgd", "mse")
-        history = model.fit(*data(), verbose=0).history
-        for name in ("one_moe_load_0", "two_moe_load_0"):
-            self.assertIn(name, history)
-
-    def test_a_second_call_in_inference_hides_nothing(self):
-        # As a target network would be called.
-        layer = MoE(num_experts=2, intermediate_dim=3, name="moe")
-        x = keras.Input((None, 5))
-        y = layer(x, training=True) + layer(x, training=False)
-        model = keras.Model(x, keras.layers.Dense(1)(y))
-        model.compile("sgd", "mse")
-        history = model.fit(*data(), verbose=0).history
-        self.assertAllClose(
-            history["moe_load_0"][0] + history["moe_load_1"][0], 1.0
-        )
-
-    def test_inference_changes_no_state(self):
-        layer = make()
-        layer(inputs(), training=True)
-        before = [ops.convert_to_numpy(v).copy() for v in layer.variables]
-        layer(inputs(1))
-        layer(inputs(1), training=False)
-        for old, new in zip(before, layer.variables, strict=True):
-            self.assertAllEqual(old, new)
 
 
 # Some models here have no loss but that of the router.
@@ -330,21 +164,26 @@ class FitTest(TestCase):
         class Model(keras.Model):
             def __init__(self):
                 super().__init__()
-                self.moe = MoE(num_experts=4, intermediate_dim=3, name="moe")
+                # In a list, as blocks mostly are.
+                self.blocks = [MoE(4, 3, statistics="per_expert")]
                 self.head = keras.layers.Dense(1)
 
             def call(self, x, training=False):
-                return self.head(self.moe(x, training=training))
+                for block in self.blocks:
+                    x = block(x, training=training)
+                return self.head(x)
 
+        # Built by its first `fit`.
         model = Model()
         model.compile("sgd", "mse")
         history = model.fit(*data(), epochs=2, verbose=0).history
-        prefix = model.moe.statistics.prefix
-        self.assertEndsWith(prefix, "_moe")
-        self.assertAllClose(
-            np.sum([history[f"{prefix}_load_{e}"] for e in range(4)], axis=0),
-            [1.0, 1.0],
-        )
+        again = model.fit(*data(), epochs=2, verbose=0).history
+        for logs in (history, again):
+            self.assertAllClose(
+                np.sum([logs[f"moe_load_{e}"] for e in range(4)], axis=0),
+                [1.0, 1.0],
+            )
+            self.assertIn("routing_entropy", logs)
 
     def test_noise_is_reproducible(self):
         losses = []

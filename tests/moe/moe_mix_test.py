@@ -14,16 +14,10 @@ from keras_moe.experts import Swish
 from keras_moe.layers import MoE
 from keras_moe.routers import ExpertChoiceRouter
 from keras_moe.routers import TopPRouter
+from tests.moe.sending import Sending
 from tests.test_case import TestCase
 
 X = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
-
-
-class Sending(MoE):
-    """With an exchange of its own, for which rows have to be copied."""
-
-    def exchange(self, rows, group_sizes, training=None, max_group_size=None):
-        return super().exchange(rows, group_sizes, training, max_group_size)
 
 
 class Doubled(GLUExperts):

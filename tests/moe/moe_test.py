@@ -12,18 +12,12 @@ from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
 from keras_moe.routers import TopKRouter
 from tests import token_loop
+from tests.moe.sending import Sending
 from tests.test_case import TestCase
 
 # Three batches of four tokens, four experts.
 SHAPE = (3, 4, 5)
 MASK = np.arange(12).reshape(3, 4) % 4 != 2
-
-
-class Sending(MoE):
-    """With an exchange of its own, for which rows have to be copied."""
-
-    def exchange(self, rows, group_sizes, training=None, max_group_size=None):
-        return super().exchange(rows, group_sizes, training, max_group_size)
 
 
 def make(

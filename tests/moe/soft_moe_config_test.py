@@ -73,7 +73,7 @@ class ConfigTest(TestCase):
         ({"intermediate_dim": None}, "`intermediate_dim` must be given"),
         ({"router": "top_k"}, "router='top_k'"),
         ({"router": TopKRouter(4)}, "a SoftRouter. Received: router=<TopK"),
-        ({"router": 3}, "`router` must be a name or a layer"),
+        ({"router": 3}, "must be 'soft' or a SoftRouter. Received: router=3"),
         ({"experts": "best"}, "experts='best'"),
         ({"slots_per_expert": 0}, "slots_per_expert=0"),
         (

@@ -81,12 +81,12 @@ class CapacityTest(TestCase):
         capacity = Capacity(1.0, eval_capacity_factor=2.0, per="sequence")
         # 48 tokens in 3 sequences, 4 experts, 2 each.
         self.assertEqual(capacity.group_size(48, 3), 16)
-        self.assertEqual(capacity.of(16, 4, 2, True), 8)
-        self.assertEqual(capacity.of(16, 4, 2, False), 16)
+        self.assertEqual(capacity.rows_per_expert(16, 4, 2, True), 8)
+        self.assertEqual(capacity.rows_per_expert(16, 4, 2, False), 16)
         self.assertEqual(Capacity(1.0, per=2).group_size(48, 3), 32)
         self.assertEqual(Capacity(1.0).group_size(48, 3), 48)
-        self.assertEqual(Capacity(size=5).of(48, 4, 2, True), 5)
-        self.assertIsNone(Capacity().of(48, 4, 2, True))
+        self.assertEqual(Capacity(size=5).rows_per_expert(48, 4, 2, True), 5)
+        self.assertIsNone(Capacity().rows_per_expert(48, 4, 2, True))
         for nothing in (Capacity(), Capacity(drop_policy="weight")):
             self.assertFalse(nothing.drops)
         self.assertTrue(Capacity(size=1).drops)
@@ -110,7 +110,10 @@ class CapacityTest(TestCase):
         ({"eval_capacity_factor": "2"}, "eval_capacity_factor='2'"),
         ({"multiple_of": 0}, "multiple_of=0"),
         ({"size": 0}, "size=0"),
-        ({"size": 4, "capacity_factor": 1.0}, "in the place of the capacity"),
+        (
+            {"size": 4, "capacity_factor": 1.0},
+            "place of `capacity_factor`",
+        ),
         ({"rule": "round"}, "rule='round'"),
         ({"drop_policy": "last"}, "drop_policy='last'"),
         ({"per": "token"}, "per='token'"),

@@ -111,7 +111,7 @@ def combine_matrix(layer, routing, num_sequences, mask=None, training=False):
         routing,
         layer.num_experts,
         mask=mask,
-        capacity=layer.capacity.of(
+        capacity=layer.capacity.rows_per_expert(
             group_size, layer.num_experts, top_k, training
         ),
         drop_policy=layer.capacity.drop_policy,

@@ -80,7 +80,7 @@ class GShardTest(TestCase):
                     config["capacity_factor"], rule="lingvo"
                 )
                 self.assertEqual(
-                    capacity.of(config["S"], config["E"], 2, True),
+                    capacity.rows_per_expert(config["S"], config["E"], 2, True),
                     config["expert_capacity"],
                 )
                 compared += 1

@@ -35,7 +35,7 @@ class STMoETest(TestCase):
         self.assert_relative(combined, wanted)
         dispatched = arrays["dispatch"].sum(axis=-1) > 0
         self.assertAllEqual(combined > 0, dispatched.reshape(combined.shape))
-        capacity = layer.capacity.of(
+        capacity = layer.capacity.rows_per_expert(
             config["N"], config["E"], config["top_n"], training
         )
         self.assertEqual(capacity, config["capacity"])

@@ -49,7 +49,7 @@ class TutelTest(TestCase):
             return
         self.assert_relative(combined, arrays["combine_kept"])
         if not automatic:
-            capacity = layer.capacity.of(
+            capacity = layer.capacity.rows_per_expert(
                 config["N"], config["E"], config["k"], True
             )
             self.assertEqual(capacity, int(arrays["capacity"]))

@@ -1,0 +1,74 @@
+"""Parts of other classes than ours, told what our base classes declare.
+
+A router or a bank of experts may be any Keras layer, a loss any function. Each
+is adapted once, where a layer takes it in; from there on all parts are alike.
+"""
+
+import types
+
+import keras
+
+from keras_moe.experts import Experts
+from keras_moe.losses import RoutingLoss
+from keras_moe.routers import Router
+
+_ROUTER_DECLARATIONS = (
+    *("uses_context", "looks_ahead", "allow_lookahead", "distinct_choices"),
+    *("choices_per_token", "per", "routing_class", "max_rows"),
+)
+_EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix")
+
+
+def as_router(layer):
+    """The router, which now declares all that `Router` does."""
+    return _declaring(layer, Router, _ROUTER_DECLARATIONS)
+
+
+def as_experts(layer):
+    """The experts, which now declare all that `Experts` does."""
+    return _declaring(layer, Experts, _EXPERTS_DECLARATIONS)
+
+
+def _declaring(layer, base, names):
+    if not isinstance(layer, base):
+        for name in names:
+            if not hasattr(layer, name):
+                default = getattr(base, name)
+                if isinstance(default, types.FunctionType):
+                    default = types.MethodType(default, layer)
+                setattr(layer, name, default)
+    return layer
+
+
+def output_shape_of(layer, shape):
+    """Output shape of a part; experts that do not tell keep the shape."""
+    if layer is None:
+        return tuple(shape)
+    is_silent = (
+        type(layer).compute_output_shape
+        is keras.layers.Layer.compute_output_shape
+    )
+    if is_silent and hasattr(layer, "num_experts"):
+        return tuple(shape)
+    return tuple(layer.compute_output_shape(shape))
+
+
+class FunctionLoss(RoutingLoss):
+    """A function `(routing, mask) -> scalar`, called like any other loss."""
+
+    def __init__(self, function):
+        super().__init__(1.0)
+        self.function = function
+
+    def __call__(self, routing, mask=None, num_sequences=1, context=None):
+        return self.function(routing, mask)
+
+
+def as_loss(loss):
+    return loss if isinstance(loss, RoutingLoss) else FunctionLoss(loss)
+
+
+def serialize_loss(loss):
+    if isinstance(loss, FunctionLoss):
+        loss = loss.function
+    return keras.saving.serialize_keras_object(loss)

@@ -1,0 +1,193 @@
+import keras
+from keras import ops
+
+from keras_moe import losses as losses_lib
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_one_of
+from keras_moe.moe import tokens as tokens_lib
+from keras_moe.moe.foreign_parts import as_loss
+from keras_moe.moe.foreign_parts import as_router
+from keras_moe.moe.foreign_parts import serialize_loss
+from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.moe.routing_statistics import RoutingStatistics
+
+
+class RoutedLayer(keras.layers.Layer):
+    """Base of layers with a router: tokens, routing, losses and statistics.
+
+    A subclass reads its inputs with `to_tokens`, asks `routing_of` where they
+    go, and tells `count` what became of them.
+
+    Args:
+        router: A router layer.
+        losses, route_per, causal, return_routing, statistics: As for
+            `keras_moe.layers.MoE`.
+        may_drop: bool. Whether choices may be dropped in training.
+        **kwargs: Arguments of `keras.layers.Layer`.
+    """
+
+    def __init__(
+        self,
+        router,
+        losses,
+        route_per,
+        causal,
+        return_routing,
+        statistics,
+        may_drop,
+        **kwargs,
+    ):
+        # No autocast: it would round a context to half precision.
+        super().__init__(autocast=False, **kwargs)
+        check_one_of("route_per", route_per, ("token", "example"))
+        check_bool("causal", causal)
+        check_bool("return_routing", return_routing)
+        self.router = as_router(router)
+        self.num_experts = router.num_experts
+        self.routing_losses = [as_loss(x) for x in losses_lib.get(losses)]
+        for loss in self.routing_losses:
+            loss.check_router(self.router)
+        self.route_per = route_per
+        self.causal = causal
+        self.return_routing = return_routing
+        self.statistics = None
+        if statistics is not None:
+            self.statistics = RoutingStatistics(
+                self.num_experts,
+                statistics,
+                may_drop,
+                label=self.name,
+                name="statistics",
+            )
+        self.supports_masking = True
+
+    def build_routing(self, inputs_shape, router_inputs_shape=None):
+        """Builds the router and the statistics, and checks the input's rank."""
+        rank = 2 if self.route_per == "token" else 3
+        if len(inputs_shape) < rank or inputs_shape[-1] is None:
+            raise ValueError(
+                f"The input of {type(self).__name__} must be of shape (batch, "
+                f"..., dim) with a static dim, and of rank {rank} or more with "
+                f"`route_per={self.route_per!r}`. "
+                f"Received: inputs_shape={tuple(inputs_shape)}"
+            )
+        self.input_spec = keras.layers.InputSpec(
+            min_ndim=rank, axes={-1: inputs_shape[-1]}
+        )
+        if not self.router.built:
+            seen = router_inputs_shape or inputs_shape
+            self.router.build((None, seen[-1]))
+        if self.statistics is not None and not self.statistics.built:
+            self.statistics.build()
+
+    def to_tokens(self, inputs, mask, context, router_inputs):
+        """The `Tokens` of what the layer was called with."""
+        return tokens_lib.to_tokens(
+            ops.cast(inputs, self.compute_dtype),
+            mask,
+            self.route_per,
+            context,
+            router_inputs,
+        )
+
+    def routing_of(self, tokens, training):
+        """The `Routing` of `Tokens`."""
+        takers = (self.router, *self.routing_losses)
+        if tokens.context is not None and not any(
+            part.uses_context for part in takers
+        ):
+            raise ValueError(
+                "`context` is for routers and losses that use it. Received a "
+                f"context and router={self.router!r}"
+            )
+        kwargs = {}
+        if self.router.uses_context:
+            kwargs["context"] = tokens.context
+        if self.router.looks_ahead:
+            kwargs["num_sequences"] = tokens.positions[0]
+        return self.router(
+            tokens.router_inputs, mask=tokens.mask, training=training, **kwargs
+        )
+
+    @property
+    def metrics(self):
+        """The metrics of the parts, but for that of the statistics.
+
+        Keras asks each layer of a model and, once more, what it is in: the
+        metric would be listed twice.
+        """
+        own = self.statistics and self.statistics.metric
+        return [metric for metric in super().metrics if metric is not own]
+
+    def count(self, routing, tokens, group_sizes):
+        """Adds the losses of a training step, and counts what was routed."""
+        for loss in self.routing_losses:
+            value = loss(
+                routing, tokens.mask, tokens.positions[0], tokens.context
+            )
+            # In half precision TensorFlow cannot add it to the others.
+            self.add_loss(ops.cast(value, "float32"))
+        if self.statistics is not None:
+            self.statistics.record(routing, group_sizes, tokens.mask)
+
+    def route(
+        self,
+        inputs,
+        mask=None,
+        training=False,
+        context=None,
+        router_inputs=None,
+    ):
+        """The routing decisions of the layer for the given inputs.
+
+        Args:
+            inputs, mask, context, router_inputs: As for a call.
+            training: bool. Whether the router does what it does in training:
+                noise, and steps of what it keeps for balance.
+
+        Returns:
+            A `keras_moe.routers.Routing` of the `T` tokens in the order of
+            `reshape(inputs, (-1, dim))`. Nothing is counted, and no loss of
+            this layer is added.
+        """
+        inputs = ops.convert_to_tensor(inputs)
+        shapes = [inputs.shape]
+        if router_inputs is not None:
+            router_inputs = ops.convert_to_tensor(router_inputs)
+            shapes.append(router_inputs.shape)
+        if not self.built:
+            self.build(*shapes)
+        tokens = self.to_tokens(inputs, mask, context, router_inputs)
+        return self.routing_of(tokens, training)
+
+    def compute_output_spec(
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        context=None,
+        router_inputs=None,
+    ):
+        outputs = keras.KerasTensor(
+            self.compute_output_shape(inputs.shape), dtype=self.compute_dtype
+        )
+        if not self.return_routing:
+            return outputs
+        seen = inputs if router_inputs is None else router_inputs
+        return outputs, tokens_lib.routing_spec(
+            self.router, seen.shape, self.route_per, training, context
+        )
+
+    def compute_mask(self, inputs, previous_mask):
+        return previous_mask if self.route_per == "token" else None
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "router": serialize_part(self.router),
+            "losses": [serialize_loss(loss) for loss in self.routing_losses],
+            "route_per": self.route_per,
+            "causal": self.causal,
+            "return_routing": self.return_routing,
+            "statistics": self.statistics and self.statistics.detail,
+        }
