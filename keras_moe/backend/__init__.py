@@ -6,6 +6,8 @@ active Keras backend is re-exported here:
 - `GROUPED_MATMUL`: implementations of the grouped matmul by name. Each takes
   `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when the arguments,
   the device or the execution mode are not for it.
+- `REMAT_SCOPE_TAKES_ARGUMENTS`: bool. Whether `keras.RematScope` calls a layer
+  with `training` as it is.
 - `best_first(lhs)`: the names of those worth trying for the device of `lhs`.
 - `FUSED_EXPERTS`: implementations, in the same manner, of a whole bank of
   feed-forward experts from tokens to tokens, which copy no row and keep less
@@ -28,6 +30,9 @@ active Keras backend is re-exported here:
   for each of the inputs.
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
 - `all_reduce_sum(tensor)`: its sum over the replicas that train together.
+- `on_gradient(tensor, notice)`: the tensor; `notice()` is called as a gradient
+  is computed through it (where steps are compiled: as they are traced). `None`
+  where that cannot be seen.
 - `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
   a list of pairs that may be used in slices, of ints if they are known. `None`
   where no slice may depend on data, since all shapes have to be static.
@@ -56,6 +61,7 @@ GROUPED_MATMUL = {
     "reference": reference.grouped_matmul,
 }
 FUSED_EXPERTS = native.FUSED_EXPERTS
+REMAT_SCOPE_TAKES_ARGUMENTS = native.REMAT_SCOPE_TAKES_ARGUMENTS
 # The names on all backends.
 KNOWN_GROUPED_MATMULS = (
     "row_blocks",
@@ -80,3 +86,4 @@ with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum
 slice_bounds = native.slice_bounds
+on_gradient = native.on_gradient

@@ -53,6 +53,17 @@ def output_shape_of(layer, shape):
     return tuple(layer.compute_output_shape(shape))
 
 
+def check_width(experts, rows_shape, returned_shape):
+    """Raises unless experts returned rows of the width that they say."""
+    width = output_shape_of(experts, rows_shape)[-1]
+    if returned_shape[-1] != width:
+        raise ValueError(
+            "`experts` must return rows of the width that their "
+            "`compute_output_shape` says, or keep it if they have none. "
+            f"Received rows of width {returned_shape[-1]}, expected {width}"
+        )
+
+
 class FunctionLoss(RoutingLoss):
     """A function `(routing, mask) -> scalar`, called like any other loss."""
 

@@ -3,6 +3,7 @@ from keras import ops
 
 from keras_moe.moe import part_arguments as parts
 from keras_moe.moe.foreign_parts import as_experts
+from keras_moe.moe.foreign_parts import check_width
 from keras_moe.moe.foreign_parts import output_shape_of
 from keras_moe.moe.routed_layer import RoutedLayer
 from keras_moe.moe.shared_experts import GATE_WIDTHS
@@ -25,11 +26,10 @@ class MoE(RoutedLayer):
     ```
 
     Only the chosen experts are computed: the cost is that of `top_k` experts
-    per token, however many there are. In training the balancing losses are
-    added to the model's loss, and the routing is counted and shown in the logs
-    of `fit`; see `statistics`. Nothing of that happens in inference. A frozen
-    layer (`trainable=False`) still adds its losses, whose gradient reaches the
-    layers before it, and still counts.
+    per token, however many there are. In training, and only then, the balancing
+    losses are added to the model's loss, and the routing is counted and shown
+    in the logs of `fit`. A frozen layer (`trainable=False`) still adds its
+    losses, whose gradient reaches the layers before it, and still counts.
 
     Masked tokens give zero. They reach no expert, take no capacity and count
     in no loss and no statistic.
@@ -39,10 +39,10 @@ class MoE(RoutedLayer):
             `experts` is an object.
         intermediate_dim: int. Width of each expert's hidden layer. Required if
             `experts` is a name.
-        top_k: int. Experts per token, if `router` is a name. Defaults to what
-            the router has by default, 2 for `"top_k"`.
+        top_k: int. Experts per token, if `router` is a name. Defaults to the
+            router's own default, 2 for `"top_k"`.
         activation: Activation of the experts, if `experts` is a name. Defaults
-            to what the experts have by default, `"silu"` for `"glu"`.
+            to their own default, `"silu"` for `"glu"`.
         router: A name of `keras_moe.routers.get` or a router layer. Defaults
             to `"top_k"`.
         experts: A name of `keras_moe.experts.get` or a layer with
@@ -66,11 +66,11 @@ class MoE(RoutedLayer):
         capacity: A `Capacity`, in the place of these three. Defaults to `None`.
         weights_on: `"output"` multiplies the experts' outputs by the weights,
             `"input"` their inputs (Llama 4). Defaults to `"output"`.
-        pre_experts: A layer between the tokens and the experts, which neither
-            the router nor the shared experts see: a projection to fewer
-            dimensions (latent experts), a normalization. Defaults to `None`.
-        post_experts: A layer behind the experts, on the sum of their outputs:
-            the projection back, a scale. Defaults to `None`.
+        pre_experts: A layer between the tokens and the experts alone, such as
+            a projection to fewer dimensions (latent experts). Defaults to
+            `None`.
+        post_experts: A layer on the sum of the experts' outputs, such as the
+            projection back. Defaults to `None`.
         route_per: `"token"`, or `"example"` to send whole examples to
             `keras_moe.experts.LayerExperts` that need them whole (convolutions,
             attention). The router then sees the mean over the positions not
@@ -82,9 +82,8 @@ class MoE(RoutedLayer):
             to `False`.
         statistics: `"auto"` counts into a few entries of the logs, which sum
             up all layers of the model (`routing_max_violation`, ...);
-            `"summary"` adds the smallest and largest load of this layer,
-            `"per_expert"` that of each expert; `None` counts nothing. Defaults
-            to `"auto"`.
+            `"summary"` adds this layer's smallest and largest load,
+            `"per_expert"` all; `None` counts nothing. Defaults to `"auto"`.
         dispatcher: A `keras_moe.dispatch.Dispatcher`, in the place of the
             capacity and of `weights_on`. Defaults to `None`.
         **kwargs: Arguments of the experts, if `experts` is a name (`dropout`,
@@ -118,8 +117,7 @@ class MoE(RoutedLayer):
     >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)
 
-    Parts of one's own choice, and latent experts, to which rows of half the
-    width are sent:
+    Own parts, and latent experts, to which rows of half the width are sent:
 
     >>> layer = keras_moe.layers.MoE(
     ...     router=keras_moe.routers.TopKRouter(8, top_k=1, jitter=0.01),
@@ -212,6 +210,7 @@ class MoE(RoutedLayer):
         check_shared_experts(self.shared_experts, shared_experts_mode)
         self.pre_experts = parts.as_layer("pre_experts", pre_experts)
         self.post_experts = parts.as_layer("post_experts", post_experts)
+        parts.hold(self)
 
     @property
     def capacity(self):
@@ -230,12 +229,10 @@ class MoE(RoutedLayer):
                 layer.build(shape)
         self.shared_gate_kernel = None
         if self.shared_experts_mode in GATE_WIDTHS:
+            width = GATE_WIDTHS[self.shared_experts_mode]
             self.shared_gate_kernel = self.add_weight(
                 name="shared_gate_kernel",
-                shape=(
-                    inputs_shape[-1],
-                    GATE_WIDTHS[self.shared_experts_mode],
-                ),
+                shape=(inputs_shape[-1], width),
                 initializer="glorot_uniform",
             )
 
@@ -256,17 +253,15 @@ class MoE(RoutedLayer):
     ):
         tokens = self.to_tokens(inputs, mask, context, router_inputs)
         routing = self.routing_of(tokens, training)
-        outputs, group_sizes = self._routed(tokens, routing, training)
+        outputs, group_sizes = self._routed(
+            tokens, self._watch.routing(routing, training), training
+        )
         if self.shared_experts is not None:
-            outputs = join(
-                outputs,
-                shared_output(
-                    self.shared_experts, tokens.rows, tokens.mask, training
-                ),
-                self.shared_experts_mode,
-                tokens.features,
-                self.shared_gate_kernel,
+            shared = shared_output(
+                self.shared_experts, tokens.rows, tokens.mask, training
             )
+            mode, kernel = self.shared_experts_mode, self.shared_gate_kernel
+            outputs = join(outputs, shared, mode, tokens.features, kernel)
         if training:
             self.count(routing, tokens, group_sizes)
         outputs = ops.reshape(
@@ -288,13 +283,7 @@ class MoE(RoutedLayer):
             self.router,
             num_sequences=tokens.positions[0],
         )
-        width = output_shape_of(self.experts, rows.shape)[-1]
-        if outputs.shape[-1] != width:
-            raise ValueError(
-                "`experts` must return rows of the width that their "
-                "`compute_output_shape` says, or keep it if they have none. "
-                f"Received rows of width {outputs.shape[-1]}, expected {width}"
-            )
+        check_width(self.experts, rows.shape, outputs.shape)
         if self.post_experts is not None:
             outputs = call_masked(self.post_experts, outputs, mask)
             outputs = zero_masked(outputs, mask)
@@ -307,14 +296,15 @@ class MoE(RoutedLayer):
         return (*inputs_shape[:kept], *shape[1:])
 
     def get_config(self):
-        config = {
-            **super().get_config(),
-            "experts": parts.serialize_part(self.experts),
-            "shared_experts": parts.serialize_part(self.shared_experts),
-            "shared_experts_mode": self.shared_experts_mode,
-            "pre_experts": parts.serialize_part(self.pre_experts),
-            "post_experts": parts.serialize_part(self.post_experts),
-        }
+        config = super().get_config()
+        config["shared_experts_mode"] = self.shared_experts_mode
+        for name in (
+            "experts",
+            "shared_experts",
+            "pre_experts",
+            "post_experts",
+        ):
+            config[name] = parts.serialize_part(getattr(self, name))
         dispatcher = keras.saving.serialize_keras_object(self.dispatcher)
         if self._own_dispatcher:
             return {**config, "dispatcher": dispatcher}

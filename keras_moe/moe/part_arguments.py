@@ -1,5 +1,7 @@
 """How layers of experts get their parts from their arguments, and save them."""
 
+import weakref
+
 import keras
 
 from keras_moe import experts as experts_lib
@@ -117,6 +119,19 @@ def check_agreement(num_experts, router, experts):
         )
 
 
+# The layers that hold a part. One part may be in several, and so share weights.
+_HOLDERS = weakref.WeakKeyDictionary()
+_PARTS = ("router", "experts", "shared_experts", "pre_experts", "post_experts")
+
+
+def hold(layer):
+    """Notes that a layer holds its parts."""
+    for name in _PARTS:
+        part = getattr(layer, name, None)
+        if part is not None:
+            _HOLDERS.setdefault(part, weakref.WeakSet()).add(layer)
+
+
 def serialize_part(layer):
     """The config of a part, or `None`."""
     if layer is None:
@@ -125,6 +140,10 @@ def serialize_part(layer):
     # Otherwise the part would be built on its own as it is loaded, and its
     # variables would lose the name of this layer from their paths.
     config.pop("build_config", None)
+    if len(_HOLDERS.get(layer, ())) > 1:
+        # By this Keras makes one object of it again as it loads a model. It
+        # says so only from the second time on, which is too late for the first.
+        config["shared_object_id"] = id(layer)
     return config
 
 

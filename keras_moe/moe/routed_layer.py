@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe import losses as losses_lib
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_one_of
@@ -10,6 +11,7 @@ from keras_moe.moe.foreign_parts import as_router
 from keras_moe.moe.foreign_parts import serialize_loss
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.moe.routing_statistics import RoutingStatistics
+from keras_moe.moe.training_watch import TrainingWatch
 
 
 class RoutedLayer(keras.layers.Layer):
@@ -59,6 +61,7 @@ class RoutedLayer(keras.layers.Layer):
                 label=self.name,
                 name="statistics",
             )
+        self._watch = TrainingWatch()
         self.supports_masking = True
 
     def build_routing(self, inputs_shape, router_inputs_shape=None):
@@ -116,17 +119,22 @@ class RoutedLayer(keras.layers.Layer):
         Keras asks each layer of a model and, once more, what it is in: the
         metric would be listed twice.
         """
+        self._watch.begin()
         own = self.statistics and self.statistics.metric
         return [metric for metric in super().metrics if metric is not own]
 
     def count(self, routing, tokens, group_sizes):
         """Adds the losses of a training step, and counts what was routed."""
-        for loss in self.routing_losses:
-            value = loss(
-                routing, tokens.mask, tokens.positions[0], tokens.context
-            )
+        values = [
             # In half precision TensorFlow cannot add it to the others.
-            self.add_loss(ops.cast(value, "float32"))
+            ops.cast(
+                loss(routing, tokens.mask, tokens.positions[0], tokens.context),
+                "float32",
+            )
+            for loss in self.routing_losses
+        ]
+        for value in self._watch.losses(values):
+            self.add_loss(value)
         if self.statistics is not None:
             self.statistics.record(routing, group_sizes, tokens.mask)
 
@@ -177,6 +185,27 @@ class RoutedLayer(keras.layers.Layer):
         return outputs, tokens_lib.routing_spec(
             self.router, seen.shape, self.route_per, training, context
         )
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        """What `keras.RematScope` calls in the place of `call`."""
+        counted = self.statistics.variables if self.statistics else []
+        counted = {id(variable) for variable in counted}
+        changing = [
+            variable.path
+            for variable in self.non_trainable_variables
+            if id(variable) not in counted
+        ]
+        if changing or not backend.REMAT_SCOPE_TAKES_ARGUMENTS:
+            raise ValueError(
+                f"`keras.RematScope` cannot recompute {type(self).__name__} "
+                f"{self.name!r}: Keras hands it `training` as a tensor (JAX, "
+                "TensorFlow), or a second run would meet state that the first "
+                "has changed. Name the other layers (`mode='list_of_layers'`), "
+                "take `mode='activations'`, or, without such state, put "
+                "`keras.remat` around a function that calls the model's "
+                f"`stateless_call`. Received: changing state={changing}"
+            )
+        return super().rematerialized_call(layer_call, *args, **kwargs)
 
     def compute_mask(self, inputs, previous_mask):
         return previous_mask if self.route_per == "token" else None

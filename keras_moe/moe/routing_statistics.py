@@ -212,10 +212,10 @@ class RoutingStatistics(keras.layers.Layer):
         return all(counter._value is not None for counter in self._counters())
 
     def _read(self):
-        return [np.array(ops.convert_to_numpy(c)) for c in self._counters()]
+        return [np.array(counter.numpy()) for counter in self._counters()]
 
     def _has_tokens(self):
-        return float(ops.convert_to_numpy(self.token_count)) > 0
+        return float(self.token_count.numpy()) > 0
 
 
 class _RoutingMetric(keras.metrics.Metric):

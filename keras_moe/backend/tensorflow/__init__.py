@@ -22,6 +22,7 @@ FUSED_EXPERTS = {
     "expert_loop": fused_loop.expert_loop,
     "row_blocks": fused_blocks.row_blocks,
 }
+REMAT_SCOPE_TAKES_ARGUMENTS = False
 
 
 def best_first(lhs):
@@ -93,3 +94,11 @@ def slice_bounds(group_sizes):
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
     return list(zip(tf.unstack(starts), tf.unstack(ends), strict=True))
+
+
+def on_gradient(tensor, notice):
+    def backward(grad, tensor):
+        notice()
+        return (grad,)
+
+    return with_gradient(lambda x: tf.identity(x), backward, (tensor,), ())

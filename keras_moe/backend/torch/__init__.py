@@ -9,6 +9,7 @@ from keras_moe.backend.torch.grouped_matmul import grouped_mm
 
 GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
 FUSED_EXPERTS = {"expert_loop": fused_loop}
+REMAT_SCOPE_TAKES_ARGUMENTS = True
 
 
 def best_first(lhs):
@@ -94,3 +95,10 @@ def slice_bounds(group_sizes):
 def _slice_bounds(group_sizes):
     ends = torch.cumsum(group_sizes, 0).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def on_gradient(tensor, notice):
+    if not tensor.requires_grad or torch.compiler.is_compiling():
+        return None
+    tensor.register_hook(lambda grad: notice())
+    return tensor
