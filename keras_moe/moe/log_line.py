@@ -105,7 +105,9 @@ class Summary:
             return {}
         lib = np if isinstance(self.load, np.ndarray) else ops
         if detail == "per_expert":
-            entries = {f"load_{e}": x for e, x in enumerate(self.load)}
+            entries = {
+                f"load_{e}": self.load[e] for e in range(self.load.shape[0])
+            }
         else:
             entries = {
                 "load_min": lib.min(self.load),

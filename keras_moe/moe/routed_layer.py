@@ -188,6 +188,9 @@ class RoutedLayer(keras.layers.Layer):
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         """What `keras.RematScope` calls in the place of `call`."""
+        recomputed = super().rematerialized_call(layer_call, *args, **kwargs)
+        if recomputed is layer_call:
+            return layer_call  # the scope is about other layers
         counted = self.statistics.variables if self.statistics else []
         counted = {id(variable) for variable in counted}
         changing = [
@@ -205,7 +208,7 @@ class RoutedLayer(keras.layers.Layer):
                 "`keras.remat` around a function that calls the model's "
                 f"`stateless_call`. Received: changing state={changing}"
             )
-        return super().rematerialized_call(layer_call, *args, **kwargs)
+        return recomputed
 
     def compute_mask(self, inputs, previous_mask):
         return previous_mask if self.route_per == "token" else None

@@ -160,6 +160,30 @@ class FitTest(TestCase):
         # The state of the layer itself is as it was.
         self.assertIsNone(layer.statistics.result())
 
+    def test_remat_scope(self):
+        x, y = data()
+        is_torch = keras.config.backend() == "torch"
+
+        def fit(**kwargs):
+            keras.utils.set_random_seed(0)
+            with keras.RematScope("list_of_layers", layer_names=["moe"]):
+                layer = MoE(4, 3, name="moe", **kwargs)
+            model = model_with(layer)
+            model.compile("sgd", "mse")
+            return model.fit(x, y, verbose=0).history["loss"]
+
+        if is_torch:
+            keras.utils.set_random_seed(0)
+            model = model_with(MoE(4, 3, name="moe"))
+            model.compile("sgd", "mse")
+            plain = model.fit(x, y, verbose=0).history["loss"]
+            self.assertAllClose(fit(), plain, rtol=1e-6)
+        # A bias that moves with each call would move twice.
+        refused = [{"router": TopKRouter(4, expert_bias=True)}]
+        for kwargs in refused if is_torch else [{}, *refused]:
+            with self.assertRaisesRegex(Exception, "`keras.RematScope` cannot"):
+                fit(**kwargs)
+
     def test_a_layer_inside_a_subclassed_model(self):
         class Model(keras.Model):
             def __init__(self):
