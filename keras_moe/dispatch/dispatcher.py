@@ -239,7 +239,11 @@ class Dispatcher:
             exists = routing.expert_indices < experts.num_experts
             weights = ops.cast(exists, weights.dtype)
         rows = self.exchange(
-            rows, plan.group_sizes, experts, training, plan.max_group_size
+            rows,
+            plan.group_sizes,
+            experts,
+            training=training,
+            max_group_size=plan.max_group_size,
         )
         return combine(rows, rows_plan, weights)
 

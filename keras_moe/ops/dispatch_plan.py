@@ -7,6 +7,8 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.ops.selection import take_chosen
+from keras_moe.ops.selection import top_k_indices
 from keras_moe.ops.sizes import is_symbolic_size
 from keras_moe.ops.sizes import larger
 
@@ -152,7 +154,8 @@ def _priority(routing, drop_policy, seed):
         return ops.argsort(draws)
     if drop_policy == "priority":
         probs = ops.stop_gradient(routing.probs)
-        largest = ops.max(probs, axis=-1, initial=0.0)
+        # Not by `ops.max`, which on torch gives a scalar for no tokens.
+        largest = take_chosen(probs, top_k_indices(probs, 1))[:, 0]
         order = ops.argsort(-largest)  # (T,)
         first = ops.expand_dims(ops.arange(top_k) * num_tokens, -1)
         order = ops.expand_dims(order, 0) + ops.cast(first, order.dtype)

@@ -7,9 +7,11 @@ from keras import ops
 
 import keras_moe
 from keras_moe.experts import GLUExperts
+from keras_moe.experts import LayerExperts
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
+from keras_moe.ops.dispatch_plan import DROP_POLICIES
 from keras_moe.routers import TopKRouter
 from tests import token_loop
 from tests.moe.sending import Sending
@@ -214,6 +216,32 @@ class BehaviourTest(TestCase):
                 out = layer(np.zeros(shape, "float32"), training=True)
                 self.assertEqual(tuple(out.shape), shape)
                 self.assert_losses(layer, [0.0, 0.0])
+
+    @parameterized.parameters(*DROP_POLICIES)
+    def test_empty_batches_of_any_rank(self, policy):
+        for shape in ((0, 5), (2, 0, 5), (0, 2, 3, 5)):
+            layer = make(capacity_factor=0.5, drop_policy=policy)
+            out = layer(
+                np.zeros(shape, "float32"),
+                mask=np.ones(shape[:-1], "bool"),
+                training=True,
+            )
+            self.assertEqual(tuple(out.shape), shape)
+
+    def test_empty_batch_of_examples(self):
+        layer = MoE(
+            router=TopKRouter(2, 1),
+            experts=LayerExperts(keras.layers.Dense(5), 2),
+            route_per="example",
+        )
+        for shape in ((0, 4, 5), (2, 0, 3, 5)):
+            out = layer(np.zeros(shape), mask=np.ones(shape[:-1], "bool"))
+            self.assertEqual(tuple(out.shape), shape)
+
+    def test_masks_of_another_shape_are_refused(self):
+        for shape in ((2, 5), (1, 4), (3, 4, 1), (4,)):
+            with self.assertRaisesRegex(ValueError, "`mask` must have"):
+                make()(inputs(), mask=np.ones(shape, "bool"))
 
     def test_nan_stays_with_its_token(self):
         x = inputs()
