@@ -48,13 +48,12 @@ class MoE(RoutedLayer):
         experts: A name of `keras_moe.experts.get` or a layer with
             `num_experts` that is called as `experts(rows, group_sizes)`.
             Defaults to `"glu"`.
-        shared_experts: A layer that all tokens go through, or `None`. The
-            results of a bank of `keras_moe.experts` are summed. Defaults to
-            `None`.
-        shared_experts_mode: How they join the routed output: `"add"`
-            (DeepSeek), `"gate"` times a learned sigmoid a token (Qwen2-MoE),
-            `"average"` (Cohere), or `"residual"`, both times a learned softmax
-            a token (DeepSpeed). Defaults to `"add"`.
+        shared_experts: A layer that all tokens go through, or `None`; a bank of
+            `keras_moe.experts` is summed. Defaults to `None`.
+        shared_experts_mode: `"add"` (DeepSeek), `"gate"` times a learned
+            sigmoid a token (Qwen2-MoE), `"average"` (Cohere), or `"residual"`,
+            both times a learned softmax a token (DeepSpeed). Defaults to
+            `"add"`.
         losses: `"default"` for `LoadBalancingLoss(1e-2)` and
             `RouterZLoss(1e-3)`, `None` for none, a loss, or a list of losses.
             Defaults to `"default"`.
@@ -66,20 +65,18 @@ class MoE(RoutedLayer):
         capacity: A `Capacity`, in the place of these three. Defaults to `None`.
         weights_on: `"output"` multiplies the experts' outputs by the weights,
             `"input"` their inputs (Llama 4). Defaults to `"output"`.
-        pre_experts: A layer between the tokens and the experts alone, such as
-            a projection to fewer dimensions (latent experts). Defaults to
-            `None`.
+        pre_experts: A layer between the tokens and the experts alone, as a
+            projection to fewer dimensions (latent experts). Defaults to `None`.
         post_experts: A layer on the sum of the experts' outputs, such as the
             projection back. Defaults to `None`.
         route_per: `"token"`, or `"example"` to send whole examples to
-            `keras_moe.experts.LayerExperts` that need them whole (convolutions,
-            attention). The router then sees the mean over the positions not
-            masked, the experts zeros at the others. Defaults to `"token"`.
+            `keras_moe.experts.LayerExperts`. The router then sees the mean over
+            positions not masked, experts zeros at the others. Defaults to
+            `"token"`.
         causal: bool. Whether a token may not depend on later ones. Then routers
             and drop policies that look ahead are refused, and inference drops
             nothing unless `eval_capacity_factor` is given. Defaults to `False`.
-        return_routing: bool. Whether to return `(outputs, routing)`. Defaults
-            to `False`.
+        return_routing: bool. Whether a call returns `(outputs, routing)`.
         statistics: `"auto"` counts into a few entries of the logs, which sum
             up all layers of the model (`routing_max_violation`, ...);
             `"summary"` adds this layer's smallest and largest load,
@@ -92,28 +89,25 @@ class MoE(RoutedLayer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, ..., dim)`, of rank 2 or more.
-        mask: Boolean tensor of shape `(batch, ...)`, or of its first axes.
-            `False` tokens are masked.
-        training: bool. Whether to add losses, count, and apply noise and
-            dropout.
-        context: What some routers take besides the tokens: ids (of tokens, of
-            tasks) of shape `(batch, ...)` or of its first axes, or numbers with
-            one more axis. Defaults to `None`.
+        mask: Boolean tensor of shape `(batch, ...)`, or of its first axes;
+            `False` where masked.
+        training: bool. Whether to add losses, count, apply noise and dropout.
+        context: What some routers take besides: ids (of tokens, of tasks) of
+            shape `(batch, ...)` or of its first axes, or numbers with one more
+            axis. Defaults to `None`.
         router_inputs: Tensor `(batch, ..., router_dim)` that the router sees in
             the place of the inputs. Defaults to `None`.
 
     Output shape:
-        Same as the input, but for the last axis if the experts' outputs are
-        wider or narrower. With `route_per="example"` that of the experts.
+        Same as the input, with the width of the experts' outputs; with
+        `route_per="example"` that of the experts.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
 
     Example:
 
-    >>> layer = keras_moe.layers.MoE(
-    ...     num_experts=8, intermediate_dim=32, top_k=2
-    ... )
+    >>> layer = keras_moe.layers.MoE(num_experts=8, intermediate_dim=32)
     >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)
 
@@ -176,8 +170,7 @@ class MoE(RoutedLayer):
                 **of_experts,
             },
         )
-        own_dispatcher = dispatcher is not None
-        dispatcher = parts.as_dispatcher(
+        sender = parts.as_dispatcher(
             dispatcher,
             capacity,
             capacity_factor,
@@ -193,15 +186,15 @@ class MoE(RoutedLayer):
             causal,
             return_routing,
             statistics,
-            may_drop=dispatcher.capacity.limits(training=True),
+            may_drop=sender.capacity.limits(training=True),
             name=name or parts.default_name(),
             **kwargs,
         )
         self.experts = as_experts(experts)
-        self.dispatcher = dispatcher
-        self._own_dispatcher = own_dispatcher
-        if dispatcher.seed_generator is not None:
-            self.seed_generator = dispatcher.seed_generator
+        self.dispatcher = sender
+        self._own_dispatcher = dispatcher is not None
+        if sender.seed_generator is not None:
+            self.seed_generator = sender.seed_generator
         parts.check_kept_weights(self.capacity, self.router)
         if causal:
             parts.check_causal(self.router, self.capacity, route_per)
