@@ -1,10 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.moe import foreign_parts as foreign
 from keras_moe.moe import part_arguments as parts
-from keras_moe.moe.foreign_parts import as_experts
-from keras_moe.moe.foreign_parts import check_width
-from keras_moe.moe.foreign_parts import output_shape_of
 from keras_moe.moe.routed_layer import RoutedLayer
 from keras_moe.moe.shared_experts import GATE_WIDTHS
 from keras_moe.moe.shared_experts import check_shared_experts
@@ -40,9 +38,9 @@ class MoE(RoutedLayer):
         intermediate_dim: int. Width of each expert's hidden layer. Required if
             `experts` is a name.
         top_k: int. Experts per token, if `router` is a name. Defaults to the
-            router's own default, 2 for `"top_k"`.
+            router's, 2 for `"top_k"`.
         activation: Activation of the experts, if `experts` is a name. Defaults
-            to their own default, `"silu"` for `"glu"`.
+            to theirs, `"silu"` for `"glu"`.
         router: A name of `keras_moe.routers.get` or a router layer. Defaults
             to `"top_k"`.
         experts: A name of `keras_moe.experts.get` or a layer with
@@ -54,9 +52,8 @@ class MoE(RoutedLayer):
             sigmoid a token (Qwen2-MoE), `"average"` (Cohere), or `"residual"`,
             both times a learned softmax a token (DeepSpeed). Defaults to
             `"add"`.
-        losses: `"default"` for `LoadBalancingLoss(1e-2)` and
-            `RouterZLoss(1e-3)`, `None` for none, a loss, or a list of losses.
-            Defaults to `"default"`.
+        losses: `"default"` (`LoadBalancingLoss(1e-2)`, `RouterZLoss(1e-3)`),
+            `None`, a loss, or a list of losses. Defaults to `"default"`.
         capacity_factor, eval_capacity_factor, drop_policy: As for
             `keras_moe.layers.Capacity`: how many tokens an expert takes, in
             training and in inference, and who stays. A dropped choice gives
@@ -73,9 +70,9 @@ class MoE(RoutedLayer):
             `keras_moe.experts.LayerExperts`. The router then sees the mean over
             positions not masked, experts zeros at the others. Defaults to
             `"token"`.
-        causal: bool. Whether a token may not depend on later ones. Then routers
-            and drop policies that look ahead are refused, and inference drops
-            nothing unless `eval_capacity_factor` is given. Defaults to `False`.
+        causal: bool. Whether no token may depend on later ones: what looks
+            ahead is refused, and inference drops nothing unless
+            `eval_capacity_factor` is given. Defaults to `False`.
         return_routing: bool. Whether a call returns `(outputs, routing)`.
         statistics: `"auto"` counts into a few entries of the logs, which sum
             up all layers of the model (`routing_max_violation`, ...);
@@ -95,8 +92,8 @@ class MoE(RoutedLayer):
         context: What some routers take besides: ids (of tokens, of tasks) of
             shape `(batch, ...)` or of its first axes, or numbers with one more
             axis. Defaults to `None`.
-        router_inputs: Tensor `(batch, ..., router_dim)` that the router sees in
-            the place of the inputs. Defaults to `None`.
+        router_inputs: Tensor `(batch, ..., router_dim)` that the router sees
+            instead of the inputs. Defaults to `None`.
 
     Output shape:
         Same as the input, with the width of the experts' outputs; with
@@ -111,7 +108,7 @@ class MoE(RoutedLayer):
     >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)
 
-    Own parts, and latent experts, to which rows of half the width are sent:
+    Own parts, and latent experts, with rows of half the width:
 
     >>> layer = keras_moe.layers.MoE(
     ...     router=keras_moe.routers.TopKRouter(8, top_k=1, jitter=0.01),
@@ -190,7 +187,7 @@ class MoE(RoutedLayer):
             name=name or parts.default_name(),
             **kwargs,
         )
-        self.experts = as_experts(experts)
+        self.experts = foreign.as_experts(experts)
         self.dispatcher = sender
         self._own_dispatcher = dispatcher is not None
         if sender.seed_generator is not None:
@@ -230,11 +227,11 @@ class MoE(RoutedLayer):
             )
 
     def _row_shapes(self, inputs_shape):
-        """Shapes of tokens, of what experts get, and of what they return."""
+        """Shapes of tokens, of the experts' rows, and of their outputs."""
         kept = 1 if self.route_per == "example" else -1
         tokens = (None, *inputs_shape[kept:])
-        rows = output_shape_of(self.pre_experts, tokens)
-        return tokens, rows, output_shape_of(self.experts, rows)
+        rows = foreign.output_shape_of(self.pre_experts, tokens)
+        return tokens, rows, foreign.output_shape_of(self.experts, rows)
 
     def call(
         self,
@@ -276,7 +273,7 @@ class MoE(RoutedLayer):
             self.router,
             num_sequences=tokens.positions[0],
         )
-        check_width(self.experts, rows.shape, outputs.shape)
+        foreign.check_width(self.experts, rows.shape, outputs.shape)
         if self.post_experts is not None:
             outputs = call_masked(self.post_experts, outputs, mask)
             outputs = zero_masked(outputs, mask)
@@ -284,7 +281,7 @@ class MoE(RoutedLayer):
 
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
         shape = self._row_shapes(inputs_shape)[-1]
-        shape = output_shape_of(self.post_experts, shape)
+        shape = foreign.output_shape_of(self.post_experts, shape)
         kept = 1 if self.route_per == "example" else -1
         return (*inputs_shape[:kept], *shape[1:])
 
@@ -298,7 +295,6 @@ class MoE(RoutedLayer):
             "post_experts",
         ):
             config[name] = parts.serialize_part(getattr(self, name))
-        dispatcher = keras.saving.serialize_keras_object(self.dispatcher)
-        if self._own_dispatcher:
-            return {**config, "dispatcher": dispatcher}
-        return {**config, **dispatcher["config"]}
+        sender = keras.saving.serialize_keras_object(self.dispatcher)
+        own = {"dispatcher": sender} if self._own_dispatcher else None
+        return {**config, **(own or sender["config"])}
