@@ -3,10 +3,13 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.ops.masking import zero_masked
 from keras_moe.routers.top_k_router import TopKRouter
+from keras_moe.stacked.draws import own_draws
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -19,14 +22,14 @@ class CosineRouter(TopKRouter):
     logits = scale * cos(low, kernel)
     ```
 
-    and from there on as in `TopKRouter`. The length of a token and that of an
-    expert's embedding, a column of the `(P, E)` kernel, do not count: the
-    logits lie between `-scale` and `scale`, and tokens are not drawn together
-    towards the embeddings as a large dot product draws them. The scale, one
-    over a temperature, is learned.
+    and from there on as in `TopKRouter`. An expert's embedding is a column of
+    the `(P, E)` kernel. Neither its length nor the token's counts: the logits
+    lie between `-scale` and `scale`, and training does not pull the tokens
+    together towards the embeddings, as it does with dot products. The scale,
+    one over a temperature, is learned.
 
-    Lengths below 1e-12 count as 1e-12; such a vector has no direction, and its
-    cosine no gradient.
+    A length below 1e-12 counts as 1e-12. Such a vector has no direction, and
+    its cosine has no gradient.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -86,6 +89,7 @@ class CosineRouter(TopKRouter):
         check_int("projection_dim", projection_dim, minimum=1)
         check_positive("initial_temperature", initial_temperature)
         check_positive("max_scale", max_scale)
+        check_bool("use_projection_bias", use_projection_bias)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(
                 stddev=0.01, seed=kwargs.get("seed")
@@ -97,15 +101,17 @@ class CosineRouter(TopKRouter):
         self.initial_temperature = initial_temperature
         self.max_scale = max_scale
         self.use_projection_bias = use_projection_bias
-        self.projection_initializer = keras.initializers.get(
-            projection_initializer
+        self.projection_initializer = as_keras_object(
+            "projection_initializer",
+            keras.initializers.get,
+            projection_initializer,
         )
 
     def build_logits(self, dim):
         self.projection_kernel = self.add_weight(
             name="projection_kernel",
             shape=(dim, self.projection_dim),
-            initializer=self.projection_initializer,
+            initializer=own_draws(self.projection_initializer, 1),
         )
         self.projection_bias = None
         if self.use_projection_bias:
@@ -124,7 +130,7 @@ class CosineRouter(TopKRouter):
         )
 
     def call(self, tokens, mask=None, training=None):
-        # Of the projection even a masked token would reach the gradient.
+        # A NaN in a masked token would reach the gradient of the projection.
         tokens = zero_masked(tokens, mask)
         return super().call(tokens, mask=mask, training=training)
 

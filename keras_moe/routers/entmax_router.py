@@ -1,12 +1,12 @@
 import keras
 
 from keras_moe.checks import is_number
-from keras_moe.ops.choices import check_max_experts
-from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.entmax import entmax
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
+from keras_moe.routers.choice_arguments import as_max_experts
+from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -22,11 +22,11 @@ class EntmaxRouter(LinearRouter):
     weights = weights / sum(weights)                if normalize_weights
     ```
 
-    How many experts a token gets, at least one, is up to its logits: one where
-    the best is far ahead, all where they are equal. The choice needs no noise
-    and has no jump: an expert comes in with weight 0. The larger `alpha` and
-    the smaller `temperature`, the fewer experts. Ties go to the lower index.
-    All of it is computed in float32.
+    The logits decide how many experts a token gets: one where the best is far
+    ahead, all where they are equal. The choice needs no noise and does not
+    jump: an expert comes in with weight 0. The larger `alpha` and the smaller
+    `temperature`, the fewer experts. Ties go to the lower index. All of it is
+    computed in float32.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -80,6 +80,7 @@ class EntmaxRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -94,17 +95,21 @@ class EntmaxRouter(LinearRouter):
             raise ValueError(
                 f"`alpha` must be above 1 and finite. Received: alpha={alpha!r}"
             )
-        check_max_experts(max_experts, num_experts)
+        as_max_experts(max_experts, num_experts)
         self.alpha = alpha
         self.max_experts = max_experts
-        self.normalize_weights = check_normalize_weights(
-            normalize_weights, max_experts, default=True
+        self.normalize_weights = as_normalize_weights(
+            normalize_weights, max_experts, limit_name="max_experts"
         )
+
+    @property
+    def choices_per_token(self):
+        return as_max_experts(self.max_experts, self.num_experts)
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
         probs = entmax(logits, self.alpha)
-        top_k = check_max_experts(self.max_experts, self.num_experts)
+        top_k = self.choices_per_token
         indices, weights = positive_choices(logits, probs, top_k)
         if self.normalize_weights and top_k < self.num_experts:
             weights = normalized(weights)

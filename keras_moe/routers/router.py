@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 
 
@@ -73,6 +74,7 @@ class Router(keras.layers.Layer):
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
         check_int("num_experts", num_experts, minimum=1)
+        check_bool("allow_lookahead", allow_lookahead)
         self.num_experts = num_experts
         self.allow_lookahead = allow_lookahead
         self.supports_masking = True

@@ -157,7 +157,8 @@ class MLPRouterTest(LogitsChecks, TestCase):
         self.assertAllEqual(first.context_kernel, np.zeros((4, 4)))
 
     @parameterized.parameters(
-        ({"hidden_dims": (0,)}, "hidden_dims=0"),
+        ({"hidden_dims": (0,)}, r"hidden_dims=\(0,\)"),
+        ({"hidden_dims": -1}, "hidden_dims=-1"),
         ({"projection_dim": 0}, "projection_dim=0"),
         ({"residual": "state"}, "residual='state'"),
         ({"residual": "projection"}, "projection_dim=None"),
