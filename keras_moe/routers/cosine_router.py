@@ -8,6 +8,7 @@ from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.ops.masking import zero_masked
+from keras_moe.routers.normalizations import unit_vectors
 from keras_moe.routers.top_k_router import TopKRouter
 from keras_moe.stacked.draws import own_draws
 
@@ -139,7 +140,7 @@ class CosineRouter(TopKRouter):
         if self.projection_bias is not None:
             low = low + self.projection_bias
         cosines = ops.einsum(
-            "tp,pe->te", _unit(low, axis=-1), _unit(self.kernel, axis=0)
+            "tp,pe->te", unit_vectors(low), unit_vectors(self.kernel, axis=0)
         )
         largest = math.log(self.max_scale)
         scale = ops.exp(ops.minimum(self.log_scale, largest))
@@ -156,14 +157,3 @@ class CosineRouter(TopKRouter):
                 self.projection_initializer
             ),
         }
-
-
-def _unit(vectors, axis):
-    """Vectors of length 1, or shorter where they are below 1e-12."""
-    vectors = ops.convert_to_tensor(vectors)
-    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
-    short = square < 1e-24
-    # Divided by next to nothing, the gradient would be next to infinite.
-    vectors = ops.where(short, ops.stop_gradient(vectors), vectors)
-    square = ops.where(short, ops.full_like(square, 1e-24), square)
-    return vectors / ops.sqrt(square)

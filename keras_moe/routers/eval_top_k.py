@@ -15,7 +15,11 @@ class FixedNumber:
         self.key = f"_{name}"
 
     def __get__(self, router, owner=None):
-        return self if router is None else vars(router)[self.key]
+        if router is None:
+            return self
+        if self.key not in vars(router):
+            raise AttributeError(self.name)
+        return vars(router)[self.key]
 
     def __set__(self, router, value):
         if self.key in vars(router):

@@ -101,6 +101,7 @@ class HashRouter(LinearRouter):
     """
 
     uses_context = True
+    needs_context = True
     routing_class = Routing
 
     def __init__(
@@ -204,28 +205,41 @@ class HashRouter(LinearRouter):
         weights = weights * (self.weight_scale / self.top_k)
         return Routing(ops.zeros_like(probs), probs, indices, weights)
 
-    def _ids(self, context, mask):
-        """The rows of the table, `(T,)` int32."""
+    def compute_output_spec(
+        self, tokens, mask=None, training=None, context=None
+    ):
+        self._check_context(context)
+        return super().compute_output_spec(
+            tokens, mask=mask, training=training, context=context
+        )
+
+    def _check_context(self, context):
         if context is None:
             raise ValueError(
-                "`HashRouter` needs the ids of the tokens as `context`, of "
-                "shape (T,) or (T, 1). Received: context=None"
+                "`context` must be given to HashRouter: the ids of the tokens, "
+                "of shape (T,) or (T, 1). Received: context=None"
             )
-        ids = ops.convert_to_tensor(context)
-        shape = tuple(ids.shape)
+        shape = tuple(context.shape)
         if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
             raise ValueError(
                 "`context` must be of shape (T,) or (T, 1). "
                 f"Received: context.shape={shape}"
             )
-        dtype = keras.backend.standardize_dtype(ids.dtype)
+        dtype = keras.backend.standardize_dtype(context.dtype)
         if "int" not in dtype:
             # A float may have been rounded on the way.
             raise ValueError(
                 "`context` must be of an integer dtype. "
                 f"Received: context.dtype={dtype}"
             )
-        ids = ops.reshape(ids, (-1,))
+
+    def _ids(self, context, mask):
+        """The rows of the table, `(T,)` int32."""
+        if context is not None:
+            context = ops.convert_to_tensor(context)
+        self._check_context(context)
+        ids = ops.reshape(context, (-1,))
+        dtype = keras.backend.standardize_dtype(ids.dtype)
         if dtype not in ("int64", "uint32", "uint64"):
             ids = ops.cast(ids, "int32")
         ids = zero_masked(ids, mask)

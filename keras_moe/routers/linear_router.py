@@ -7,6 +7,7 @@ from keras_moe.checks import check_bool
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
 from keras_moe.checks import check_seed
+from keras_moe.routers.normalizations import rms_normalized
 from keras_moe.routers.router import Router
 
 
@@ -139,8 +140,7 @@ class LinearRouter(Router):
     def prepare(self, tokens, training):
         """What the router sees of the tokens."""
         if self.normalize_inputs:
-            square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
-            tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
+            tokens = rms_normalized(tokens, self.normalize_inputs_epsilon)
             tokens = tokens * self.input_scale
         if training and self.jitter > 0:
             tokens = tokens * keras.random.uniform(

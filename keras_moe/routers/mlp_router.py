@@ -8,19 +8,18 @@ from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
-from keras_moe.ops.masking import zero_masked
 from keras_moe.routers.choice_arguments import check_zero_weight_experts
-from keras_moe.routers.stateful_routing import StatefulRouting
-from keras_moe.routers.stateful_routing import as_state
+from keras_moe.routers.normalizations import rms_normalized
+from keras_moe.routers.normalizations import standardized
+from keras_moe.routers.stateful_router import StatefulRouter
 from keras_moe.routers.token_choice import without_last_experts
-from keras_moe.routers.top_k_router import TopKRouter
 from keras_moe.stacked.draws import own_draws
 
 RESIDUALS = (None, "projection", "logits")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MLPRouter(TopKRouter):
+class MLPRouter(StatefulRouter):
     """Scores experts with a small network, which may go on from layer to layer.
 
     ```
@@ -34,9 +33,10 @@ class MLPRouter(TopKRouter):
     ```
 
     and from there on as in `TopKRouter`. The `context` of a layer is the
-    `state` of the one before it: what its projection gave, or its logits. Thus
-    a router knows where the token has been. `MoE(return_routing=True)` returns
-    it in `routing.state`, one row a token; `state` computes it on its own.
+    `state` of the one before it: the projection with its residual, or the
+    logits before they are standardized. Thus a router knows where the token
+    has been. `MoE(return_routing=True)` returns it in `routing.state`, a row
+    for each token; the method `state` computes it alone, without jitter.
 
     The router of Zaya is
 
@@ -125,8 +125,6 @@ class MLPRouter(TopKRouter):
       architecture" (Zaya)
     """
 
-    routing_class = StatefulRouting
-
     def __init__(
         self,
         num_experts,
@@ -143,11 +141,12 @@ class MLPRouter(TopKRouter):
         hidden_initializer="glorot_uniform",
         **kwargs,
     ):
-        super().__init__(num_experts, top_k, **kwargs)
+        check_one_of("residual", residual, RESIDUALS)
+        state_dim = {"projection": projection_dim, "logits": num_experts}
+        super().__init__(num_experts, top_k, state_dim.get(residual), **kwargs)
         hidden_dims = as_units("hidden_dims", hidden_dims, minimum=0)
         check_bool("use_hidden_bias", use_hidden_bias)
         check_bool("normalize_projection", normalize_projection)
-        check_one_of("residual", residual, RESIDUALS)
         if projection_dim is not None:
             check_int("projection_dim", projection_dim, minimum=1)
         elif normalize_projection or residual == "projection":
@@ -174,7 +173,6 @@ class MLPRouter(TopKRouter):
             self.score_after_selection,
             self.num_always_on,
         )
-        self.uses_context = residual is not None
         self.hidden_dims = hidden_dims
         self.activation = as_keras_object(
             "activation", keras.activations.get, activation
@@ -235,48 +233,15 @@ class MLPRouter(TopKRouter):
         bias = getattr(self, f"{name}_bias{number}")
         return x if bias is None else x + bias
 
-    def call(self, tokens, mask=None, training=None, context=None):
-        tokens = zero_masked(tokens, mask)
-        logits, state = self._logits(tokens, training, context, mask)
-        noisy = self.noisy_logits(logits, training)
-        return StatefulRouting(
-            *self.route(logits, noisy, mask, training), state
-        )
-
-    def state(self, tokens, context=None):
-        """What the router of the next layer takes as its `context`.
-
-        Args:
-            tokens: Tensor of shape `(T, D)`.
-            context: The `state` of the layer before, or `None`.
-
-        Returns:
-            With `residual="projection"` the projection with the residual,
-            `(T, projection_dim)`, otherwise the logits before they are
-            standardized, `(T, E)`. Without jitter.
-        """
-        tokens = ops.cast(ops.convert_to_tensor(tokens), self.compute_dtype)
-        if not self.built:
-            self.build(tokens.shape)
-        return self._logits(tokens, False, context, None)[1]
-
-    def _logits(self, tokens, training, context, mask):
-        """The logits `(T, E)` and the state."""
+    def logits_and_state(self, tokens, training, context):
         x = self.prepare(tokens, training)
-        if self.residual is not None:
-            context = as_state(context, tokens, self._state_width(), mask)
-        elif context is not None:
-            raise ValueError(
-                "`context` needs a `residual`. Received: residual=None"
-            )
         if self.projection_dim is not None:
             x = self._dense("projection", "", x)
             if self.residual == "projection":
                 x = x + self.context_scale * context
         state = x
         if self.normalize_projection:
-            square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-            x = x * ops.rsqrt(square + self.normalize_projection_epsilon)
+            x = rms_normalized(x, self.normalize_projection_epsilon)
             x = x * self.projection_scale
         for i in range(len(self.hidden_dims)):
             x = self.activation(self._dense("hidden", f"_{i}", x))
@@ -290,13 +255,8 @@ class MLPRouter(TopKRouter):
         if self.residual != "projection":
             state = logits
         if self.standardize_logits is not None:
-            logits = self.standardize_logits * _standardized(logits)
+            logits = self.standardize_logits * standardized(logits)
         return self.scale_logits(logits), state
-
-    def _state_width(self):
-        if self.residual == "projection":
-            return self.projection_dim
-        return self.num_experts
 
     def weigh(self, logits, probs, indices):
         if self.zero_weight_experts == 0:
@@ -323,13 +283,3 @@ class MLPRouter(TopKRouter):
                 self.hidden_initializer
             ),
         }
-
-
-def _standardized(logits):
-    """Logits over their standard deviation; equal logits stay as they are."""
-    mean = ops.mean(logits, axis=-1, keepdims=True)
-    square = ops.sum(ops.square(logits - mean), axis=-1, keepdims=True)
-    variance = square / (logits.shape[-1] - 1)
-    varied = variance > 1e-20
-    deviation = ops.sqrt(ops.where(varied, variance, ops.ones_like(variance)))
-    return logits / deviation

@@ -18,6 +18,7 @@ class Router(keras.layers.Layer):
     - `uses_context = True`: `call` also takes `context`, a tensor `(T, ...)` or
       `None`: what `MoE` was given as `context`, for each token. Token ids, task
       ids, the logits of an earlier layer.
+    - `needs_context = True`: `context` may not be `None`.
     - `looks_ahead = True`: what one token gets depends on other tokens, later
       ones among them. Then `call` also takes `num_sequences`, an int or a
       scalar tensor: the tokens are that many sequences of equal length, one
@@ -61,6 +62,7 @@ class Router(keras.layers.Layer):
     """
 
     uses_context = False
+    needs_context = False
     looks_ahead = False
     distinct_choices = False
     choices_per_token = None

@@ -13,6 +13,8 @@ from keras_moe.checks import check_positive
 from keras_moe.checks import check_seed
 from keras_moe.ops.noise import with_noise
 from keras_moe.ops.scores import softmax
+from keras_moe.routers.normalizations import l2_normalized
+from keras_moe.routers.normalizations import rms_normalized
 from keras_moe.routers.router import Router
 
 _NORMALIZATIONS = ("l2", "rms", "layer")
@@ -246,12 +248,10 @@ class SoftRouter(Router):
 
     def _normalize(self, x, axis, gain):
         if self.normalization == "l2":
-            squares = ops.sum(ops.square(x), axis=axis, keepdims=True)
-            return x * ops.rsqrt(squares + self.epsilon)
+            return l2_normalized(x, self.epsilon, axis)
         if self.normalization == "layer":
             x = x - ops.mean(x, axis=axis, keepdims=True)
-        squares = ops.mean(ops.square(x), axis=axis, keepdims=True)
-        x = x * ops.rsqrt(squares + self.epsilon)
+        x = rms_normalized(x, self.epsilon, axis)
         if axis == 0:
             gain = ops.reshape(gain, (-1, 1, 1))
         return x * gain

@@ -86,6 +86,7 @@ class TaskRouter(TopKRouter):
     """
 
     uses_context = True
+    needs_context = True
 
     def __init__(
         self,
@@ -214,14 +215,20 @@ class TaskRouter(TopKRouter):
         # A bias might lift scores of 0 above others.
         return ops.where(noisy > float("-inf"), ranked, float("-inf"))
 
-    def _tasks(self, context, mask):
-        """The ids `(T,)` int32, in range."""
+    def compute_output_spec(
+        self, tokens, mask=None, training=None, context=None
+    ):
+        self._check_context(context)
+        return super().compute_output_spec(
+            tokens, mask=mask, training=training, context=context
+        )
+
+    def _check_context(self, context):
         if context is None:
             raise ValueError(
-                "TaskRouter needs a `context`, the ids of the tasks. "
+                "`context` must be given to TaskRouter: the ids of the tasks. "
                 "Received: context=None"
             )
-        context = ops.convert_to_tensor(context)
         dtype = keras.backend.standardize_dtype(context.dtype)
         if "int" not in dtype or len(context.shape) != 1:
             raise ValueError(
@@ -229,6 +236,12 @@ class TaskRouter(TopKRouter):
                 f"the tasks. Received: dtype={dtype}, "
                 f"context.shape={tuple(context.shape)}"
             )
+
+    def _tasks(self, context, mask):
+        """The ids `(T,)` int32, in range."""
+        if context is not None:
+            context = ops.convert_to_tensor(context)
+        self._check_context(context)
         tasks = zero_masked(ops.cast(context, "int32"), mask)
         if not backend.is_symbolic(tasks):
             values = ops.convert_to_numpy(tasks)
