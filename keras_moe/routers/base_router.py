@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_seed
 from keras_moe.ops.balanced_assignment import balanced_assignment
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
@@ -95,6 +96,7 @@ class BASERouter(LinearRouter):
         **kwargs,
     ):
         check_per(per)
+        check_seed("seed", seed)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.Orthogonal(0.1, seed=seed)
         super().__init__(

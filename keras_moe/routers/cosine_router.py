@@ -7,6 +7,7 @@ from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
+from keras_moe.checks import check_seed
 from keras_moe.ops.masking import zero_masked
 from keras_moe.routers.normalizations import unit_vectors
 from keras_moe.routers.top_k_router import TopKRouter
@@ -91,6 +92,7 @@ class CosineRouter(TopKRouter):
         check_positive("initial_temperature", initial_temperature)
         check_positive("max_scale", max_scale)
         check_bool("use_projection_bias", use_projection_bias)
+        check_seed("seed", kwargs.get("seed"))
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(
                 stddev=0.01, seed=kwargs.get("seed")
