@@ -23,8 +23,8 @@ class Case(NamedTuple):
     arrays: Any
 
 
-def load(matches):
-    """The recorded cases of a family; it is an error if there is none."""
+def find(matches):
+    """The recorded cases of a family."""
     found = []
     for path in sorted(DATA.glob("*.json")):
         config = json.loads(path.read_text())["config"]
@@ -32,6 +32,12 @@ def load(matches):
             arrays = dict(arrays)
         if matches(config, arrays):
             found.append(Case(path.stem, config, arrays))
+    return found
+
+
+def load(matches):
+    """The recorded cases of a family; it is an error if there is none."""
+    found = find(matches)
     if not found:
         raise ValueError(f"No recorded case in {DATA}")
     return found

@@ -2,6 +2,7 @@
 likes: of it only the counts are compared.
 """
 
+import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
@@ -11,6 +12,28 @@ from tests.routing_cases import megatron
 from tests.test_case import TestCase
 
 NAMED = cases.named(megatron.matches)
+
+
+def computed_quantile_case():
+    """A step of quantile balancing, made here expert by expert."""
+    rng = np.random.default_rng(0)
+    num_tokens, num_experts, top_k = 24, 6, 2
+    scores = rng.normal(size=(num_tokens, num_experts))
+    beta = 0.3 * rng.normal(size=num_experts)
+    ranked = np.argsort(-(scores - beta), axis=1, kind="stable")
+    alpha = np.take_along_axis(scores - beta, ranked[:, top_k:], axis=1)[:, :1]
+    share = num_tokens * top_k // num_experts
+    beta_new = [sorted(c)[::-1][share] for c in (scores - alpha).T]
+    arrays = {
+        "scores": scores,
+        "beta": beta,
+        "beta_new": np.array(beta_new),
+        "indices": ranked[:, :top_k],
+    }
+    return {"k": top_k}, {
+        name: array.astype("int32" if name == "indices" else "float32")
+        for name, array in arrays.items()
+    }
 
 
 class MegatronTest(TestCase):
@@ -33,6 +56,21 @@ class MegatronTest(TestCase):
         self.assertAllEqual(
             (kept > 0).sum(axis=0), arrays["drop_position/map"].sum(axis=0)
         )
+
+    def test_quantile_balancing(self):
+        found = cases.find(megatron.is_quantile_balancing)
+        for config, arrays in (
+            computed_quantile_case(),
+            *((case.config, case.arrays) for case in found),
+        ):
+            router = megatron.quantile_router_from_case(config, arrays)
+            routing = router(arrays["scores"], training=True)
+            self.assert_relative(
+                -ops.convert_to_numpy(router.expert_bias), arrays["beta_new"]
+            )
+            self.assertGreater(np.ptp(arrays["beta_new"] - arrays["beta"]), 0)
+            if "indices" in arrays:
+                self.assertAllEqual(routing.expert_indices, arrays["indices"])
 
     @parameterized.named_parameters(NAMED)
     def test_losses(self, case):
