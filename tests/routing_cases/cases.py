@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_moe
 from keras_moe.experts import Experts
+from keras_moe.routers import Routing
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "routing"
 
@@ -144,3 +145,20 @@ def dense_weights(routing, num_experts):
         matrix, indices, ops.convert_to_numpy(routing.expert_weights), axis=1
     )
     return matrix[:, :-1]
+
+
+class DividedByAllTokens:
+    """A loss of this library on each group, divided by all of its tokens."""
+
+    def __init__(self, loss, real, size, power):
+        self.loss, self.real, self.size, self.power = loss, real, size, power
+
+    def __call__(self, routing, mask=None):
+        total = 0.0
+        for g, real in enumerate(self.real):
+            group = slice(g * self.size, (g + 1) * self.size)
+            part = Routing(*(field[group] for field in routing))
+            part_mask = None if mask is None else mask[group]
+            share = (real / self.size) ** self.power
+            total = total + share * self.loss(part, part_mask)
+        return total / len(self.real)

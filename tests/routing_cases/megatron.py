@@ -69,12 +69,15 @@ def router_from_case(config, arrays):
     return router
 
 
-def layer_from_case(config, arrays, **kwargs):
+def layer_from_case(config, arrays, outputs=None, **kwargs):
+    """Its experts return rows of `outputs`, `(E, F)`, whatever they get."""
     num_experts = config["E"]
+    outputs = np.zeros((num_experts, 1)) if outputs is None else outputs
+    width = outputs.shape[1]
     return cases.moe_with_linear_experts(
         router_from_case(config, arrays),
-        np.zeros((num_experts, num_experts, 1), "float32"),
-        np.zeros((num_experts, 1), "float32"),
+        np.zeros((num_experts, num_experts, width), "float32"),
+        outputs.astype("float32"),
         capacity=layers.Capacity(
             config["capacity_factor"],
             eval_capacity_factor=float("inf"),
