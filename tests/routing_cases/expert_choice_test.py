@@ -91,6 +91,9 @@ class ExpertChoiceCasesTest(TestCase):
             if f"grad_y/{name}" in arrays:
                 gradient = router_gradient(dw, own)
                 self.assert_relative(gradient, arrays[f"grad_y/{name}"])
+        for name in ("loss/auxiliary", "metric/auxiliary_loss"):
+            # No balancing loss is needed, and there is none.
+            self.assertEqual(np.max(np.abs(arrays.get(name, 0.0))), 0.0)
         if "loss/router_z" in arrays:
             self.check_z_loss(router, tokens, real, options, arrays)
 

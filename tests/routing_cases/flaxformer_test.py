@@ -62,6 +62,10 @@ class FlaxformerTest(TestCase):
             )
         else:
             wanted = arrays["combine"].sum(axis=-1).reshape(-1, config["E"])
+            dispatched = arrays["dispatch"].any(axis=-1)
+            self.assertAllEqual(
+                combined > 0, dispatched.reshape(combined.shape)
+            )
         self.assert_relative(combined, wanted)
 
     def padded_layer(self, case, losses=None):
