@@ -86,7 +86,7 @@ def kind_of(name, default):
         return "number"
     if isinstance(default, str):
         return "choice"
-    raise ValueError(f"Nobody has said what {name}={default!r} takes.")
+    raise ValueError(f"KINDS does not say what {name}={default!r} takes.")
 
 
 def cases():

@@ -59,7 +59,7 @@ class CosineRouter(TopKRouter):
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing`, as of `TopKRouter`.
+        A `keras_moe.routers.Routing`, as `TopKRouter` returns it.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.

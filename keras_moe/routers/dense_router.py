@@ -27,8 +27,7 @@ class DenseRouter(LinearRouter):
             one, or `"sigmoid"` of each, whose do not. Defaults to `"softmax"`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.

@@ -33,8 +33,8 @@ class EntmaxRouter(LinearRouter):
         alpha: float above 1. 1.5 is entmax-1.5, 2 is sparsemax, close to 1 is
             close to softmax. Defaults to `1.5`.
         max_experts: int, or `None` for all of them. Experts per token at most,
-            the best ones. It also bounds memory, which is that of
-            `max_experts` rows a token. Defaults to `None`.
+            the best ones. It also bounds memory, which is taken for
+            `max_experts` rows per token. Defaults to `None`.
         normalize_weights: bool. Whether to divide the weights of a token by
             their sum, which only matters where `max_experts` has left some
             out. Defaults to `True`, for `max_experts=1` to `False`; there
@@ -42,8 +42,7 @@ class EntmaxRouter(LinearRouter):
             would get no gradient.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -57,7 +56,7 @@ class EntmaxRouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts, before any is left out.
+        `probs` are the probabilities of all experts, before any is left out.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.

@@ -105,8 +105,8 @@ class GShardRouter(TopKRouter):
             is_number(t) and t > 0 for t in thresholds
         ):
             raise ValueError(
-                "`threshold` must be positive, or as many positive numbers as "
-                f"there are choices after the first, {top_k - 1}. "
+                "`threshold` must be a positive number, or a sequence of them "
+                f"for the choices after the first, {top_k - 1}. "
                 f"Received: threshold={threshold!r}"
             )
         self.policy = policy

@@ -30,8 +30,8 @@ class HierarchicalRouter(LinearRouter):
 
     On each level the probabilities of the chosen are divided by their sum,
     which is the softmax over their logits. Expert `j` of group `i` is expert
-    `i * experts_per_group + j` of the bank. The groups have logits of their
-    own, unlike those of `keras_moe.routers.TopKRouter`.
+    `i * experts_per_group + j` of the bank. Groups have their own logits here,
+    while `keras_moe.routers.TopKRouter` ranks groups by their experts.
 
     Args:
         num_groups: int. `A`, the number of groups.
@@ -46,7 +46,7 @@ class HierarchicalRouter(LinearRouter):
             Defaults to `True` for `top_k > 1`.
         noise_stddev: float. Standard deviation of the normal noise added to
             the logits of both levels in training. Defaults to `0.0`.
-        **kwargs: Arguments of `keras_moe.routers.LinearRouter` but for
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter` except
             `use_bias`: `jitter`, `temperature` (of both levels),
             `normalize_inputs`, `kernel_initializer`, `seed`.
 

@@ -48,7 +48,7 @@ class MLPRouter(StatefulRouter):
     )
     ```
 
-    and that of MoE++, whose last expert gives zero,
+    and the router of MoE++, whose last expert gives zero, is
 
     ```python
     MLPRouter(
@@ -76,16 +76,15 @@ class MLPRouter(StatefulRouter):
             first as it is, or `"logits"`, through a `(E, E)` kernel that starts
             at zero. `None` for a router without. Defaults to `None`.
         standardize_logits: float, or `None`. Standard deviation, with the
-            divisor `E - 1`, that the logits of each token are brought to. Their
-            mean stays in proportion; equal logits stay. Defaults to `None`.
-        zero_weight_experts: int. The last so many experts get weight 0, though
-            they are chosen like the others. With `normalize_weights` the other
-            choices of the token share the whole, unless there is none. Defaults
-            to `0`.
+            divisor `E - 1`, that the logits of each token are scaled to. Equal
+            logits stay as they are. Defaults to `None`.
+        zero_weight_experts: int. That many experts, the last ones, are chosen
+            like the others but get weight 0. With `normalize_weights` the
+            weights of the other choices of a token sum to one. Defaults to `0`.
         hidden_initializer: Initializer of the projection and the hidden
             kernels. Defaults to `"glorot_uniform"`.
         **kwargs: Arguments of `keras_moe.routers.TopKRouter`;
-            `kernel_initializer` is that of the last kernel.
+            `kernel_initializer` initializes the last kernel.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.

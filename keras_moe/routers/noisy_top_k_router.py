@@ -55,8 +55,8 @@ class NoisyTopKRouter(TopKRouter):
         noise_epsilon: float. Smallest width of the learned noise. Defaults to
             `1e-2`.
         load_threshold: What a noisy logit has to exceed to be chosen, as
-            `load` counts it. `"exact"` is the `top_k`-th largest logit of the
-            other experts (Shazeer et al.), `"shared"` that of all experts
+            `load` counts it. `"exact"` is the `top_k`-th largest logit among
+            the other experts (Shazeer et al.), `"shared"` among all experts
             (V-MoE). Defaults to `"exact"`.
         score_after_selection: bool. Defaults to `True`, the softmax over the
             chosen logits of the paper, for `top_k > 1`.

@@ -59,16 +59,15 @@ class ReLURouter(LinearRouter):
             for no sparsity). Experts per token to aim at, on average. Defaults
             to `2`.
         max_experts: int, or `None` for all of them. Experts per token at most,
-            the best ones. It also bounds memory, which is that of
-            `max_experts` rows a token. Defaults to `None`.
+            the best ones. It also bounds memory, which is taken for
+            `max_experts` rows per token. Defaults to `None`.
         initial_l1_coefficient: float, positive. Where the coefficient starts.
             Defaults to `1e-8`.
         l1_multiplier: float, at least 1. What it is multiplied or divided by
             each time. With 1 it is constant. Defaults to `1.2`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -83,7 +82,7 @@ class ReLURouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts; they do not sum to one.
+        `probs` are the scores of all experts; they do not sum to one.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.

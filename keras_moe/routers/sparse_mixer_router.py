@@ -154,7 +154,7 @@ class SparseMixerRouter(LinearRouter):
             ops.abs(ops.stop_gradient(logits)), best
         )
         near = ops.logical_and(left, best - values <= tolerance)
-        # The best one is near, even if it is no number.
+        # The best one is near, even if it is NaN.
         near = ops.logical_or(near, _is_expert(first, self.num_experts))
         candidates = ops.where(near, logits, float("-inf"))
         probs = softmax(candidates)

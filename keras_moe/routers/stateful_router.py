@@ -15,7 +15,7 @@ class StatefulRouting(NamedTuple):
         probs: `(T, E)`. Scores that the weights come from.
         expert_indices: `(T, K)` int32. The chosen experts.
         expert_weights: `(T, K)`. Their weights.
-        state: `(T, C)`, as of `MLPRouter.state`.
+        state: `(T, C)`, as `MLPRouter.state` computes it.
     """
 
     logits: Any

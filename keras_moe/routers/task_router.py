@@ -58,8 +58,8 @@ class TaskRouter(TopKRouter):
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing`, as of `TopKRouter`. The logits of experts
-        that are not allowed are `-inf`.
+        A `keras_moe.routers.Routing`, as `TopKRouter` returns it. The logits of
+        experts that are not allowed are `-inf`.
 
     Raises:
         ValueError: If an argument is out of range, `D` is not static, or

@@ -42,16 +42,15 @@ class TopPRouter(LinearRouter):
             probability makes a difference in float32. Defaults to `0.4`.
         max_experts: int, or `None` for all of them. Experts per token at most,
             the best ones, even if they do not reach `top_p`. It also bounds
-            memory, which is that of `max_experts` rows a token. Defaults to
-            `None`.
+            memory, which is taken for `max_experts` rows per token. Defaults
+            to `None`.
         normalize_weights: bool. Whether to divide the weights of a token by
             their sum. A token with a single expert then gives the router no
             gradient; with `max_experts=1`, where none would, it is refused.
             Defaults to `False`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -65,7 +64,7 @@ class TopPRouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts.
+        `probs` are the probabilities of all experts.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.

@@ -57,7 +57,7 @@ def scores_of(router, kind, batch):
 
 
 def equalizing(router, kind, batch, bias):
-    """The bias of equal loads, expert by expert, if thresholds stay."""
+    """The bias that gives equal loads with the present thresholds."""
     scores = scores_of(router, kind, batch)
     thresholds = [sorted(row, reverse=True)[2] for row in scores + bias]
     result = []
@@ -129,7 +129,7 @@ class ExpertBiasTest(TestCase):
     @parameterized.parameters(False, True)
     def test_gradient_accumulation(self, jit_compile):
         # Four micro-batches a step of the optimizer make one step of the bias,
-        # the same as that of the whole batch.
+        # the same as the step of the whole batch.
         if jit_compile and keras.config.backend() == "torch":
             self.skipTest("torch.compile is tried in the tests of MoE")
         whole, micro = tokens(160), 40

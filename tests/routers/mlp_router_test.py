@@ -182,7 +182,7 @@ class MLPRouterTest(LogitsChecks, TestCase):
 
 
 class TwoLayers(keras.layers.Layer):
-    """Two MoE layers, of which one tells the other how it routed."""
+    """Two MoE layers; the first hands its state on to the second."""
 
     def __init__(self):
         super().__init__()

@@ -58,7 +58,7 @@ class SeedsTest(TestCase):
                 drawn.append(first)
         self.assertGreater(len(drawn), 1)
         for one, other in itertools.combinations(drawn, 2):
-            # Ranges may differ, as of DSelect-k's selectors and mixture.
+            # Their ranges may differ: ratios are equal if the draws are.
             size = min(len(one), len(other), 2)
             ratio = one[:size] / other[:size]
             self.assertGreater(np.ptp(ratio) / np.abs(ratio).max(), 1e-3)

@@ -1,7 +1,7 @@
 """Every recorded array is named by a test of its family, or here with a reason.
 
-Whether a test compares what it names, no program can tell. But one that nobody
-names is one that nobody compares.
+A program cannot tell whether a test compares what it names. But an array that
+no test names is compared by none.
 """
 
 import ast
@@ -13,8 +13,8 @@ import unittest
 from tests.routing_cases import cases
 
 HERE = pathlib.Path(__file__).parent
-# Files that name no array of one family.
-SHARED = ("__init__", "all_compared_test", "cases", "variable_k_cases")
+# Files of no family.
+SHARED = ("__init__", "cases")
 # Other files that tests of a family are in.
 ELSEWHERE = {"noisy_top_k": ["../losses/load_loss_test.py"]}
 

@@ -1,6 +1,7 @@
 """What the tests of the recorded routing cases share."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from typing import Any
@@ -24,16 +25,23 @@ class Case(NamedTuple):
     arrays: Any
 
 
-def find(matches):
-    """The recorded cases of a family."""
+@functools.cache
+def _read():
     found = []
     for path in sorted(DATA.glob("*.json")):
         config = json.loads(path.read_text())["config"]
         with np.load(path.with_suffix(".npz")) as arrays:
-            arrays = dict(arrays)
-        if matches(config, arrays):
-            found.append(Case(path.stem, config, arrays))
+            found.append(Case(path.stem, config, dict(arrays)))
     return found
+
+
+def find(matches):
+    """The recorded cases of a family."""
+    return [
+        Case(case.name, dict(case.config), dict(case.arrays))
+        for case in _read()
+        if matches(case.config, case.arrays)
+    ]
 
 
 def load(matches):

@@ -112,9 +112,8 @@ class ExpertChoiceCasesTest(TestCase):
         else:
             kept = arrays["kept"]
         kept = kept.reshape(len(real), -1)
-        # flaxformer gives places that nobody wants to padding, with weight 0:
-        # of no effect on outputs, but not what the paper means. Here they stay
-        # empty.
+        # flaxformer gives unused places to padding, with weight 0, which the
+        # paper does not mean and outputs do not show. Here they stay empty.
         self.assertAllEqual(chosen[real], kept[real])
         self.assertFalse(chosen[~real].any())
 

@@ -24,7 +24,7 @@ def gshard_loss(config, arrays):
 class GShardTest(TestCase):
     def layer(self, config, arrays, **kwargs):
         """The recorded gradient is one of the combine weights: an expert that
-        returns a column of its own shows them."""
+        returns its own unit vector shows them."""
         num_experts, dim = config["E"], arrays["x"].shape[-1]
         bias = np.eye(num_experts, dtype="float32")
         kernel = np.zeros((num_experts, dim, num_experts), "float32")

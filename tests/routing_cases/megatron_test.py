@@ -1,5 +1,5 @@
-"""Its drop policy by position is a top-k of zeros and ones, which keeps whom it
-likes: of it only the counts are compared.
+"""Megatron's drop policy by position is a top-k of zeros and ones, which may
+keep any of the tied tokens: here only the counts are compared.
 """
 
 import numpy as np
@@ -88,7 +88,7 @@ class MegatronTest(TestCase):
         layer = megatron.layer_from_case(
             config, arrays, np.eye(num_experts), losses=None
         )
-        # An expert returns a column of its own: the outputs are the weights.
+        # Each expert returns its own unit vector: the outputs are the weights.
         outputs, d_logits, _ = self.outputs_and_gradients(
             layer, arrays["logits"], arrays["cotangent"]
         )
