@@ -76,9 +76,10 @@ def as_units(name, units, minimum=1):
         or len(units) < minimum
         or not all(is_int(width) and width >= 1 for width in units)
     ):
+        least = f"at least {minimum} " if minimum else ""
         raise ValueError(
-            f"`{name}` must be a positive int or a list of at least {minimum} "
-            f"such. Received: {name}={given!r}"
+            f"`{name}` must be a positive int or a list of {least}positive "
+            f"ints. Received: {name}={given!r}"
         )
     return tuple(units)
 
