@@ -104,7 +104,7 @@ class MLPRouterTest(LogitsChecks, TestCase):
     def test_state(self):
         router = self.built(standardize_logits=None, temperature=2.0)
         routing = router(self.tokens(), **self.kwargs())
-        # Not softened by the temperature.
+        # Not divided by the temperature.
         state = ops.convert_to_numpy(routing.state)
         self.assert_relative(routing.logits, state / 2)
         state = router.state(self.tokens(), self.context())
