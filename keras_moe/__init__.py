@@ -1,6 +1,7 @@
 """Mixture-of-Experts for Keras 3 on TensorFlow, JAX and PyTorch."""
 
 from keras_moe import callbacks as callbacks
+from keras_moe import conversion as conversion
 from keras_moe import experts as experts
 from keras_moe import layers as layers
 from keras_moe import losses as losses

@@ -1,4 +1,4 @@
-"""Checks of arguments that routers and losses have in common."""
+"""Checks of arguments; those that return something are called `as_...`."""
 
 import math
 import numbers
@@ -7,12 +7,17 @@ import numpy as np
 
 
 def is_int(value):
-    """Whether it is an int; a bool is none."""
+    """Whether it is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_bool(value):
+    """Whether it is `True` or `False`, of Python or of NumPy."""
+    return isinstance(value, (bool, np.bool_))
+
+
 def is_number(value):
-    """Whether it is a finite real number; a bool is none."""
+    """Whether it is a finite real number and not a bool."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
 
@@ -32,8 +37,22 @@ def check_int(name, value, minimum):
         )
 
 
+def check_bool(name, value):
+    if not is_bool(value):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={value!r}"
+        )
+
+
+def check_seed(name, value):
+    if value is not None and not is_int(value):
+        raise ValueError(
+            f"`{name}` must be an int or None. Received: {name}={value!r}"
+        )
+
+
 def check_several(name, value):
-    """Raises if it is no collection; a string is none of its letters."""
+    """Raises unless it is a collection; a string does not count as one."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise ValueError(
             f"`{name}` must be a sequence. Received: {name}={value!r}"
@@ -64,9 +83,10 @@ def as_units(name, units, minimum=1):
         or len(units) < minimum
         or not all(is_int(width) and width >= 1 for width in units)
     ):
+        least = f"at least {minimum} " if minimum else ""
         raise ValueError(
-            f"`{name}` must be a positive int or a list of at least {minimum} "
-            f"such. Received: {name}={given!r}"
+            f"`{name}` must be a positive int or a list of {least}positive "
+            f"ints. Received: {name}={given!r}"
         )
     return tuple(units)
 
@@ -111,11 +131,22 @@ def check_rate(name, value):
 
 
 def check_one_of(name, value, known):
-    # `True` equals 1, but is not meant by it.
-    is_bool = isinstance(value, bool)
-    if not any(
-        value == k and (isinstance(k, bool) or not is_bool) for k in known
-    ):
+    # Of the same kind, as `True` equals 1.
+    if not any(value == k and is_bool(value) == is_bool(k) for k in known):
         raise ValueError(
             f"`{name}` must be one of {known}. Received: {name}={value!r}"
         )
+
+
+def as_keras_object(name, get, identifier):
+    """What `get`, as `keras.initializers.get`, makes of an identifier.
+
+    Keras' errors do not say which argument was wrong.
+    """
+    try:
+        return get(identifier)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be something that Keras knows: {error}. "
+            f"Received: {name}={identifier!r}"
+        ) from error

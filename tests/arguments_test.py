@@ -1,7 +1,13 @@
-"""Numbers that are none, given to routers and losses."""
+"""Values of the wrong kind, given to every argument of routers and losses.
 
+The arguments are those in the signatures; what each takes is told by its
+default, or here where the default does not tell.
+"""
+
+import inspect
 import re
 
+import keras
 import numpy as np
 from absl.testing import parameterized
 
@@ -10,100 +16,137 @@ from keras_moe import ops
 from keras_moe import routers
 from tests.test_case import TestCase
 
-LINEAR = ("jitter", "temperature", "normalize_inputs_epsilon")
-TOP_K = (
-    *("top_k", "num_always_on", "num_expert_groups", "bias_update_steps"),
-    *("normalize_order", "normalize_epsilon", "weight_scale", "noise_stddev"),
-    *("gumbel_noise", "bias_update_rate", "expert_dropout", "logit_softcap"),
-)
-# What makes it, what else it needs, its numbers.
-CASES = (
-    (routers.DenseRouter, {}, ("num_experts", *LINEAR)),
-    (routers.TopKRouter, {}, TOP_K),
-    (routers.TopKRouter, {"num_expert_groups": 2}, ("top_k_groups",)),
-    (
-        routers.CosineRouter,
-        {},
-        ("projection_dim", "initial_temperature", "max_scale"),
-    ),
-    (
-        routers.DSelectKRouter,
-        {},
-        ("top_k", "gamma", "entropy_weight", "unused_code_weight"),
-    ),
-    (routers.EntmaxRouter, {}, ("alpha", "max_experts")),
-    (
-        routers.ExpertChoiceRouter,
-        {},
-        ("capacity_factor", "capacity", "capacity_multiple_of", "noise_stddev"),
-    ),
-    (routers.GShardRouter, {}, ("threshold",)),
-    (routers.HashRouter, {"num_ids": 4}, ("top_k", "weight_scale")),
-    (routers.HashRouter, {}, ("num_ids",)),
-    (
-        routers.MLPRouter,
-        {"projection_dim": 3},
+WRONG = {
+    "number": (True, np.nan, np.inf, -np.inf, "1"),
+    "bool": (300, 0, np.nan, "no"),
+    "choice": ("unheard of", 300, True),
+    "keras": ("unheard of", 300, True),
+    "array": (300, "1"),
+    "per": ("unheard of", 1.5, 0, True, np.nan),
+    "expert_bias": ("unheard of", 300, 1),
+}
+# Of what kind arguments are whose default is None or missing.
+KINDS = {
+    **dict.fromkeys(
         (
-            "normalize_projection_epsilon",
-            "standardize_logits",
-            "zero_weight_experts",
+            *("num_experts", "num_tasks", "num_groups", "experts_per_group"),
+            *("num_devices", "max_devices", "weight", "top_k", "eval_top_k"),
+            *("bias_update_rate", "logit_softcap", "max_experts", "capacity"),
+            *("projection_dim", "standardize_logits", "num_ids", "seed"),
+            *("threshold", "modality", "hidden_dims"),
         ),
+        "number",
     ),
-    (routers.NoisyTopKRouter, {}, ("noise_stddev", "noise_epsilon")),
-    (routers.RandomRouter, {}, ("top_k",)),
-    (
-        routers.ReLURouter,
-        {},
-        ("top_k", "initial_l1_coefficient", "l1_multiplier"),
+    **dict.fromkeys(
+        (
+            *("normalize_weights", "normalize_group_weights"),
+            "score_after_selection",
+        ),
+        "bool",
     ),
-    (routers.SinkhornRouter, {}, ("top_k", "num_iterations", "per")),
-    (
-        routers.SoftRouter,
-        {},
-        ("slots_per_expert", "epsilon", "noise_stddev", "gumbel_noise"),
+    **dict.fromkeys(
+        ("learned_scale", "residual", "score_activation"), "choice"
     ),
-    (routers.SparseMixerRouter, {}, ("top_k", "jitter_epsilon")),
-    (routers.TaskRouter, {"num_tasks": 2}, ("top_k",)),
-    (routers.TopPRouter, {}, ("top_p", "max_experts")),
-    (
-        routers.HierarchicalRouter,
-        {"num_groups": 2, "experts_per_group": 2},
-        ("num_groups", "experts_per_group", "top_k", "top_k_groups"),
-    ),
-    (losses.RouterZLoss, {}, ("weight",)),
-    (losses.LoadBalancingLoss, {}, ("weight", "per")),
-    (losses.ImportanceLoss, {}, ("ddof",)),
-    (losses.LoadLoss, {}, ("ddof",)),
-    (losses.EntropyLoss, {"kind": "marginal"}, ("threshold", "modality")),
-    (losses.DeviceBalanceLoss, {}, ("num_devices",)),
-    (losses.CommunicationBalanceLoss, {"num_devices": 2}, ("max_devices",)),
-    (losses.CompetitiveLoss, {}, ("variance",)),
-    (losses.OrthogonalityRegularizer, {}, ("weight", "expert_axis")),
-    (ops.sinkhorn, {"logits": [[0.0]]}, ("num_iterations",)),
-)
-NAMED = [
-    (f"{make.__name__}_{name}", make, kwargs, name)
-    for make, kwargs, names in CASES
-    for name in names
-]
+    **dict.fromkeys(("table", "allowed_experts"), "array"),
+    "per": "per",
+    "expert_bias": "expert_bias",
+    "noise_stddev": "number",
+}
+# What else a class, or an argument, needs.
+NEEDED = {
+    routers.HashRouter: {"num_ids": 4},
+    routers.TaskRouter: {"num_tasks": 2},
+    routers.HierarchicalRouter: {"num_groups": 2, "experts_per_group": 2},
+    losses.DeviceBalanceLoss: {"num_devices": 2},
+    losses.CommunicationBalanceLoss: {"num_devices": 2, "max_devices": 1},
+    losses.RoutingLoss: {"weight": 1.0},
+    "top_k_groups": {"num_expert_groups": 2},
+    "group_score": {"num_expert_groups": 2},
+    "threshold": {"kind": "marginal"},
+}
+# Checked by Keras, with other words.
+OF_KERAS = ("name", "dtype", "reduction", "self", "args", "kwargs")
+
+
+def classes():
+    for module in (routers, losses):
+        for value in vars(module).values():
+            if inspect.isclass(value) and not issubclass(value, tuple):
+                yield value
+
+
+def kind_of(name, default):
+    if re.search("(initializer|regularizer)$", name) or name == "activation":
+        return "keras"
+    if name in KINDS:
+        return KINDS[name]
+    if isinstance(default, bool):
+        return "bool"
+    if isinstance(default, (int, float)):
+        return "number"
+    if isinstance(default, str):
+        return "choice"
+    raise ValueError(f"KINDS does not say what {name}={default!r} takes.")
+
+
+def cases():
+    """`(name of the case, class, argument, kind)`, where it is first named."""
+    for make in classes():
+        parameters = inspect.signature(make.__init__).parameters
+        for name, parameter in parameters.items():
+            if name not in OF_KERAS:
+                kind = kind_of(name, parameter.default)
+                yield f"{make.__name__}_{name}", make, name, kind
 
 
 class ArgumentsTest(TestCase):
-    @parameterized.named_parameters(NAMED)
-    def test_no_number(self, make, kwargs, name):
-        is_router = getattr(make, "__module__", "").startswith(
-            "keras_moe.routers"
-        )
-        if is_router and make is not routers.HierarchicalRouter:
-            kwargs = {"num_experts": 4, **kwargs}
-        for value in (True, np.nan, np.inf, -np.inf, "1"):
-            received = re.escape(f"{name}={value!r}")
-            message = f"^`{name}` must be .*Received: .*{received}"
+    @parameterized.named_parameters(cases())
+    def test_wrong_kind(self, make, name, kind):
+        known = inspect.signature(make.__init__).parameters
+        needed = dict(NEEDED.get(make, {}))
+        if "num_experts" in known:
+            needed["num_experts"] = 4
+        for other, value in NEEDED.get(name, {}).items():
+            if other in known:
+                needed[other] = value
+        make(**needed)
+        for value in WRONG[kind]:
+            message = f"(?s)^`{name}` must be .*Received: .*"
+            if kind != "array":
+                message += re.escape(f"{name}={value!r}")
             with self.assertRaisesRegex(ValueError, message):
-                make(**{**kwargs, name: value})
+                make(**{**needed, name: value})
 
-    def test_numbers_of_numpy_are_numbers(self):
+    def test_all_are_tried(self):
+        found = {(make, name) for _, make, name, _ in cases()}
+        self.assertIn((routers.TopKRouter, "score_after_selection"), found)
+        self.assertIn((routers.LinearRouter, "kernel_initializer"), found)
+        self.assertIn((losses.LoadBalancingLoss, "per"), found)
+        self.assertGreater(len(found), 120)
+
+    def test_iterations_of_sinkhorn(self):
+        for value in WRONG["number"]:
+            received = re.escape(f"num_iterations={value!r}")
+            with self.assertRaisesRegex(ValueError, received):
+                ops.sinkhorn([[0.0]], num_iterations=value)
+
+    def test_numbers_and_bools_of_numpy(self):
         loss = losses.RouterZLoss(weight=np.float32(0.5))
         self.assertEqual(loss.weight, 0.5)
         router = routers.GShardRouter(4, 3, threshold=np.array([0.5, 0.25]))
         self.assertEqual(router.threshold, [0.5, 0.25])
+        router = routers.TopKRouter(4, use_bias=np.bool_(True))
+        router.build((None, 3))
+        self.assertEqual(tuple(router.bias.shape), (4,))
+
+    def test_what_keras_takes_passes(self):
+        for initializer in ("zeros", keras.initializers.Zeros()):
+            router = routers.LinearRouter(4, kernel_initializer=initializer)
+            self.assertIsInstance(
+                router.kernel_initializer, keras.initializers.Zeros
+            )
+        config = router.get_config()["kernel_initializer"]
+        again = routers.LinearRouter(4, kernel_initializer=config)
+        self.assertIsInstance(
+            again.kernel_initializer, keras.initializers.Zeros
+        )

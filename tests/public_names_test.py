@@ -13,8 +13,8 @@ import numpy as np
 import keras_moe
 
 FOLDERS = (
-    *("callbacks", "experts", "layers", "losses", "metrics", "models"),
-    *("ops", "routers"),
+    *("callbacks", "conversion", "experts", "layers", "losses", "metrics"),
+    *("models", "ops", "routers"),
 )
 
 
@@ -60,6 +60,7 @@ class PublicNamesTest(unittest.TestCase):
             base = inspect.isclass(value) and value.__name__ in (
                 "Experts",
                 "LinearRouter",
+                "RankingRouter",
                 "Router",
                 "RoutingLoss",
             )

@@ -1,8 +1,11 @@
-"""Each family of routers trains on real images, and no expert of it dies.
+"""Each family of routers trains on real images, and none of its experts dies.
 
 The task is scikit-learn's handwritten digits: eight rows of eight pixels are
 the tokens. With the losses recommended for it, gradients reach all weights of
 the router, the loss falls, and in the last epoch every expert has tokens.
+
+Each family trains on one of the three backends. Whether it dies is a matter of
+the method; that the backends compute the same is tested elsewhere.
 """
 
 import keras
@@ -87,8 +90,15 @@ def digits():
     return images[:512].reshape(-1, 8, 8).astype("float32") / 8, labels[:512]
 
 
+def families_of_this_backend():
+    backends = ("torch", "tensorflow", "jax")
+    return list(FAMILIES)[backends.index(keras.config.backend()) :: 3]
+
+
 class TrainingTest(TestCase):
-    @parameterized.named_parameters((name, name) for name in FAMILIES)
+    @parameterized.named_parameters(
+        (name, name) for name in families_of_this_backend()
+    )
     def test_router(self, name):
         make_router, recommended = FAMILIES[name]
         moe = MoE(
@@ -103,7 +113,7 @@ class TrainingTest(TestCase):
         inputs = keras.Input((8, 8))
         features = keras.layers.Dense(16)(inputs)
         xs, model_inputs, kwargs = [images], [inputs], {}
-        if getattr(moe.router, "uses_context", False):
+        if moe.router.uses_context:
             ids = keras.Input((8,), dtype="int32")
             # The row of the image, or whether it is an odd one.
             rows = np.arange(8) % getattr(moe.router, "num_tasks", 8)

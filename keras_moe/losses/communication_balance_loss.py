@@ -19,29 +19,30 @@ class CommunicationBalanceLoss(DeviceBalanceLoss):
     A token is sent to a device once, however many of its experts are there.
     Device `d` has `num_experts / num_devices` experts next to each other.
     At perfect balance of the devices the loss is 1 if every token is sent to
-    `max_devices`, less if to fewer. The gradient flows through `P` alone.
+    `max_devices` of them, and less if to fewer. The gradient flows through `P`
+    alone.
     Probabilities are divided by their sum first. Without a token the loss is 0.
 
     Args:
         num_devices: int, a divisor of the number of experts.
-        max_devices: int. The number of devices that a token is sent to at
-            most: the `top_k_groups` of the router.
+        max_devices: int. The most devices that a token is sent to: the
+            `top_k_groups` of the router.
         weight: float. Factor of the loss. Defaults to `0.02`.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
-            sequences. The loss is the mean of those of all groups that have a
-            token. Defaults to `"batch"`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. The loss is the mean over the groups that have a token.
+            Defaults to `"batch"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
 
     Raises:
         ValueError: If an argument is out of range, the sequences do not make
-            up whole groups, or the experts not whole devices.
+            up whole groups, or the experts do not make up whole devices.
 
     Example:
 

@@ -13,17 +13,17 @@ class CompetitiveLoss(keras.losses.Loss):
                                          / (2 * variance)))
     ```
 
-    Each expert is a Gaussian around its output. The expert that is nearest to
-    the target gets the largest part of the gradient, and the gate learns to
-    give it more weight: experts compete for examples, where the squared error
-    of the mixed output makes them cooperate. It does not measure balance. It is
-    0 if all experts hit the target; the constants of the Gaussians are left
-    out, so it is never negative for probabilities.
+    Each expert is a Gaussian around its output. The expert nearest to the
+    target gets the largest part of the gradient, and the gate learns to give it
+    more weight: experts compete for examples. (With the squared error of the
+    mixed output they cooperate.) It does not measure balance. It is 0 if all
+    experts hit the target, and never negative for probabilities, as the
+    constants of the Gaussians are left out.
 
     The prediction holds the outputs of all experts and, as its last channel,
-    the logarithms of their probabilities. These are best made by
-    `log_softmax`: `log` of a probability of 0 gives a finite loss here, but
-    its own gradient is not finite.
+    the logarithms of their probabilities. Make these with `log_softmax`: the
+    `log` of a probability of 0 gives a finite loss here, but its gradient is
+    not finite.
 
     Args:
         variance: float. Variance of the Gaussians. Defaults to `1.0`.
@@ -83,7 +83,7 @@ class CompetitiveLoss(keras.losses.Loss):
         y_true = ops.expand_dims(ops.cast(y_true, dtype), 1)  # (B, 1, D)
         y_pred = ops.cast(y_pred, dtype)
         distances = ops.sum(ops.square(y_true - y_pred[..., :-1]), axis=-1)
-        # Of an impossible expert: minus infinity would give a NaN if all are.
+        # If all experts were impossible, minus infinity would give NaN.
         log_probs = ops.maximum(y_pred[..., -1], -1e30)  # (B, E)
         likelihoods = log_probs - distances / (2 * self.variance)
         return -ops.logsumexp(likelihoods, axis=-1)

@@ -19,30 +19,29 @@ class DeviceBalanceLoss(GroupedLoss):
     ```
 
     Device `d` has `num_experts / num_devices` experts next to each other.
-    At perfect balance of the devices the loss is 1, whatever `top_k` and
-    however unequal the experts of a device are among themselves; if all tokens
-    go to one device, surely, it is `num_devices`. The gradient flows through
-    `P` alone. Probabilities are divided by their sum first. Without a token the
-    loss is 0.
+    At perfect balance of the devices the loss is 1, whatever `top_k` is and
+    however unequal the loads within a device are. If all tokens are certain to
+    go to one device, it is `num_devices`. The gradient flows through `P` alone.
+    Probabilities are divided by their sum first. Without a token the loss is 0.
 
     Args:
         num_devices: int, a divisor of the number of experts.
         weight: float. Factor of the loss. Defaults to `0.05`.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
-            sequences. The loss is the mean of those of all groups that have a
-            token. Defaults to `"batch"`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. The loss is the mean over the groups that have a token.
+            Defaults to `"batch"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
 
     Raises:
         ValueError: If an argument is out of range, the sequences do not make
-            up whole groups, or the experts not whole devices.
+            up whole groups, or the experts do not make up whole devices.
 
     Example:
 
@@ -68,10 +67,13 @@ class DeviceBalanceLoss(GroupedLoss):
         check_int("num_devices", num_devices, minimum=1)
         self.num_devices = num_devices
 
+    def check_router(self, router):
+        self.experts_per_device(router.num_experts)
+
     def experts_per_device(self, num_experts):
         if num_experts % self.num_devices:
             raise ValueError(
-                "The number of experts must be a multiple of `num_devices`. "
+                "`num_devices` must be a divisor of the number of experts. "
                 f"Received: num_devices={self.num_devices}, "
                 f"num_experts={num_experts}"
             )
@@ -90,7 +92,7 @@ class DeviceBalanceLoss(GroupedLoss):
     def device_shares(self, routing, mask, groups):
         """`(G, num_devices)`."""
         size = self.experts_per_device(routing.probs.shape[-1])
-        # Where a choice does not exist, neither does its device.
+        # The expert of a missing choice gives a device that does not exist.
         devices = ops.floor_divide(routing.expert_indices, size)
         counts = counts_by_expert(devices, self.num_devices, mask, groups)
         total = ops.sum(counts, axis=-1, keepdims=True)

@@ -23,35 +23,36 @@ class EntropyLoss(GroupedLoss):
     H(p) = -sum(p * log(p))
     ```
 
-    The first, minimized, makes the choice of each token sure; it does not
-    measure balance: 0 if all are sure, `log(num_experts)` if none knows. The
-    second balances the experts: at perfect balance it is `-log(num_experts)`,
-    with a threshold 0, and at collapse 0, or the threshold.
+    The first makes the router sure of each token. It does not measure balance:
+    it is 0 if the router is sure of all tokens, and `log(num_experts)` if all
+    probabilities are equal. The second balances the experts: at perfect balance
+    it is `-log(num_experts)`, with a threshold 0; at collapse it is 0, with a
+    threshold that threshold.
 
-    These are the local and the global entropy loss of LIMoE if `modality` is
-    given, one object for each modality. `exp(threshold)` is the number of
-    experts that a modality is to use at least.
+    With `modality`, one object for each modality, these are the local and the
+    global entropy loss of LIMoE. `exp(threshold)` is the smallest number of
+    experts that a modality is to use.
 
     Probabilities are divided by their sum first. Without a token the loss is 0.
 
     Args:
         weight: float. Factor of the loss. Defaults to `1e-2`.
         kind: `"token"` or `"marginal"`. Defaults to `"token"`.
-        threshold: float, or `None`. Entropy that is enough, for
-            `kind="marginal"`. Defaults to `None`.
-        modality: int, or `None`. Only tokens with this number as their context
-            count. Defaults to `None`, all tokens.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
-            sequences. The loss is the mean of those of all groups that have a
-            token. Defaults to `"batch"`.
+        threshold: float, or `None`. With `kind="marginal"`, the entropy above
+            which the loss is 0. Defaults to `None`.
+        modality: int, or `None`. Only tokens whose context is this number
+            count; with `None` all do. Defaults to `None`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. The loss is the mean over the groups that have a token.
+            Defaults to `"batch"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
         context: Integer tensor of shape `(T,)` or `(T, 1)`, the modality of
             each token, or `None`.
 

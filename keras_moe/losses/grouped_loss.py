@@ -11,13 +11,12 @@ class GroupedLoss(RoutingLoss):
 
     A subclass computes one number for each group of tokens in
     `group_losses(routing, mask, groups)`, `(G,)` float32, from a `mask` `(T,)`
-    or `None`. The loss is their mean; groups without a token are left out of
-    it.
+    or `None`. The loss is the mean over the groups that have a token.
 
     Args:
         weight: float. Factor of the loss, not negative.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
             sequences. Defaults to `"batch"`.
 
     Raises:
@@ -61,7 +60,7 @@ class GroupedLoss(RoutingLoss):
 
 
 def _at_least_one(groups):
-    # A batch of no sequence is one empty group: T / G must exist.
+    # A batch without a sequence is one empty group, as T is divided by G.
     if isinstance(groups, int):
         return max(groups, 1)
     return ops.maximum(groups, 1) if ops.is_tensor(groups) else groups

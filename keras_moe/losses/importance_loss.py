@@ -20,34 +20,34 @@ class ImportanceLoss(GroupedLoss):
     ```
 
     At perfect balance the loss is 0; if one of `E` experts has all the
-    importance it is `E - 1`, or `E` with `ddof=1`. Importance can be equal
-    where the numbers of tokens are not: `LoadLoss` is about these.
+    importance it is `E - 1`, or `E` with `ddof=1`. Experts of equal importance
+    may have different numbers of tokens; `LoadLoss` balances these.
 
     Without a token, or with a single expert, the loss is 0.
 
     Args:
         weight: float. Factor of the loss. Defaults to `0.1`, with which
             Shazeer et al. use it beside `LoadLoss`; V-MoE has `5e-3`.
-        scores: The weights that count: `"weights"` those that the outputs of
-            the chosen experts are multiplied by (Shazeer et al., FastMoE),
-            `"softmax"` the softmax of the logits, without noise (V-MoE,
-            Tutel), `"router"` the probabilities of the router, divided by their
-            sum, `"raw"` the same as they are. Defaults to `"weights"`. Those of
-            `top_k=1`, normalized, have no gradient.
+        scores: The weights that count: `"weights"` the weights of the chosen
+            experts (Shazeer et al., FastMoE), which have no gradient if they
+            are normalized with `top_k=1`; `"softmax"` the softmax of the
+            logits, without noise (V-MoE, Tutel); `"router"` the probabilities
+            of the router, divided by their sum; `"raw"` the same as they are.
+            Defaults to `"weights"`.
         ddof: `0` for the population variance (V-MoE), `1` for the sample
             variance (FastMoE, Tutel), `E / (E - 1)` times as large. Defaults
             to `0`.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
-            sequences. The loss is the mean of those of all groups that have a
-            token. Defaults to `"batch"`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. The loss is the mean over the groups that have a token.
+            Defaults to `"batch"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
 
     Raises:
         ValueError: If an argument is out of range, or the sequences do not

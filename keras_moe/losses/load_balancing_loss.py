@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_one_of
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import ASSIGNMENTS
@@ -27,10 +28,10 @@ class LoadBalancingLoss(GroupedLoss):
     count in `f`, divided by their number. Assignments count before any is
     dropped for lack of capacity. The gradient flows through `P` alone.
 
-    What others compute is a matter of the arguments:
+    What other libraries compute comes from these arguments:
 
     - GShard, the Switch Transformer, V-MoE, Tutel: `assignments="first"`,
-      the first two with `per=` their groups.
+      the first two with their groups as `per`.
     - HF transformers, flaxformer: `normalize_by_top_k=False`, in HF with
       `assignments="logits"` and `scores="softmax"`. At balance this is
       `top_k`.
@@ -39,35 +40,34 @@ class LoadBalancingLoss(GroupedLoss):
     - Qwen, global-batch: `per="global"`.
 
     `"first"` and `"logits"` are for routers that put a token's best experts
-    first. Where a column of the choices is an expert (`DenseRouter`,
-    `ExpertChoiceRouter`), only `"all"` says anything.
+    first. With `DenseRouter` and `ExpertChoiceRouter`, whose choices stand in
+    the order of the experts, use `"all"`.
 
     Without a token the loss is 0.
 
     Args:
         weight: float. Factor of the loss. Defaults to `1e-2`.
-        per: The tokens that are to be balanced among themselves: `"batch"` for
-            all, `"sequence"` for those of each sequence, an int for a number
-            of sequences, `"global"` for those of all replicas, whose
-            assignments are summed while `P` stays that of the replica. The
-            loss is the mean of those of all groups that have a token. Defaults
-            to `"batch"`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. `"global"` sums the assignments of all replicas, and
+            takes `P` from each. The loss is the mean over the groups that have
+            a token. Defaults to `"batch"`.
         normalize_by_top_k: bool. If `False`, `f` is the number of assignments
-            by that of tokens. Defaults to `True`.
+            divided by the number of tokens. Defaults to `True`.
         assignments: `"all"` counts every choice of the router, `"first"` only
-            the first of each token, `"logits"` as many largest logits as the
-            router chooses experts, whatever it chose. Defaults to `"all"`.
+            the first of each token, `"logits"` the experts of the `K` largest
+            logits, whatever the router chose. Defaults to `"all"`.
         scores: Where `P` comes from: `"router"` takes the probabilities of the
-            router, divided by their sum where that is not 1, as of sigmoid
-            scores, `"softmax"` the softmax of its logits, `"raw"` the
-            probabilities of the router as they are. Defaults to `"router"`.
+            router and divides them by their sum (for sigmoid scores it is not
+            1), `"softmax"` the softmax of its logits, `"raw"` the probabilities
+            as they are. Defaults to `"router"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
 
     Raises:
         ValueError: If an argument is out of range, or the sequences do not
@@ -106,6 +106,7 @@ class LoadBalancingLoss(GroupedLoss):
         scores="router",
     ):
         super().__init__(weight, "batch" if per == "global" else per)
+        check_bool("normalize_by_top_k", normalize_by_top_k)
         check_one_of("assignments", assignments, ASSIGNMENTS)
         check_one_of("scores", scores, SCORES)
         self.per = per

@@ -15,26 +15,25 @@ class MutualInformationLoss(GroupedLoss):
     H(p) = -sum(p * log(p))
     ```
 
-    Minimized, it wants both: each token sure of its expert, and all experts in
-    use. At perfect balance the loss is `-log(num_experts)` if all tokens are
-    sure; it is 0 at collapse, but also if every token has the same
-    probabilities, equal ones among them. Never positive.
+    Its minimum asks for both: a router that is sure of each token, and equal
+    use of all experts. There the loss is `-log(num_experts)`. It is 0 if every
+    token has the same probabilities, at collapse or not, and never positive.
 
     Probabilities are divided by their sum first. Without a token the loss is 0.
 
     Args:
         weight: float. Factor of the loss. Defaults to `1e-2`.
-        per: The tokens that are looked at together: `"batch"` for all,
-            `"sequence"` for those of each sequence, or an int, a number of
-            sequences. The loss is the mean of those of all groups that have a
-            token. Defaults to `"batch"`.
+        per: Groups of tokens that have a loss each: all tokens of the
+            `"batch"`, those of each `"sequence"`, or of an int number of
+            sequences. The loss is the mean over the groups that have a token.
+            Defaults to `"batch"`.
 
     Call arguments:
         routing: A `keras_moe.routers.Routing`.
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
-        num_sequences: int. The tokens are that many sequences of equal length.
-            Defaults to `1`.
+        num_sequences: int. Number of sequences of equal length that the tokens
+            are. Defaults to `1`.
 
     Raises:
         ValueError: If an argument is out of range, or the sequences do not

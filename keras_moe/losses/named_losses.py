@@ -50,6 +50,7 @@ def get(identifier):
     if not callable(identifier) or isinstance(identifier, type):
         raise ValueError(
             f"`losses` must be made of {tuple(_NAMED)}, callables "
-            f"`(routing, mask) -> scalar`, or be None. Received: {identifier!r}"
+            "`(routing, mask) -> scalar`, or be None. "
+            f"Received: losses={identifier!r}"
         )
     return [identifier]

@@ -14,18 +14,17 @@ class OrthogonalityRegularizer(keras.regularizers.Regularizer):
     loss         = weight * mean over i != j of cosine[i, j] ** 2
     ```
 
-    It keeps experts apart, of a router's kernel or of the experts themselves.
-    It does not measure balance: it is 0 when the experts' vectors are
-    orthogonal, and `weight` when all are parallel. More experts `E` than
-    dimensions `D` cannot be orthogonal; then the least that can be reached is
-    `weight * (E - D) / (D * (E - 1))`. With a single expert it is 0, and
-    vectors of zeros count as orthogonal to all.
+    It keeps experts apart, in a router's kernel or in their own weights. It
+    does not measure balance: it is 0 if the experts' vectors are orthogonal,
+    and `weight` if all are parallel. More than `D` vectors of `D` numbers
+    cannot be orthogonal; the smallest value for `E` of them is
+    `weight * (E - D) / (D * (E - 1))`. With a single expert it is 0. A vector
+    of zeros counts as orthogonal to all.
 
     Args:
         weight: float. Factor of the loss. Defaults to `1e-2`.
-        expert_axis: int. The axis of the experts; what remains of each is one
-            vector. Defaults to `-1`, as in the `(D, E)` kernel of a router;
-            `0` is for banks of experts, `(E, ...)`.
+        expert_axis: int. The axis of the experts: `-1` for the `(D, E)` kernel
+            of a router, `0` for banks of experts, `(E, ...)`. Defaults to `-1`.
 
     Raises:
         ValueError: If `weight` is negative, or there is no such axis.

@@ -25,6 +25,9 @@ class RouterZLoss(RoutingLoss):
         mask: Boolean tensor of shape `(T,)`, or `None`. `False` tokens do not
             count.
 
+    Raises:
+        ValueError: If `weight` is negative or not finite.
+
     Example:
 
     >>> logits = keras.ops.zeros((3, 1))

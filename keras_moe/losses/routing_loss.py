@@ -8,11 +8,12 @@ class RoutingLoss:
     as a function, the loss returns that times its weight, which is what `MoE`
     adds to the model's loss in training.
 
-    A subclass that needs to know which tokens belong together sets
-    `uses_sequences = True` and takes `num_sequences` in `call`: the `T` tokens
-    are that many sequences of equal length, one after the other. One with
-    `uses_context = True` takes `context`, what `MoE` was called with:
-    `(T, ...)` or `None`.
+    A subclass may declare in class attributes what else `call` takes:
+
+    - `uses_sequences = True`: `num_sequences`. The `T` tokens are that many
+      sequences of equal length, one after the other.
+    - `uses_context = True`: `context`, the context of the layer, `(T, ...)` or
+      `None`.
 
     Args:
         weight: float. Factor of the loss, not negative.

@@ -1,34 +1,7 @@
 from keras import ops
 
-from keras_moe.checks import is_int
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
-
-
-def check_max_experts(max_experts, num_experts):
-    """`K`: `max_experts`, or all experts for `None`."""
-    if max_experts is None:
-        return num_experts
-    if not is_int(max_experts) or not 1 <= max_experts <= num_experts:
-        raise ValueError(
-            "`max_experts` must be an int between 1 and `num_experts`, or "
-            f"None. Received: max_experts={max_experts!r}, "
-            f"num_experts={num_experts}"
-        )
-    return max_experts
-
-
-def check_normalize_weights(normalize_weights, max_experts, default):
-    """`normalize_weights`, by default `default` if several may be chosen."""
-    if normalize_weights is None:
-        return default and max_experts != 1
-    if normalize_weights and max_experts == 1:
-        raise ValueError(
-            "With `max_experts=1`, normalized weights are always one, and the "
-            "router would get no gradient. Received: "
-            f"normalize_weights={normalize_weights}, max_experts=1"
-        )
-    return normalize_weights
 
 
 def positive_choices(scores, weights, k):

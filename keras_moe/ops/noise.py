@@ -27,6 +27,28 @@ def gumbel(shape, dtype, seed):
     return -ops.log(-ops.log(draws))
 
 
+def with_noise(logits, noise_stddev, gumbel_noise, seed):
+    """Logits plus normal noise plus Gumbel noise; 0 leaves a kind out.
+
+    Args:
+        logits: Tensor.
+        noise_stddev: float. Standard deviation of the normal noise.
+        gumbel_noise: float. Factor of the standard Gumbel noise.
+        seed: A `keras.random.SeedGenerator`, or `None` if both are 0.
+
+    Returns:
+        Tensor of the shape of the logits.
+    """
+    shape, dtype = ops.shape(logits), logits.dtype
+    if noise_stddev > 0:
+        logits = logits + keras.random.normal(
+            shape, stddev=noise_stddev, dtype=dtype, seed=seed
+        )
+    if gumbel_noise > 0:
+        logits = logits + gumbel_noise * gumbel(shape, dtype, seed)
+    return logits
+
+
 THRESHOLDS = ("exact", "shared")
 
 

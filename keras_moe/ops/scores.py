@@ -58,18 +58,18 @@ def normalize_weights(weights, epsilon=1e-20, order=1):
     Returns:
         `(T, K)`.
     """
-    # Over the largest, so that neither a power nor, in the gradient, the square
-    # of the norm underflows.
-    largest = ops.max(weights, axis=-1, keepdims=True, initial=0.0)
-    largest = ops.stop_gradient(largest)
-    vanish = largest < 1e-30
-    largest = ops.where(vanish, ops.ones_like(largest), largest)
-    weights = weights / largest
+    # Over their sum first, so that neither a power nor, in the gradient, the
+    # square of the norm underflows. (The largest would do as well, but a
+    # maximum of no token, or on the meta device of torch, is an error.)
+    total = ops.stop_gradient(ops.sum(weights, axis=-1, keepdims=True))
+    vanish = total < 1e-30
+    total = ops.where(vanish, ops.ones_like(total), total)
+    weights = weights / total
     if order == 1:
         norm = ops.sum(weights, axis=-1, keepdims=True)
     else:
-        total = ops.sum(ops.power(weights, order), axis=-1, keepdims=True)
-        total = ops.where(vanish, ops.ones_like(total), total)
-        norm = ops.power(total, 1 / order)
-    norm = norm + epsilon / largest
+        powers = ops.sum(ops.power(weights, order), axis=-1, keepdims=True)
+        powers = ops.where(vanish, ops.ones_like(powers), powers)
+        norm = ops.power(powers, 1 / order)
+    norm = norm + epsilon / total
     return weights / ops.where(vanish, ops.ones_like(norm), norm)

@@ -16,13 +16,13 @@ from keras_moe.routers.hierarchical_router import (
 )
 from keras_moe.routers.linear_router import LinearRouter as LinearRouter
 from keras_moe.routers.mlp_router import MLPRouter as MLPRouter
-from keras_moe.routers.mlp_router import StatefulRouting as StatefulRouting
 from keras_moe.routers.named_routers import get as get
 from keras_moe.routers.noisy_top_k_router import NoisyRouting as NoisyRouting
 from keras_moe.routers.noisy_top_k_router import (
     NoisyTopKRouter as NoisyTopKRouter,
 )
 from keras_moe.routers.random_router import RandomRouter as RandomRouter
+from keras_moe.routers.ranking_router import RankingRouter as RankingRouter
 from keras_moe.routers.relu_router import ReLURouter as ReLURouter
 from keras_moe.routers.router import Router as Router
 from keras_moe.routers.sinkhorn_router import SinkhornRouter as SinkhornRouter
@@ -31,6 +31,7 @@ from keras_moe.routers.soft_router import SoftRouting as SoftRouting
 from keras_moe.routers.sparse_mixer_router import (
     SparseMixerRouter as SparseMixerRouter,
 )
+from keras_moe.routers.stateful_router import StatefulRouting as StatefulRouting
 from keras_moe.routers.task_router import TaskRouter as TaskRouter
 from keras_moe.routers.top_k_router import TopKRouter as TopKRouter
 from keras_moe.routers.top_p_router import TopPRouter as TopPRouter

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_seed
 from keras_moe.ops.balanced_assignment import balanced_assignment
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
@@ -27,24 +28,24 @@ class BASERouter(LinearRouter):
     `keras_moe.ops.balanced_assignment` finds the assignment of the tokens of a
     group with the largest sum of logits, at loads that differ by one at most.
     No balancing loss is needed: give `MoE` `losses=None`. Gradients reach the
-    kernel through the weights. The assignment is a loop until all is balanced;
-    its time grows with the number of tokens and with how unbalanced they are.
+    kernel through the weights. The assignment loops until the loads are
+    balanced; it takes longer for more tokens and for less balanced ones.
 
     The BASE layer of the paper returns `a * f(x) + (1 - a) * x`, where `a` is
     the weight and `f` contains a residual connection. `MoE` with this router
     gives `a * f(x)`. If `f(x) = x + g(x)`, the layer is `x + a * g(x)`: a
     residual connection around `MoE` with experts `g`.
 
-    In training what a token gets depends on later tokens, in inference on
-    itself alone. `looks_ahead` is `True` for the sake of training.
+    In training what a token gets depends on later tokens, so `looks_ahead` is
+    `True`. In inference it depends on the token alone.
 
     Masked tokens are not assigned: they have no expert.
 
     Args:
         num_experts: int. Number of experts to choose from.
-        per: Which tokens are shared out to the experts together: `"batch"`,
-            those of each `"sequence"`, or of an int number of sequences.
-            Defaults to `"batch"`.
+        per: Which tokens are assigned together: `"batch"`, those of each
+            `"sequence"`, or of an int number of sequences. Defaults to
+            `"batch"`.
         kernel_initializer: Initializer of the `(D, E)` kernel. `None` is
             `Orthogonal(gain=0.1)`. Defaults to `None`.
         **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
@@ -83,6 +84,8 @@ class BASERouter(LinearRouter):
 
     looks_ahead = True
     distinct_choices = True
+    routing_class = Routing
+    choices_per_token = 1
 
     def __init__(
         self,
@@ -93,6 +96,7 @@ class BASERouter(LinearRouter):
         **kwargs,
     ):
         check_per(per)
+        check_seed("seed", seed)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.Orthogonal(0.1, seed=seed)
         super().__init__(

@@ -3,10 +3,15 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
+from keras_moe.checks import check_seed
 from keras_moe.ops.masking import zero_masked
+from keras_moe.routers.normalizations import unit_vectors
 from keras_moe.routers.top_k_router import TopKRouter
+from keras_moe.stacked.draws import own_draws
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -19,14 +24,14 @@ class CosineRouter(TopKRouter):
     logits = scale * cos(low, kernel)
     ```
 
-    and from there on as in `TopKRouter`. The length of a token and that of an
-    expert's embedding, a column of the `(P, E)` kernel, do not count: the
-    logits lie between `-scale` and `scale`, and tokens are not drawn together
-    towards the embeddings as a large dot product draws them. The scale, one
-    over a temperature, is learned.
+    and from there on as in `TopKRouter`. An expert's embedding is a column of
+    the `(P, E)` kernel. Neither its length nor the token's counts: the logits
+    lie between `-scale` and `scale`, and training does not pull the tokens
+    together towards the embeddings, as it does with dot products. The scale,
+    one over a temperature, is learned.
 
-    Lengths below 1e-12 count as 1e-12; such a vector has no direction, and its
-    cosine no gradient.
+    A length below 1e-12 counts as 1e-12. Such a vector has no direction, and
+    its cosine has no gradient.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -54,7 +59,7 @@ class CosineRouter(TopKRouter):
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing`, as of `TopKRouter`.
+        A `keras_moe.routers.Routing`, as `TopKRouter` returns it.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -86,6 +91,8 @@ class CosineRouter(TopKRouter):
         check_int("projection_dim", projection_dim, minimum=1)
         check_positive("initial_temperature", initial_temperature)
         check_positive("max_scale", max_scale)
+        check_bool("use_projection_bias", use_projection_bias)
+        check_seed("seed", kwargs.get("seed"))
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(
                 stddev=0.01, seed=kwargs.get("seed")
@@ -97,15 +104,17 @@ class CosineRouter(TopKRouter):
         self.initial_temperature = initial_temperature
         self.max_scale = max_scale
         self.use_projection_bias = use_projection_bias
-        self.projection_initializer = keras.initializers.get(
-            projection_initializer
+        self.projection_initializer = as_keras_object(
+            "projection_initializer",
+            keras.initializers.get,
+            projection_initializer,
         )
 
     def build_logits(self, dim):
         self.projection_kernel = self.add_weight(
             name="projection_kernel",
             shape=(dim, self.projection_dim),
-            initializer=self.projection_initializer,
+            initializer=own_draws(self.projection_initializer, 1),
         )
         self.projection_bias = None
         if self.use_projection_bias:
@@ -124,7 +133,7 @@ class CosineRouter(TopKRouter):
         )
 
     def call(self, tokens, mask=None, training=None):
-        # Of the projection even a masked token would reach the gradient.
+        # A NaN in a masked token would reach the gradient of the projection.
         tokens = zero_masked(tokens, mask)
         return super().call(tokens, mask=mask, training=training)
 
@@ -133,7 +142,7 @@ class CosineRouter(TopKRouter):
         if self.projection_bias is not None:
             low = low + self.projection_bias
         cosines = ops.einsum(
-            "tp,pe->te", _unit(low, axis=-1), _unit(self.kernel, axis=0)
+            "tp,pe->te", unit_vectors(low), unit_vectors(self.kernel, axis=0)
         )
         largest = math.log(self.max_scale)
         scale = ops.exp(ops.minimum(self.log_scale, largest))
@@ -150,14 +159,3 @@ class CosineRouter(TopKRouter):
                 self.projection_initializer
             ),
         }
-
-
-def _unit(vectors, axis):
-    """Vectors of length 1, or shorter where they are below 1e-12."""
-    vectors = ops.convert_to_tensor(vectors)
-    square = ops.sum(ops.square(vectors), axis=axis, keepdims=True)
-    short = square < 1e-24
-    # Divided by next to nothing, the gradient would be next to infinite.
-    vectors = ops.where(short, ops.stop_gradient(vectors), vectors)
-    square = ops.where(short, ops.full_like(square, 1e-24), square)
-    return vectors / ops.sqrt(square)

@@ -16,10 +16,10 @@ class DenseRouter(LinearRouter):
     weights = score_activation(logits / temperature)
     ```
 
-    Every expert is computed for every token, so nothing is saved, and nothing
-    has to be balanced: every expert learns from every token, as much as it is
-    responsible for it. It is also the gate of multi-gate mixtures (MMoE). All
-    of it is computed in float32.
+    Every expert is computed for every token, so no computation is saved.
+    Nothing has to be balanced either: every expert learns from every token, in
+    proportion to its weight. It is also the gate of multi-gate mixtures (MMoE).
+    All of it is computed in float32.
 
     Args:
         num_experts: int. Number of experts.
@@ -27,8 +27,7 @@ class DenseRouter(LinearRouter):
             one, or `"sigmoid"` of each, whose do not. Defaults to `"softmax"`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -62,6 +61,7 @@ class DenseRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(self, num_experts, score_activation="softmax", **kwargs):
         super().__init__(num_experts, **kwargs)
@@ -70,12 +70,16 @@ class DenseRouter(LinearRouter):
         )
         self.score_activation = score_activation
 
+    @property
+    def choices_per_token(self):
+        return self.num_experts
+
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
         weights = score(logits, self.score_activation)
         experts = ops.arange(self.num_experts, dtype="int32")
-        # Not a constant: of one without a token, TensorFlow's graph optimizer
-        # dies of a division by zero. (A weight is never negative.)
+        # Weights are never negative, so this adds 0. A constant without a token
+        # would make TensorFlow's graph optimizer divide by zero.
         indices = experts + ops.cast(weights < 0, "int32")
         return Routing(logits, weights, indices, weights)
 

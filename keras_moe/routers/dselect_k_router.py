@@ -2,24 +2,28 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_positive
+from keras_moe.checks import check_seed
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.masking import masked_mean
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
-from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.router import Router
+from keras_moe.stacked.draws import own_draws
 
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DSelectKRouter(Router):
     """Learns which `top_k` experts to choose by gradient descent (DSelect-k).
 
-    Each of `top_k` selectors spells the number of an expert in binary, with
-    bits that may be in between while it learns:
+    Each of `top_k` selectors holds the number of an expert in binary, with bits
+    between 0 and 1 while it learns:
 
     ```
     bits[s]     = smooth_step(tokens @ selector_kernel[s] + selector_bias[s])
@@ -29,12 +33,11 @@ class DSelectKRouter(Router):
     weights     = sum over s of mixture[s] * selector[s]
     ```
 
-    `smooth_step` reaches 0 and 1 exactly, so a selector can come to a single
-    expert, and the weights to at most `top_k` that are not zero. There is no
-    choice to jump, so the whole is differentiable, and everything learns from
-    the start, at the price that **all experts are computed for all tokens
-    until the selectors have made up their mind**, in inference too. Experts of
-    weight 0 are not computed.
+    `smooth_step` reaches 0 and 1 exactly, so a selector can settle on a single
+    expert, and at most `top_k` weights are left. Nothing jumps, so the whole is
+    differentiable, and everything learns from the start. The price is that
+    **all experts are computed for all tokens until the selectors have
+    settled**, in inference too. Experts of weight 0 are not computed.
 
     In training two losses are added, both a mean over the tokens:
 
@@ -43,17 +46,16 @@ class DSelectKRouter(Router):
     unused_code_weight * sum over s of 1 / (sum over e of selector)
     ```
 
-    The first moves selectors towards a decision; without it they may never
-    come to one. It is 0 once they have. The second is there only if
-    `num_experts` is not a power of two: then some codes stand for no expert,
-    what selectors put on them is lost, and **the weights of a token sum to
-    less than one**, until the loss has moved it to the experts. Its best value
-    is `top_k`. Otherwise the weights sum to one. (The original sums both over
-    the batch, and takes 1e-6 and 1 as weights.)
+    The first moves selectors towards a decision, which they may not reach
+    without it, and is 0 afterwards. The second is added only if `num_experts`
+    is not a power of two. Then some codes stand for no expert, what selectors
+    put on them is lost, and **the weights of a token sum to less than one**
+    until the loss has moved all to the experts. Its best value is `top_k`.
+    (The original sums both over the batch, with the weights 1e-6 and 1.)
 
-    A selector that has lost all of its weight to unused codes gets no gradient
-    any more. Neither does one that has decided, whose bits have all reached
-    0 or 1. All of it is computed in float32.
+    A selector gets no gradient any more once it has lost all of its weight to
+    unused codes, or has decided, all bits being 0 or 1. All of it is computed
+    in float32.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -61,10 +63,10 @@ class DSelectKRouter(Router):
             Two selectors may come to the same expert. Defaults to `2`.
         gamma: float, positive. Width of the smooth step: the smaller, the
             sooner bits are decided. Defaults to `1.0`.
-        per_token: bool. Whether what is chosen depends on the token. If
-            `False`, there are no kernels, all tokens get the same, and it is
-            learned which experts the layer uses at all: the form for one
-            router a task. Defaults to `True`.
+        per_token: bool. Whether the choice depends on the token. If `False`,
+            there are no kernels and all tokens get the same experts: the router
+            learns which ones the layer uses at all, as one wants of a router
+            for one task. Defaults to `True`.
         entropy_weight: float. Weight of the first loss. Defaults to `0.0`.
         unused_code_weight: float. Weight of the second. Defaults to `1.0`.
         selector_initializer: Initializer of the selectors' kernel and bias.
@@ -72,8 +74,8 @@ class DSelectKRouter(Router):
             start close to 1/2. Defaults to `None`.
         mixture_initializer: Initializer of the mixture's kernel and bias.
             `None` is `"random_uniform"`. Defaults to `None`.
-        seed: int, or `None`. Seed of these two, where they are `None`. Defaults
-            to `None`.
+        seed: int, or `None`. Seed of the default initializers. Defaults to
+            `None`.
         **kwargs: Arguments of `keras_moe.routers.Router`.
 
     Call arguments:
@@ -88,8 +90,8 @@ class DSelectKRouter(Router):
     Output:
         A `keras_moe.routers.Routing` with `K = E`, best first. Choices of
         weight 0 do not exist: they have the index `num_experts`. Its `probs`
-        are the weights of all experts, its `logits` their logarithm, at least
-        that of 1e-20.
+        are the weights of all experts, its `logits` the logarithms of these, or
+        of 1e-20 if that is larger.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -107,6 +109,7 @@ class DSelectKRouter(Router):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -122,8 +125,10 @@ class DSelectKRouter(Router):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts)
+        check_int_up_to("top_k", top_k, "num_experts", num_experts)
         check_positive("gamma", gamma)
+        check_bool("per_token", per_token)
+        check_seed("seed", seed)
         check_at_least("entropy_weight", entropy_weight, 0)
         check_at_least("unused_code_weight", unused_code_weight, 0)
         self.top_k = top_k
@@ -137,8 +142,12 @@ class DSelectKRouter(Router):
             )
         if mixture_initializer is None:
             mixture_initializer = keras.initializers.RandomUniform(seed=seed)
-        self.selector_initializer = keras.initializers.get(selector_initializer)
-        self.mixture_initializer = keras.initializers.get(mixture_initializer)
+        self.selector_initializer = as_keras_object(
+            "selector_initializer", keras.initializers.get, selector_initializer
+        )
+        self.mixture_initializer = as_keras_object(
+            "mixture_initializer", keras.initializers.get, mixture_initializer
+        )
         self.seed = seed
         self.num_bits = (num_experts - 1).bit_length()
 
@@ -152,23 +161,30 @@ class DSelectKRouter(Router):
         num_bits = self.top_k * self.num_bits
         if num_bits:  # none if there is one expert
             self._add_affine(
-                "selector", dim, num_bits, self.selector_initializer
+                "selector", dim, num_bits, self.selector_initializer, 0
             )
         if self.top_k > 1:
             self._add_affine(
-                "mixture", dim, self.top_k, self.mixture_initializer
+                "mixture", dim, self.top_k, self.mixture_initializer, 2
             )
 
-    def _add_affine(self, name, dim, units, initializer):
+    @property
+    def choices_per_token(self):
+        return self.num_experts
+
+    def _add_affine(self, name, dim, units, initializer, stream):
+        # From one seed all four would begin with the same numbers.
         if self.per_token:
             kernel = self.add_weight(
                 name=f"{name}_kernel",
                 shape=(dim, units),
-                initializer=initializer,
+                initializer=own_draws(initializer, stream),
             )
             setattr(self, f"{name}_kernel", kernel)
         bias = self.add_weight(
-            name=f"{name}_bias", shape=(units,), initializer=initializer
+            name=f"{name}_bias",
+            shape=(units,),
+            initializer=own_draws(initializer, stream + 1),
         )
         setattr(self, f"{name}_bias", bias)
 
@@ -180,7 +196,7 @@ class DSelectKRouter(Router):
         return ops.einsum("td,du->tu", tokens, kernel) + bias
 
     def call(self, tokens, mask=None, training=None):
-        # Not even a NaN of a masked token may reach a loss.
+        # A NaN in a masked token must not reach a loss.
         tokens = zero_masked(tokens, mask)
         selectors = self.selectors(tokens)  # (T, K, E)
         if self.top_k > 1:
@@ -188,7 +204,8 @@ class DSelectKRouter(Router):
             probs = ops.einsum("tk,tke->te", mixture, selectors)
         else:
             probs = selectors[:, 0]
-        # Where all is 0, a loss that divides by the sum may send back a NaN.
+        # Where all is 0, the gradient of a loss that divides by the sum may be
+        # NaN.
         probs = ops.where(probs <= 0, ops.zeros_like(probs), probs)
         if training:
             self._regularize(selectors, mask)

@@ -1,12 +1,12 @@
 import keras
 
 from keras_moe.checks import is_number
-from keras_moe.ops.choices import check_max_experts
-from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.entmax import entmax
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
+from keras_moe.routers.choice_arguments import as_max_experts
+from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -22,19 +22,19 @@ class EntmaxRouter(LinearRouter):
     weights = weights / sum(weights)                if normalize_weights
     ```
 
-    How many experts a token gets, at least one, is up to its logits: one where
-    the best is far ahead, all where they are equal. The choice needs no noise
-    and has no jump: an expert comes in with weight 0. The larger `alpha` and
-    the smaller `temperature`, the fewer experts. Ties go to the lower index.
-    All of it is computed in float32.
+    The logits decide how many experts a token gets: one where the best is far
+    ahead, all where they are equal. The choice needs no noise and does not
+    jump: an expert comes in with weight 0. The larger `alpha` and the smaller
+    `temperature`, the fewer experts. Ties go to the lower index. All of it is
+    computed in float32.
 
     Args:
         num_experts: int. Number of experts to choose from.
         alpha: float above 1. 1.5 is entmax-1.5, 2 is sparsemax, close to 1 is
             close to softmax. Defaults to `1.5`.
         max_experts: int, or `None` for all of them. Experts per token at most,
-            the best ones. It also bounds memory, which is that of
-            `max_experts` rows a token. Defaults to `None`.
+            the best ones. It also bounds memory, which is taken for
+            `max_experts` rows per token. Defaults to `None`.
         normalize_weights: bool. Whether to divide the weights of a token by
             their sum, which only matters where `max_experts` has left some
             out. Defaults to `True`, for `max_experts=1` to `False`; there
@@ -42,8 +42,7 @@ class EntmaxRouter(LinearRouter):
             would get no gradient.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -57,7 +56,7 @@ class EntmaxRouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts, before any is left out.
+        `probs` are the probabilities of all experts, before any is left out.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -80,6 +79,7 @@ class EntmaxRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -94,17 +94,21 @@ class EntmaxRouter(LinearRouter):
             raise ValueError(
                 f"`alpha` must be above 1 and finite. Received: alpha={alpha!r}"
             )
-        check_max_experts(max_experts, num_experts)
+        as_max_experts(max_experts, num_experts)
         self.alpha = alpha
         self.max_experts = max_experts
-        self.normalize_weights = check_normalize_weights(
-            normalize_weights, max_experts, default=True
+        self.normalize_weights = as_normalize_weights(
+            normalize_weights, max_experts, limit_name="max_experts"
         )
+
+    @property
+    def choices_per_token(self):
+        return as_max_experts(self.max_experts, self.num_experts)
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
         probs = entmax(logits, self.alpha)
-        top_k = check_max_experts(self.max_experts, self.num_experts)
+        top_k = self.choices_per_token
         indices, weights = positive_choices(logits, probs, top_k)
         if self.normalize_weights and top_k < self.num_experts:
             weights = normalized(weights)

@@ -1,64 +1,78 @@
-"""The expert bias of `TopKRouter`, which balances the load without a loss.
+"""The rules that move the expert bias, which balances without a loss.
 
-Algorithm 1 of Wang et al., 2024 (https://arxiv.org/abs/2408.15664).
+- `"sign"`: a step of fixed size against the load. Algorithm 1 of Wang et al.,
+  2024 (https://arxiv.org/abs/2408.15664).
+- `"quantile"`: to the quantile of the scores at which each expert would have
+  had its equal share of the tokens. One step of coordinate descent on the dual
+  of the balanced assignment: Su, 2026 (https://kexue.fm/archives/11619), and
+  Megatron-LM (https://github.com/NVIDIA/Megatron-LM/pull/5349).
 """
 
 from keras import ops
 
-from keras_moe import backend
-from keras_moe.ops.routing import expert_counts
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_one_of
+from keras_moe.ops.scores import rankable
+from keras_moe.ops.selection import take_chosen
+from keras_moe.ops.selection import top_k_indices
 
 BIAS_KINDS = (False, True, "scores", "logits")
+# The rules, and the default rate of each.
+BIAS_UPDATES = {"sign": 1e-3, "quantile": 1.0}
 
 
-def add_expert_bias(router):
-    router.expert_bias = _add_state(router, "expert_bias", router.num_experts)
-    if router.bias_update_steps > 1:
-        router.bias_counts = _add_state(
-            router, "bias_counts", router.num_experts
+def as_bias_update_rate(rate, rule):
+    """The rate, for `None` the default of the rule."""
+    check_one_of("bias_update", rule, tuple(BIAS_UPDATES))
+    if rate is None:
+        return BIAS_UPDATES[rule]
+    check_at_least("bias_update_rate", rate, 0)
+    if rule == "quantile" and rate > 1:
+        raise ValueError(
+            "`bias_update_rate` must be at most 1 with "
+            "`bias_update='quantile'`: it is the share of the new bias. "
+            f"Received: bias_update_rate={rate}"
         )
-        router.bias_step = _add_state(router, "bias_step")
+    return rate
 
 
-def _add_state(router, name, *shape):
-    # Every replica computes the same, from the counts of all.
-    return router.add_weight(
-        name=name,
-        shape=shape,
-        initializer="zeros",
-        trainable=False,
-        aggregation="only_first_replica",
-    )
+def sign_change(counts):
+    """1 for an expert with less than the mean load, -1 with more, `(E,)`."""
+    return ops.sign(ops.mean(counts) - counts)
 
 
-def update_expert_bias(router, routing, mask=None):
-    """Takes a step of the bias against the load of the batch.
+def equalizing_bias(scores, bias, top_k, mask=None):
+    """The bias with which each expert would get its equal share.
 
-    With `bias_update_steps` above 1 the load is added up over as many calls,
-    and the step taken in the last of them.
+    ```
+    threshold[t] = the (top_k + 1)-th largest of scores[t] + bias
+    result[e]    = -(the (T * top_k // E + 1)-th largest over the tokens of
+                     scores[:, e] - threshold)
+    ```
+
+    Thus `T * top_k // E` tokens score expert `e` above their threshold, which
+    is the best score among the experts they did not choose.
+
+    Args:
+        scores: `(T, E)`.
+        bias: `(E,)`. The bias that the experts were chosen with.
+        top_k: int, below `E`.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count.
+
+    Returns:
+        `(E,)`; `bias` itself if there is no token.
     """
-    counts = expert_counts(routing, router.num_experts, mask)
-    counts = ops.stop_gradient(backend.all_reduce_sum(counts))
-    counts = ops.cast(counts, router.compute_dtype)
-    if router.bias_update_steps == 1:
-        router.expert_bias.assign(router.expert_bias + _change(router, counts))
-        return
-    bias = ops.convert_to_tensor(router.expert_bias)
-    counts = router.bias_counts + counts
-    step = router.bias_step + 1
-    due = step >= router.bias_update_steps
-    for state, if_due, otherwise in (
-        (router.expert_bias, bias + _change(router, counts), bias),
-        (router.bias_counts, ops.zeros_like(counts), counts),
-        (router.bias_step, ops.zeros_like(step), step),
-    ):
-        state.assign(ops.where(due, if_due, otherwise))
-
-
-def _change(router, counts):
-    """The sign rule, for the experts that are chosen."""
-    counts = counts[: router.num_experts - router.num_always_on]
-    change = router.bias_update_rate * ops.sign(ops.mean(counts) - counts)
-    if router.bias_update_centered:
-        change = change - ops.mean(change)
-    return ops.pad(change, [[0, router.num_always_on]])
+    scores = rankable(scores)
+    ranked = scores + bias
+    best = top_k_indices(ranked, top_k + 1)
+    margins = scores - take_chosen(ranked, best)[:, top_k:]  # (T, E)
+    if mask is None:
+        mask = ops.ones_like(margins[:, 0], dtype="bool")
+    margins = ops.where(ops.expand_dims(mask, -1), margins, float("-inf"))
+    # One row more, which is there if no token is.
+    margins = ops.pad(margins, [[1, 0], [0, 0]], constant_values=float("-inf"))
+    count = ops.sum(ops.cast(mask, "int32"))
+    last = ops.sum(ops.ones_like(mask, dtype="int32"))
+    place = last - count * top_k // scores.shape[-1]
+    result = -ops.take(ops.sort(margins, axis=0), place, axis=0)
+    return ops.where(count > 0, result, bias)

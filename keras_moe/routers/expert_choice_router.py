@@ -12,6 +12,7 @@ from keras_moe.ops.groups import group_size
 from keras_moe.ops.groups import num_groups
 from keras_moe.ops.groups import to_groups
 from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.noise import with_noise
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import score
@@ -35,10 +36,10 @@ class ExpertChoiceRouter(LinearRouter):
     `losses=None`. A token gets between none and all of the experts,
     `capacity_factor` of them on average, and its weights are not normalized.
 
-    What a token gets depends on later tokens: not for causal layers.
+    What a token gets depends on later tokens: causal layers refuse it.
 
-    Masked tokens are never chosen, but they are part of `S`. Where an expert
-    has more places than there are real tokens, the others stay empty.
+    Masked tokens are never chosen, but they count in `S`. If an expert has more
+    places than there are tokens that are not masked, the others stay empty.
 
     Args:
         num_experts: int. Number of experts that choose.
@@ -95,6 +96,7 @@ class ExpertChoiceRouter(LinearRouter):
 
     looks_ahead = True
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -124,12 +126,16 @@ class ExpertChoiceRouter(LinearRouter):
         if noise_stddev > 0:
             self.add_seed_generator()
 
+    @property
+    def choices_per_token(self):
+        return self.num_experts
+
     def max_rows(self, num_tokens, num_sequences):
         """Number of places of all experts in all groups.
 
-        At most `num_tokens * num_experts` where the sizes are ints. Elsewhere
-        `capacity` and `capacity_multiple_of` may ask for more places than
-        there are tokens.
+        Where the sizes are ints, at most `num_tokens * num_experts`. Where they
+        are not known, `capacity` and `capacity_multiple_of` may ask for more
+        places than there are tokens.
         """
         groups = num_groups(self.per, num_sequences)
         places = self._places(group_size(num_tokens, groups))
@@ -141,11 +147,8 @@ class ExpertChoiceRouter(LinearRouter):
         logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         noisy = logits
         if training and self.noise_stddev > 0:
-            noisy = logits + keras.random.normal(
-                ops.shape(logits),
-                stddev=self.noise_stddev,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
+            noisy = with_noise(
+                logits, self.noise_stddev, 0.0, self.seed_generator
             )
         probs = score(noisy, self.score_activation)
         chosen = self._chosen(probs, mask, num_sequences)

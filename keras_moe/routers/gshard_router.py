@@ -2,6 +2,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_one_of
 from keras_moe.checks import is_number
 from keras_moe.ops.noise import gumbel
@@ -33,12 +34,13 @@ class GShardRouter(TopKRouter):
         num_experts: int. Number of experts to choose from.
         top_k: int, at least 2. Experts per token, at most. Defaults to `2`.
         policy: `"random"`, `"sampling"` or `"all"`. Defaults to `"random"`.
-        threshold: float, or one for each choice after the first. The weight
-            from which on a choice is always kept. Defaults to `0.5`.
+        threshold: float, or a sequence of one for each choice after the first.
+            A choice of this weight or more is always kept. Defaults to `0.5`.
         random_in_inference: bool. Whether to draw in inference, too. Defaults
             to `False`.
         **kwargs: Arguments of `keras_moe.routers.TopKRouter`. With
-            `normalize_weights=False` the threshold is one of probabilities;
+            `normalize_weights=False` the weights that are compared with the
+            threshold are probabilities;
             `keras_moe.layers.Capacity(normalize_kept_weights=True)` then
             normalizes the weights of what is left after dropping.
 
@@ -82,6 +84,7 @@ class GShardRouter(TopKRouter):
     ):
         super().__init__(num_experts, top_k, **kwargs)
         check_one_of("policy", policy, POLICIES)
+        check_bool("random_in_inference", random_in_inference)
         if top_k < 2 or self.num_always_on:
             raise ValueError(
                 "`top_k` must be at least 2 and `num_always_on` 0. Received: "
@@ -102,13 +105,13 @@ class GShardRouter(TopKRouter):
             is_number(t) and t > 0 for t in thresholds
         ):
             raise ValueError(
-                "`threshold` must be positive, or as many positive numbers as "
-                f"there are choices after the first, {top_k - 1}. "
+                "`threshold` must be a positive number, or a sequence of them "
+                f"for the choices after the first, {top_k - 1}. "
                 f"Received: threshold={threshold!r}"
             )
         self.policy = policy
-        self._thresholds = [float(t) for t in thresholds]
-        self.threshold = self._thresholds[0] if one else self._thresholds
+        thresholds = [float(t) for t in thresholds]
+        self.threshold = thresholds[0] if one else thresholds
         self.random_in_inference = random_in_inference
         if policy != "all":
             self.add_seed_generator()
@@ -118,13 +121,15 @@ class GShardRouter(TopKRouter):
         if self.policy != "random" or not self._draws(training):
             return routing
         others = routing.expert_weights[:, 1:]  # (T, K - 1)
+        if others.shape[1] == 0:
+            return routing
         draws = keras.random.uniform(
             ops.shape(others),
             dtype=self.compute_dtype,
             seed=self.seed_generator,
         )
         thresholds = ops.convert_to_tensor(
-            [self._thresholds], dtype=self.compute_dtype
+            [self._thresholds(others.shape[1])], dtype=self.compute_dtype
         )
         kept = draws < ops.stop_gradient(others) / thresholds
         kept = ops.concatenate([ops.ones_like(kept[:, :1]), kept], axis=-1)
@@ -134,18 +139,26 @@ class GShardRouter(TopKRouter):
             expert_weights=ops.where(kept, weights, ops.zeros_like(weights)),
         )
 
-    def select(self, logits, probs, training):
-        indices = super().select(logits, probs, training)
+    def _thresholds(self, number):
+        """One for each choice after the first; `eval_top_k` may add some."""
+        if isinstance(self.threshold, float):
+            return [self.threshold] * number
+        last = self.threshold[-1:] * number
+        return [*self.threshold, *last][:number]
+
+    def select(self, ranked, training):
+        indices = super().select(ranked, training)
         if self.policy != "sampling" or not self._draws(training):
             return indices
         first = indices[:, :1]
+        # Without bias and groups the experts are ranked by their logits.
         draws = gumbel(
-            ops.shape(logits), self.compute_dtype, self.seed_generator
+            ops.shape(ranked), self.compute_dtype, self.seed_generator
         )
         experts = ops.arange(self.num_experts, dtype="int32")
         is_first = ops.equal(ops.expand_dims(experts, 0), first)
-        drawn = ops.where(is_first, float("-inf"), rankable(logits + draws))
-        others = top_k_indices(drawn, self.top_k - 1)
+        drawn = ops.where(is_first, float("-inf"), rankable(ranked + draws))
+        others = top_k_indices(drawn, indices.shape[1] - 1)
         return ops.concatenate([first, others], axis=-1)
 
     def _draws(self, training):

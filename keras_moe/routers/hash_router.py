@@ -3,7 +3,9 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
+from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
@@ -12,9 +14,9 @@ from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
-from keras_moe.routers.choice_arguments import check_top_k
+from keras_moe.routers.choice_arguments import as_normalize_weights
+from keras_moe.routers.hash_table import as_table
 from keras_moe.routers.hash_table import balanced_table
-from keras_moe.routers.hash_table import checked_table
 from keras_moe.routers.linear_router import LinearRouter
 
 WEIGHTS = ("uniform", "learned")
@@ -32,12 +34,12 @@ class HashRouter(LinearRouter):
     weights = weights * weight_scale
     ```
 
-    The choice needs no training and no balancing loss; how even the load is
-    depends on how frequent the ids are. `"learned"` weights (DeepSeek-V4) come
-    from the token itself, with a kernel as other routers have it.
+    The choice needs no training and no balancing loss; the more equally
+    frequent the ids, the more equal the loads. `"learned"` weights
+    (DeepSeek-V4) come from the token itself, with a kernel as in other routers.
 
     If the table names an expert twice for an id, these are two choices, and
-    the expert's output counts with the sum of their weights.
+    their weights add up.
 
     Args:
         num_experts: int. Number of experts.
@@ -67,11 +69,11 @@ class HashRouter(LinearRouter):
     Call arguments:
         tokens: Tensor of shape `(T, D)`. Of no effect for uniform weights.
         mask: Boolean tensor of shape `(T,)`, or `None`. The ids of masked
-            tokens are not looked at; they get the experts of id 0.
+            tokens are ignored; these tokens get the experts of id 0.
         training: bool. Whether to apply jitter.
-        context: Integer tensor of shape `(T,)` or `(T, 1)`: the ids. One of
-            `num_ids` or more is taken modulo `num_ids`. One below 0 is an error
-            where the values are known, otherwise modulo too.
+        context: Integer tensor of shape `(T,)` or `(T, 1)`: the ids, which are
+            taken modulo `num_ids`. A negative id is an error where the values
+            are known.
 
     Input shape:
         `(T, D)`
@@ -99,6 +101,8 @@ class HashRouter(LinearRouter):
     """
 
     uses_context = True
+    needs_context = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class HashRouter(LinearRouter):
     ):
         super().__init__(num_experts, seed=seed, **kwargs)
         if table is not None:
-            table = checked_table(table, num_experts)
+            table = as_table(table, num_experts)
             if num_ids not in (None, len(table)):
                 raise ValueError(
                     "`num_ids` must be None or the number of rows of `table`. "
@@ -137,19 +141,16 @@ class HashRouter(LinearRouter):
                     "Received: table=None, num_ids=None"
                 )
             check_int("num_ids", num_ids, 1)
-            check_top_k(top_k, num_experts)
+            check_int_up_to("top_k", top_k, "num_experts", num_experts)
         check_one_of("weights", weights, WEIGHTS)
         check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
         check_at_least("normalize_epsilon", normalize_epsilon, 0)
         check_number("weight_scale", weight_scale)
         if normalize_weights is None:
             normalize_weights = top_k > 1
-        if top_k == 1 and normalize_weights and weights == "learned":
-            raise ValueError(
-                "With `top_k=1`, learned weights that are normalized are "
-                "always one, and the router would get no gradient. "
-                f"Received: normalize_weights={normalize_weights}"
-            )
+        check_bool("normalize_weights", normalize_weights)
+        if weights == "learned":
+            as_normalize_weights(normalize_weights, top_k)
         self.num_ids = num_ids
         self.top_k = top_k
         self.weights_kind = weights
@@ -158,6 +159,10 @@ class HashRouter(LinearRouter):
         self.normalize_epsilon = normalize_epsilon
         self.weight_scale = weight_scale
         self._given_table = table
+
+    @property
+    def choices_per_token(self):
+        return self.top_k
 
     def build(self, tokens_shape):
         if self.weights_kind == "learned":
@@ -200,34 +205,47 @@ class HashRouter(LinearRouter):
         weights = weights * (self.weight_scale / self.top_k)
         return Routing(ops.zeros_like(probs), probs, indices, weights)
 
-    def _ids(self, context, mask):
-        """The rows of the table, `(T,)` int32."""
+    def compute_output_spec(
+        self, tokens, mask=None, training=None, context=None
+    ):
+        self._check_context(context)
+        return super().compute_output_spec(
+            tokens, mask=mask, training=training, context=context
+        )
+
+    def _check_context(self, context):
         if context is None:
             raise ValueError(
-                "`HashRouter` needs the ids of the tokens as `context`, of "
-                "shape (T,) or (T, 1). Received: context=None"
+                "`context` must be given to HashRouter: the ids of the tokens, "
+                "of shape (T,) or (T, 1). Received: context=None"
             )
-        ids = ops.convert_to_tensor(context)
-        shape = tuple(ids.shape)
+        shape = tuple(context.shape)
         if len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
             raise ValueError(
                 "`context` must be of shape (T,) or (T, 1). "
                 f"Received: context.shape={shape}"
             )
-        dtype = keras.backend.standardize_dtype(ids.dtype)
+        dtype = keras.backend.standardize_dtype(context.dtype)
         if "int" not in dtype:
             # A float may have been rounded on the way.
             raise ValueError(
                 "`context` must be of an integer dtype. "
                 f"Received: context.dtype={dtype}"
             )
-        ids = ops.reshape(ids, (-1,))
+
+    def _ids(self, context, mask):
+        """The rows of the table, `(T,)` int32."""
+        if context is not None:
+            context = ops.convert_to_tensor(context)
+        self._check_context(context)
+        ids = ops.reshape(context, (-1,))
+        dtype = keras.backend.standardize_dtype(ids.dtype)
         if dtype not in ("int64", "uint32", "uint64"):
             ids = ops.cast(ids, "int32")
         ids = zero_masked(ids, mask)
         if not backend.is_symbolic(ids) and bool(ops.any(ids < 0)):
             raise ValueError(
-                "`context` must not contain negative ids, but where `mask` is "
+                "`context` must not contain negative ids where `mask` is not "
                 f"False. Received: {int(ops.min(ids))}"
             )
         ids = ops.mod(ids, ops.cast(self.num_ids, ids.dtype))

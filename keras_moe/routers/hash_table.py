@@ -5,24 +5,24 @@ from keras import ops
 
 
 def balanced_table(num_ids, num_experts, top_k, seed):
-    """A random table, `(num_ids, top_k)`, in which experts are equally often.
+    """A random table `(num_ids, top_k)` with each expert equally often.
 
-    Ids are dealt out in hands of `num_experts`. In each hand every choice goes
-    through all experts in a random order, each choice by a random distance
-    ahead of the others: an id has no expert twice.
+    It is made in blocks of `num_experts` ids. In a block, each of the `top_k`
+    columns runs through the same random order of the experts, from different
+    starting points: each column has every expert once, and no id has one twice.
     """
     rng = np.random.default_rng(seed)
-    hands = -(-num_ids // num_experts)
-    order = np.argsort(rng.random((hands, num_experts)), axis=1)
-    ahead = np.argsort(rng.random((hands, num_experts)), axis=1)[:, :top_k]
-    place = np.arange(num_experts)[None, :, None] + ahead[:, None, :]
-    place = place % num_experts  # (hands, num_experts, top_k)
+    blocks = -(-num_ids // num_experts)
+    order = np.argsort(rng.random((blocks, num_experts)), axis=1)
+    start = np.argsort(rng.random((blocks, num_experts)), axis=1)[:, :top_k]
+    place = np.arange(num_experts)[None, :, None] + start[:, None, :]
+    place = place % num_experts  # (blocks, num_experts, top_k)
     table = np.take_along_axis(order[:, :, None], place, axis=1)
     table = table.reshape(-1, top_k)[:num_ids]
     return table[rng.permutation(num_ids)].astype("int32")
 
 
-def checked_table(table, num_experts):
+def as_table(table, num_experts):
     """A given table as an int32 array `(num_ids, top_k)`."""
     table = np.array(ops.convert_to_numpy(table))
     if table.ndim == 1:

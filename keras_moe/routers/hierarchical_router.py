@@ -5,12 +5,15 @@ from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.noise import with_noise
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.linear_router import LinearRouter
+from keras_moe.stacked.draws import own_draws
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -25,12 +28,10 @@ class HierarchicalRouter(LinearRouter):
     weights     = group_probs[groups] * inner_probs[groups, experts]
     ```
 
-    On each level the probabilities of what was chosen are divided by their sum,
-    which is the softmax over the chosen logits. Expert `j` of group `i` is
-    expert `i * experts_per_group + j` of the bank; with several groups that
-    share one softmax this is not the group-limited choice of
-    `keras_moe.routers.TopKRouter`, where the groups have no logits of their
-    own.
+    On each level the probabilities of the chosen are divided by their sum,
+    which is the softmax over their logits. Expert `j` of group `i` is expert
+    `i * experts_per_group + j` of the bank. Groups have their own logits here,
+    while `keras_moe.routers.TopKRouter` ranks groups by their experts.
 
     Args:
         num_groups: int. `A`, the number of groups.
@@ -45,7 +46,7 @@ class HierarchicalRouter(LinearRouter):
             Defaults to `True` for `top_k > 1`.
         noise_stddev: float. Standard deviation of the normal noise added to
             the logits of both levels in training. Defaults to `0.0`.
-        **kwargs: Arguments of `keras_moe.routers.LinearRouter` but for
+        **kwargs: Arguments of `keras_moe.routers.LinearRouter` except
             `use_bias`: `jitter`, `temperature` (of both levels),
             `normalize_inputs`, `kernel_initializer`, `seed`.
 
@@ -62,9 +63,9 @@ class HierarchicalRouter(LinearRouter):
         A `keras_moe.routers.Routing` with `E = A * B` and
         `K = top_k_groups * top_k`, the largest weight first. Its `probs` are
         `group_probs * inner_probs`, its `logits` the logit of the group plus
-        the logarithm of `inner_probs`: their softmax is `probs` but for noise,
-        and their `logsumexp`, which `RouterZLoss` keeps small, is that of the
-        groups.
+        the logarithm of `inner_probs`. Without noise the softmax of these is
+        `probs`. Their `logsumexp`, which `RouterZLoss` keeps small, is the one
+        of the groups.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -85,6 +86,7 @@ class HierarchicalRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -102,7 +104,8 @@ class HierarchicalRouter(LinearRouter):
         super().__init__(num_groups * experts_per_group, **kwargs)
         if self.use_bias:
             raise ValueError(
-                "HierarchicalRouter has no bias. Received: use_bias=True"
+                "`use_bias` must be False: HierarchicalRouter has no bias. "
+                "Received: use_bias=True"
             )
         self.normalize_group_weights = _check_level(
             "top_k_groups",
@@ -129,16 +132,21 @@ class HierarchicalRouter(LinearRouter):
         if noise_stddev > 0:
             self.add_seed_generator()
 
+    @property
+    def choices_per_token(self):
+        return self.top_k_groups * self.top_k
+
     def build_logits(self, dim):
-        for name, width in (
-            ("group_kernel", self.num_groups),
-            ("inner_kernel", self.num_experts),
+        first = self.kernel_initializer
+        for name, width, initializer in (
+            ("group_kernel", self.num_groups, first),
+            ("inner_kernel", self.num_experts, own_draws(first, 1)),
         ):
-            # Made as a matrix, of which Keras knows the fan.
+            # As a matrix, whose fans Keras computes right.
             kernel = self.add_weight(
                 name=name,
                 shape=(dim, width),
-                initializer=self.kernel_initializer,
+                initializer=initializer,
                 regularizer=self.kernel_regularizer,
             )
             setattr(self, name, kernel)
@@ -157,12 +165,7 @@ class HierarchicalRouter(LinearRouter):
             inner_logits, axis=-1
         )
         if training and self.noise_stddev > 0:
-            both = both + keras.random.normal(
-                ops.shape(both),
-                stddev=self.noise_stddev,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
-            )
+            both = with_noise(both, self.noise_stddev, 0.0, self.seed_generator)
             group_logits, inner_logits = self._levels(both)
         group_probs = softmax(group_logits)  # (T, A)
         inner_probs = softmax(inner_logits)  # (T, A, B)
@@ -180,7 +183,7 @@ class HierarchicalRouter(LinearRouter):
             weights = normalized(weights)
         weights = ops.expand_dims(group_weights, -1) * weights
         experts = experts + ops.expand_dims(groups, -1) * self.experts_per_group
-        top_k = self.top_k_groups * self.top_k
+        top_k = self.choices_per_token
         weights = ops.reshape(weights, (-1, top_k))
         experts = ops.reshape(experts, (-1, top_k))
         order = top_k_indices(weights, top_k)
@@ -224,12 +227,6 @@ class HierarchicalRouter(LinearRouter):
 def _check_level(name, top_k, size_name, size, normalize_name, normalize):
     """Checks the choices on one level; whether to normalize their weights."""
     check_int_up_to(name, top_k, size_name, size)
-    if normalize is None:
-        return top_k > 1
-    if normalize and top_k == 1:
-        raise ValueError(
-            f"With `{name}=1`, normalized weights are always one, and the "
-            "router would get no gradient. "
-            f"Received: {normalize_name}={normalize}"
-        )
-    return normalize
+    return as_normalize_weights(
+        normalize, top_k, name=normalize_name, limit_name=name
+    )

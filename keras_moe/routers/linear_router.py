@@ -1,9 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
+from keras_moe.checks import check_seed
+from keras_moe.routers.normalizations import rms_normalized
 from keras_moe.routers.router import Router
 
 
@@ -16,15 +20,16 @@ class LinearRouter(Router):
     logits = logits / temperature
     ```
 
-    A subclass calls `self.logits(tokens, training)`, `(T, E)`, and draws what
-    it draws with `self.seed_generator`. One that makes its logits in another
-    way overrides `build_logits(dim)` and `raw_logits(tokens)`.
+    A subclass calls `self.logits(tokens, training)`, `(T, E)`. If it needs
+    random numbers, it draws them with `self.seed_generator`, after a call of
+    `self.add_seed_generator()`. A subclass that makes its logits in another way
+    overrides `build_logits(dim)` and `raw_logits(tokens)`.
 
     Args:
         num_experts: int. Number of experts to choose from.
-        jitter: float. In training the router's inputs, not those of the
-            experts, are multiplied by `uniform(1 - jitter, 1 + jitter)`, one
-            draw an element. Defaults to `0.0`.
+        jitter: float. In training the router's inputs (the experts' are not)
+            are multiplied by `uniform(1 - jitter, 1 + jitter)`, with a draw for
+            each element. Defaults to `0.0`.
         temperature: float. Divides the logits. Defaults to `1.0`.
         use_bias: bool. Whether the logits have a bias. Defaults to `False`.
         normalize_inputs: bool. Whether the router (not the experts) sees its
@@ -40,6 +45,9 @@ class LinearRouter(Router):
         seed: int, or `None`. Seed of what the router draws. Defaults to
             `None`.
         **kwargs: Arguments of `keras_moe.routers.Router`.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -59,7 +67,10 @@ class LinearRouter(Router):
         super().__init__(num_experts, **kwargs)
         check_rate("jitter", jitter)
         check_positive("temperature", temperature)
+        check_bool("use_bias", use_bias)
+        check_bool("normalize_inputs", normalize_inputs)
         check_at_least("normalize_inputs_epsilon", normalize_inputs_epsilon, 0)
+        check_seed("seed", seed)
         self.jitter = jitter
         self.temperature = temperature
         self.use_bias = use_bias
@@ -69,9 +80,15 @@ class LinearRouter(Router):
             kernel_initializer = keras.initializers.VarianceScaling(
                 0.1, "fan_in", "truncated_normal", seed=seed
             )
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.bias_initializer = as_keras_object(
+            "bias_initializer", keras.initializers.get, bias_initializer
+        )
+        self.kernel_regularizer = as_keras_object(
+            "kernel_regularizer", keras.regularizers.get, kernel_regularizer
+        )
         self.seed = seed
         if jitter > 0:
             self.add_seed_generator()
@@ -79,8 +96,7 @@ class LinearRouter(Router):
     def add_seed_generator(self):
         """Makes `self.seed_generator`.
 
-        It is state that every call advances: a router that draws nothing has
-        none.
+        Every call advances it, so a router that draws nothing has none.
         """
         if not hasattr(self, "seed_generator"):
             self.seed_generator = keras.random.SeedGenerator(self.seed)
@@ -119,13 +135,12 @@ class LinearRouter(Router):
         logits = self.raw_logits(self.prepare(tokens, training))
         if self.bias is not None:
             logits = logits + self.bias
-        return self.soften(logits)
+        return self.scale_logits(logits)
 
     def prepare(self, tokens, training):
         """What the router sees of the tokens."""
         if self.normalize_inputs:
-            square = ops.mean(ops.square(tokens), axis=-1, keepdims=True)
-            tokens = tokens * ops.rsqrt(square + self.normalize_inputs_epsilon)
+            tokens = rms_normalized(tokens, self.normalize_inputs_epsilon)
             tokens = tokens * self.input_scale
         if training and self.jitter > 0:
             tokens = tokens * keras.random.uniform(
@@ -141,7 +156,7 @@ class LinearRouter(Router):
         # On torch `ops.matmul` would make float32 of float64.
         return ops.einsum("td,de->te", tokens, self.kernel)
 
-    def soften(self, logits):
+    def scale_logits(self, logits):
         return logits if self.temperature == 1 else logits / self.temperature
 
     def get_config(self):

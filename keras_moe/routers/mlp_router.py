@@ -1,39 +1,25 @@
-from typing import Any
-from typing import NamedTuple
-
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import as_units
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
-from keras_moe.ops.masking import zero_masked
-from keras_moe.routers.top_k_router import TopKRouter
+from keras_moe.routers.choice_arguments import check_zero_weight_experts
+from keras_moe.routers.normalizations import rms_normalized
+from keras_moe.routers.normalizations import standardized
+from keras_moe.routers.stateful_router import StatefulRouter
+from keras_moe.routers.token_choice import without_last_experts
+from keras_moe.stacked.draws import own_draws
 
 RESIDUALS = (None, "projection", "logits")
 
 
-class StatefulRouting(NamedTuple):
-    """A `Routing` with what the router of the next layer takes as its context.
-
-    Fields:
-        logits: `(T, E)`. Raw scores.
-        probs: `(T, E)`. Scores that the weights come from.
-        expert_indices: `(T, K)` int32. The chosen experts.
-        expert_weights: `(T, K)`. Their weights.
-        state: `(T, C)`, as of `MLPRouter.state`.
-    """
-
-    logits: Any
-    probs: Any
-    expert_indices: Any
-    expert_weights: Any
-    state: Any
-
-
 @keras.saving.register_keras_serializable("keras_moe")
-class MLPRouter(TopKRouter):
+class MLPRouter(StatefulRouter):
     """Scores experts with a small network, which may go on from layer to layer.
 
     ```
@@ -47,9 +33,10 @@ class MLPRouter(TopKRouter):
     ```
 
     and from there on as in `TopKRouter`. The `context` of a layer is the
-    `state` of the one before it: what its projection gave, or its logits. Thus
-    a router knows where the token has been. `MoE(return_routing=True)` returns
-    it in `routing.state`, one row a token; `state` computes it on its own.
+    `state` of the one before it: the projection with its residual, or the
+    logits before they are standardized. Thus a router knows where the token
+    has been. `MoE(return_routing=True)` returns it in `routing.state`, a row
+    for each token; the method `state` computes it alone, without jitter.
 
     The router of Zaya is
 
@@ -61,7 +48,7 @@ class MLPRouter(TopKRouter):
     )
     ```
 
-    and that of MoE++, whose last expert gives zero,
+    and the router of MoE++, whose last expert gives zero, is
 
     ```python
     MLPRouter(
@@ -73,8 +60,8 @@ class MLPRouter(TopKRouter):
     Args:
         num_experts: int. Number of experts to choose from.
         top_k: int. Experts per token. Defaults to `2`.
-        hidden_dims: Sequence of ints. Widths of the hidden layers; none makes
-            the logits linear. Defaults to `(256,)`.
+        hidden_dims: int, or a sequence of ints. Widths of the hidden layers.
+            Without any, the logits are linear. Defaults to `(256,)`.
         activation: Activation of the hidden layers. Defaults to `"gelu"`.
         use_hidden_bias: bool. Whether the projection and the hidden layers
             have biases. Defaults to `True`.
@@ -89,16 +76,15 @@ class MLPRouter(TopKRouter):
             first as it is, or `"logits"`, through a `(E, E)` kernel that starts
             at zero. `None` for a router without. Defaults to `None`.
         standardize_logits: float, or `None`. Standard deviation, with the
-            divisor `E - 1`, that the logits of each token are brought to. Their
-            mean stays in proportion; equal logits stay. Defaults to `None`.
-        zero_weight_experts: int. The last so many experts get weight 0, though
-            they are chosen like the others. With `normalize_weights` the other
-            choices of the token share the whole, unless there is none. Defaults
-            to `0`.
+            divisor `E - 1`, that the logits of each token are scaled to. Equal
+            logits stay as they are. Defaults to `None`.
+        zero_weight_experts: int. That many experts, the last ones, are chosen
+            like the others but get weight 0. With `normalize_weights` the
+            weights of the other choices of a token sum to one. Defaults to `0`.
         hidden_initializer: Initializer of the projection and the hidden
             kernels. Defaults to `"glorot_uniform"`.
         **kwargs: Arguments of `keras_moe.routers.TopKRouter`;
-            `kernel_initializer` is that of the last kernel.
+            `kernel_initializer` initializes the last kernel.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -154,16 +140,18 @@ class MLPRouter(TopKRouter):
         hidden_initializer="glorot_uniform",
         **kwargs,
     ):
-        super().__init__(num_experts, top_k, **kwargs)
-        for dim in hidden_dims:
-            check_int("hidden_dims", dim, minimum=1)
         check_one_of("residual", residual, RESIDUALS)
+        state_dim = {"projection": projection_dim, "logits": num_experts}
+        super().__init__(num_experts, top_k, state_dim.get(residual), **kwargs)
+        hidden_dims = as_units("hidden_dims", hidden_dims, minimum=0)
+        check_bool("use_hidden_bias", use_hidden_bias)
+        check_bool("normalize_projection", normalize_projection)
         if projection_dim is not None:
             check_int("projection_dim", projection_dim, minimum=1)
         elif normalize_projection or residual == "projection":
             raise ValueError(
-                "`normalize_projection` and `residual='projection'` need "
-                "`projection_dim`. Received: projection_dim=None, "
+                "`projection_dim` must be given for `normalize_projection` and "
+                "`residual='projection'`. Received: projection_dim=None, "
                 f"normalize_projection={normalize_projection}, "
                 f"residual={residual!r}"
             )
@@ -178,27 +166,16 @@ class MLPRouter(TopKRouter):
                     f"Received: standardize_logits={standardize_logits}, "
                     f"num_experts={num_experts}"
                 )
-        check_int("zero_weight_experts", zero_weight_experts, minimum=0)
-        if zero_weight_experts >= num_experts:
-            raise ValueError(
-                "`zero_weight_experts` must be less than `num_experts`. "
-                f"Received: zero_weight_experts={zero_weight_experts}, "
-                f"num_experts={num_experts}"
-            )
-        if zero_weight_experts and (
-            self.score_after_selection or self.num_always_on
-        ):
-            raise ValueError(
-                "`zero_weight_experts` goes neither with "
-                "`score_after_selection`, where the choices have their shares "
-                "already, nor with `num_always_on`. Received: "
-                f"zero_weight_experts={zero_weight_experts}, "
-                f"score_after_selection={self.score_after_selection}, "
-                f"num_always_on={self.num_always_on}"
-            )
-        self.uses_context = residual is not None
-        self.hidden_dims = tuple(hidden_dims)
-        self.activation = keras.activations.get(activation)
+        check_zero_weight_experts(
+            zero_weight_experts,
+            num_experts,
+            self.score_after_selection,
+            self.num_always_on,
+        )
+        self.hidden_dims = hidden_dims
+        self.activation = as_keras_object(
+            "activation", keras.activations.get, activation
+        )
         self.use_hidden_bias = use_hidden_bias
         self.projection_dim = projection_dim
         self.normalize_projection = normalize_projection
@@ -206,11 +183,13 @@ class MLPRouter(TopKRouter):
         self.residual = residual
         self.standardize_logits = standardize_logits
         self.zero_weight_experts = zero_weight_experts
-        self.hidden_initializer = keras.initializers.get(hidden_initializer)
+        self.hidden_initializer = as_keras_object(
+            "hidden_initializer", keras.initializers.get, hidden_initializer
+        )
 
     def build_logits(self, dim):
         if self.projection_dim is not None:
-            self._add_dense("projection", "", dim, self.projection_dim)
+            self._add_dense("projection", "", dim, self.projection_dim, 1)
             dim = self.projection_dim
             if self.residual == "projection":
                 self.context_scale = self.add_weight(
@@ -221,7 +200,7 @@ class MLPRouter(TopKRouter):
                     name="projection_scale", shape=(dim,), initializer="ones"
                 )
         for i, width in enumerate(self.hidden_dims):
-            self._add_dense("hidden", f"_{i}", dim, width)
+            self._add_dense("hidden", f"_{i}", dim, width, 2 + i)
             dim = width
         super().build_logits(dim)
         if self.residual == "logits":
@@ -231,14 +210,12 @@ class MLPRouter(TopKRouter):
                 initializer="zeros",
             )
 
-    def _add_dense(self, name, number, dim, width):
-        initializer = self.hidden_initializer
-        if isinstance(initializer, keras.initializers.Initializer):
-            initializer = initializer.clone()  # one draws the same every time
+    def _add_dense(self, name, number, dim, width, stream):
+        # From one seed all kernels would begin with the same numbers.
         kernel = self.add_weight(
             name=f"{name}_kernel{number}",
             shape=(dim, width),
-            initializer=initializer,
+            initializer=own_draws(self.hidden_initializer, stream),
         )
         setattr(self, f"{name}_kernel{number}", kernel)
         bias = None
@@ -255,43 +232,15 @@ class MLPRouter(TopKRouter):
         bias = getattr(self, f"{name}_bias{number}")
         return x if bias is None else x + bias
 
-    def call(self, tokens, mask=None, training=None, context=None):
-        tokens = zero_masked(tokens, mask)
-        logits, state = self._logits(tokens, training, context, mask)
-        noisy = self.noisy_logits(tokens, logits, training)
-        return StatefulRouting(
-            *self.route(logits, noisy, mask, training), state
-        )
-
-    def state(self, tokens, context=None):
-        """What the router of the next layer takes as its `context`.
-
-        Args:
-            tokens: Tensor of shape `(T, D)`.
-            context: The `state` of the layer before, or `None`.
-
-        Returns:
-            With `residual="projection"` the projection with the residual,
-            `(T, projection_dim)`, otherwise the logits before they are
-            standardized, `(T, E)`. Without jitter.
-        """
-        tokens = ops.cast(ops.convert_to_tensor(tokens), self.compute_dtype)
-        if not self.built:
-            self.build(tokens.shape)
-        return self._logits(tokens, False, context, None)[1]
-
-    def _logits(self, tokens, training, context, mask):
-        """The logits `(T, E)` and the state."""
+    def logits_and_state(self, tokens, training, context):
         x = self.prepare(tokens, training)
-        context = self._context(context, tokens, mask)
         if self.projection_dim is not None:
             x = self._dense("projection", "", x)
             if self.residual == "projection":
                 x = x + self.context_scale * context
         state = x
         if self.normalize_projection:
-            square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-            x = x * ops.rsqrt(square + self.normalize_projection_epsilon)
+            x = rms_normalized(x, self.normalize_projection_epsilon)
             x = x * self.projection_scale
         for i in range(len(self.hidden_dims)):
             x = self.activation(self._dense("hidden", f"_{i}", x))
@@ -305,43 +254,15 @@ class MLPRouter(TopKRouter):
         if self.residual != "projection":
             state = logits
         if self.standardize_logits is not None:
-            logits = self.standardize_logits * _standardized(logits)
-        return self.soften(logits), state
-
-    def _context(self, context, tokens, mask):
-        if self.residual is None:
-            if context is not None:
-                raise ValueError(
-                    "`context` needs a `residual`. Received: residual=None"
-                )
-            return None
-        width = self.num_experts
-        if self.residual == "projection":
-            width = self.projection_dim
-        if context is None:
-            return ops.tile(ops.zeros_like(tokens[:, :1]), (1, width))
-        context = ops.cast(ops.convert_to_tensor(context), self.compute_dtype)
-        if len(context.shape) != 2 or context.shape[-1] != width:
-            raise ValueError(
-                "`context` must be of the shape (T, projection_dim) or (T, E) "
-                f"of the state of a router like this one, (T, {width}). "
-                f"Received: context.shape={tuple(context.shape)}"
-            )
-        return zero_masked(context, mask)
+            logits = self.standardize_logits * standardized(logits)
+        return self.scale_logits(logits), state
 
     def weigh(self, logits, probs, indices):
         if self.zero_weight_experts == 0:
             return super().weigh(logits, probs, indices)
-        first = self.num_experts - self.zero_weight_experts
-        counts = indices < first  # (T, K)
-        # Where none counts, the norm would be `normalize_epsilon` alone, and
-        # its quotients might be NaN.
-        none = ops.logical_not(ops.any(counts, axis=-1, keepdims=True))
-        experts = ops.expand_dims(
-            ops.arange(self.num_experts, dtype="int32"), 0
+        probs, counts = without_last_experts(
+            probs, indices, self.zero_weight_experts
         )
-        probs = ops.where(experts < first, probs, ops.zeros_like(probs))
-        probs = ops.where(none, ops.ones_like(probs), probs)
         weights = super().weigh(logits, probs, indices)
         return ops.where(counts, weights, ops.zeros_like(weights))
 
@@ -361,13 +282,3 @@ class MLPRouter(TopKRouter):
                 self.hidden_initializer
             ),
         }
-
-
-def _standardized(logits):
-    """Logits over their standard deviation, which of equal ones is left out."""
-    mean = ops.mean(logits, axis=-1, keepdims=True)
-    square = ops.sum(ops.square(logits - mean), axis=-1, keepdims=True)
-    variance = square / (logits.shape[-1] - 1)
-    varied = variance > 1e-20
-    deviation = ops.sqrt(ops.where(varied, variance, ops.ones_like(variance)))
-    return logits / deviation

@@ -64,8 +64,8 @@ _NAMED = {
 def get(identifier, **kwargs):
     """A router from its name, its config or itself.
 
-    A name is that of a router, or of a published system whose router it then
-    is, with the published numbers:
+    A name stands for a kind of router, or for the router of a published system
+    with the published numbers:
 
     - `"top_k"`: `TopKRouter` with its defaults.
     - `"jacobs"`: `DenseRouter`, all experts (Jacobs et al., 1991).
@@ -97,14 +97,15 @@ def get(identifier, **kwargs):
         identifier: A name of the list, a config dict of
             `keras.saving.serialize_keras_object`, or a router, which is
             returned as it is.
-        **kwargs: For a name: arguments of the router. They override what the
-            name stands for; `num_experts` is one where the list has none.
+        **kwargs: Arguments of the router, with a name alone. They override what
+            the name stands for. Give `num_experts` where the list has none.
 
     Returns:
         A router layer.
 
     Raises:
-        ValueError: If the name is not known.
+        ValueError: If the name is not known, `identifier` is nothing of this
+            kind, or arguments are given with a config or a router.
 
     Example:
 
@@ -121,6 +122,16 @@ def get(identifier, **kwargs):
             )
         make, defaults = _NAMED[identifier]
         return make(**{**defaults, **kwargs})
+    if kwargs:
+        raise ValueError(
+            "`router` must be a name where arguments are given. "
+            f"Received: router={identifier!r}, {kwargs}"
+        )
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
+    if not isinstance(identifier, keras.layers.Layer):
+        raise ValueError(
+            "`router` must be a name or a layer. "
+            f"Received: router={identifier!r}"
+        )
     return identifier

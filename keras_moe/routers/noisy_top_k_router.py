@@ -9,6 +9,7 @@ from keras_moe.checks import check_one_of
 from keras_moe.checks import is_int
 from keras_moe.checks import is_number
 from keras_moe.ops.noise import expected_load
+from keras_moe.routers.eval_top_k import num_choices
 from keras_moe.routers.top_k_router import TopKRouter
 
 
@@ -41,8 +42,9 @@ class NoisyTopKRouter(TopKRouter):
     ```
 
     or, with a number as `noise_stddev`, `stddev = noise_stddev`; and from there
-    on as in `TopKRouter`. With noise, which experts a token is sent to is
-    smooth enough in the logits to be balanced by `keras_moe.losses.LoadLoss`.
+    on as in `TopKRouter`. The noise makes the probability of each choice a
+    smooth function of the logits, so that `keras_moe.losses.LoadLoss` can
+    balance the load.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -52,9 +54,10 @@ class NoisyTopKRouter(TopKRouter):
             num_experts`). Defaults to `"learned"`.
         noise_epsilon: float. Smallest width of the learned noise. Defaults to
             `1e-2`.
-        load_threshold: What a noisy logit has to exceed to be chosen, in
-            `load`. `"exact"` is the `top_k`-th largest of the other experts
-            (Shazeer), `"shared"` of all (V-MoE). Defaults to `"exact"`.
+        load_threshold: What a noisy logit has to exceed to be chosen, as
+            `load` counts it. `"exact"` is the `top_k`-th largest logit among
+            the other experts (Shazeer et al.), `"shared"` among all experts
+            (V-MoE). Defaults to `"exact"`.
         score_after_selection: bool. Defaults to `True`, the softmax over the
             chosen logits of the paper, for `top_k > 1`.
         kernel_initializer: Initializer of the kernel. Defaults to `"zeros"`
@@ -89,6 +92,8 @@ class NoisyTopKRouter(TopKRouter):
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), appendix A
     """
 
+    routing_class = NoisyRouting
+
     def __init__(
         self,
         num_experts,
@@ -122,8 +127,9 @@ class NoisyTopKRouter(TopKRouter):
         )
         if self.gumbel_noise or self.num_always_on or self.bias_kind:
             raise ValueError(
-                "The expected load of NoisyTopKRouter knows its own noise "
-                "alone. Received: "
+                "NoisyTopKRouter goes neither with `gumbel_noise` nor with "
+                "`num_always_on` nor with `expert_bias`: its expected load "
+                "would be wrong. Received: "
                 f"gumbel_noise={self.gumbel_noise}, "
                 f"num_always_on={self.num_always_on}, "
                 f"expert_bias={self.bias_kind}"
@@ -152,9 +158,8 @@ class NoisyTopKRouter(TopKRouter):
                 dtype=self.compute_dtype,
                 seed=self.seed_generator,
             )
-        load = expected_load(
-            logits, noisy, stddev, self.top_k, self.load_threshold
-        )
+        top_k = num_choices(self.top_k, self.eval_top_k, training)
+        load = expected_load(logits, noisy, stddev, top_k, self.load_threshold)
         return NoisyRouting(*self.route(logits, noisy, mask, training), load)
 
     def _stddev(self, tokens):

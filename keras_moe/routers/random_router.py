@@ -1,10 +1,11 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_seed
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.choice_arguments import check_top_k
 from keras_moe.routers.router import Router
 
 KINDS = ("uniform", "round_robin")
@@ -20,11 +21,11 @@ class RandomRouter(Router):
     weights         = 1 / top_k
     ```
 
-    The baseline that a learned router has to beat, and for benchmarks: round
-    robin balances the load to one token. The router has no weights and learns
-    nothing. In inference `"uniform"` too goes round robin, so that the same
-    input gives the same output; there the experts of a token depend on its
-    position among the tokens of the batch, masked ones included.
+    This is the baseline that a learned router has to beat. Round robin also
+    serves benchmarks, as the loads differ by one token at most. The router has
+    no weights and learns nothing. In inference `"uniform"` goes round robin
+    too, so that the same input gives the same output; there the experts of a
+    token depend on its position among all tokens of the batch.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -58,22 +59,28 @@ class RandomRouter(Router):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self, num_experts, top_k=2, kind="uniform", seed=None, **kwargs
     ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts)
+        check_int_up_to("top_k", top_k, "num_experts", num_experts)
         check_one_of("kind", kind, KINDS)
+        check_seed("seed", seed)
         self.top_k = top_k
         self.kind = kind
         self.seed = seed
-        # A seed generator is state that every call advances: none without use.
+        # Every call advances it: a router that draws nothing has none.
         if kind == "uniform":
             self.seed_generator = keras.random.SeedGenerator(seed)
 
+    @property
+    def choices_per_token(self):
+        return self.top_k
+
     def call(self, tokens, mask=None, training=None):
-        # Not from the tokens' values, which may be NaN where masked.
+        # From the shape alone: masked tokens may be NaN.
         logits = ops.zeros(
             (ops.shape(tokens)[0], self.num_experts), dtype=self.compute_dtype
         )

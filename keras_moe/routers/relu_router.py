@@ -3,13 +3,13 @@ from keras import ops
 
 from keras_moe.checks import check_at_least
 from keras_moe.checks import is_number
-from keras_moe.ops.choices import check_max_experts
 from keras_moe.ops.choices import positive_choices
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
+from keras_moe.routers.choice_arguments import as_max_experts
 from keras_moe.routers.linear_router import LinearRouter
 
-# Far from where float32, which knows no way back from 0, would end.
+# Well within float32, where a coefficient of 0 could not grow again.
 _RANGE = (1e-30, 1e30)
 
 
@@ -24,14 +24,14 @@ class ReLURouter(LinearRouter):
     weights = probs[indices]
     ```
 
-    The weights are not normalized, so that the whole is continuous. How many
-    experts a token gets is up to its logits. **A token may get none**: then
-    `MoE` gives zero, and it is the residual connection around `MoE`, without
-    which this router should not be used, that carries the token on.
+    The weights are not normalized, so that the whole is continuous. The logits
+    decide how many experts a token gets. **A token may get none**: then `MoE`
+    gives zero, and only a residual connection around `MoE` carries the token
+    on. Do not use this router without one.
 
     In training, a loss keeps the number of experts at `top_k` on average. It is
-    the L1 norm of the weights, in which each expert counts as much as it is
-    used, so that it also balances:
+    the L1 norm of the weights, each multiplied by the load of its expert, so
+    that it also balances:
 
     ```
     count[e] = number of tokens with probs[:, e] > 0         no gradient
@@ -43,16 +43,15 @@ class ReLURouter(LinearRouter):
     ```
 
     With it, no other balancing loss is needed: give `MoE` `losses=None`. The
-    coefficient is state: a non-trainable weight that is saved and loaded, that
-    moves after the loss of each training call, and that stands still in a
-    frozen router (`trainable=False`) and in a call without a token. Masked
-    tokens count nowhere. Calls that `max_experts` cuts short count in full.
-    All of it is computed in float32, in which the coefficient is kept between
-    1e-30 and 1e30.
+    coefficient is a non-trainable weight, saved and loaded with the others. It
+    moves after the loss of each training call, but not in a frozen router
+    (`trainable=False`), nor in a call without a token. Masked tokens count
+    nowhere. Choices that `max_experts` cuts off count all the same. All of it
+    is computed in float32, and the coefficient stays between 1e-30 and 1e30.
 
-    Each router has a coefficient of its own, as has each replica of a
-    `MirroredStrategy`, of which the mean is saved; the paper's is one for all
-    layers, moved by their mean sparsity.
+    Each router has its own coefficient, as has each replica of a
+    `MirroredStrategy`; their mean is saved. The paper has one for all layers,
+    moved by their mean sparsity.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -60,16 +59,15 @@ class ReLURouter(LinearRouter):
             for no sparsity). Experts per token to aim at, on average. Defaults
             to `2`.
         max_experts: int, or `None` for all of them. Experts per token at most,
-            the best ones. It also bounds memory, which is that of
-            `max_experts` rows a token. Defaults to `None`.
+            the best ones. It also bounds memory, which is taken for
+            `max_experts` rows per token. Defaults to `None`.
         initial_l1_coefficient: float, positive. Where the coefficient starts.
             Defaults to `1e-8`.
         l1_multiplier: float, at least 1. What it is multiplied or divided by
             each time. With 1 it is constant. Defaults to `1.2`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -84,7 +82,7 @@ class ReLURouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts; they do not sum to one.
+        `probs` are the scores of all experts; they do not sum to one.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -104,6 +102,7 @@ class ReLURouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -120,7 +119,7 @@ class ReLURouter(LinearRouter):
                 "`top_k` must be above 0 and at most `num_experts`. "
                 f"Received: top_k={top_k!r}, num_experts={num_experts}"
             )
-        check_max_experts(max_experts, num_experts)
+        as_max_experts(max_experts, num_experts)
         if not is_number(initial_l1_coefficient) or not (
             _RANGE[0] <= initial_l1_coefficient <= _RANGE[1]
         ):
@@ -134,10 +133,14 @@ class ReLURouter(LinearRouter):
         self.initial_l1_coefficient = initial_l1_coefficient
         self.l1_multiplier = l1_multiplier
 
+    @property
+    def choices_per_token(self):
+        return as_max_experts(self.max_experts, self.num_experts)
+
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        # `add_weight` cannot ask for this synchronization. Any other would let
-        # replicas wait for each other inside `call`, which costs them losses.
+        # `add_weight` has no `synchronization`. With any other, replicas would
+        # wait for each other inside `call` and lose their losses.
         self.l1_coefficient = keras.Variable(
             keras.initializers.Constant(self.initial_l1_coefficient),
             shape=(),
@@ -150,11 +153,12 @@ class ReLURouter(LinearRouter):
         )
 
     def call(self, tokens, mask=None, training=None):
-        # Not even a NaN of a masked token may reach the loss.
+        # A NaN in a masked token must not reach the loss.
         logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         probs = ops.relu(logits)
-        top_k = check_max_experts(self.max_experts, self.num_experts)
-        indices, weights = positive_choices(logits, probs, top_k)
+        indices, weights = positive_choices(
+            logits, probs, self.choices_per_token
+        )
         if training:
             self._regularize(ops.cast(probs, "float32"), mask)
         return Routing(logits, probs, indices, weights)

@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 
 
@@ -11,31 +12,32 @@ class Router(keras.layers.Layer):
     Routing decisions do not survive rounding, so routers compute in float32
     under every dtype policy (in float64 under `"float64"`).
 
-    What else a router is or needs, it says in class attributes, which `MoE`
-    reads:
+    A subclass declares in attributes, which `MoE` and the losses read, what
+    else it needs or offers:
 
     - `uses_context = True`: `call` also takes `context`, a tensor `(T, ...)` or
-      `None`: what `MoE` was given as `context`, for each token. Token ids, task
-      ids, the logits of an earlier layer.
-    - `looks_ahead = True`: what one token gets depends on other tokens, later
-      ones among them. Then `call` also takes `num_sequences`, an int or a
-      scalar tensor: the tokens are that many sequences of equal length, one
-      after the other. A layer that is told to be causal refuses such a router,
-      unless it has `allow_lookahead=True`.
-    - `distinct_choices = True`: no token is ever sent twice to one expert. Some
-      experts need less memory if they can rely on it.
-    - `choices_per_token`: int, the `K` of every routing, or `None` where it
-      varies or is not known.
-    - `per`: the tokens that are routed together: `"batch"`, `"sequence"` or an
+      `None`: what `MoE` was given as `context`, for each token. It may hold
+      token ids, task ids or the logits of an earlier layer.
+    - `needs_context = True`: `context` must not be `None`.
+    - `looks_ahead = True`: the routing of a token depends on other tokens, also
+      on later ones. Then `call` also takes `num_sequences`, an int or a scalar
+      tensor: the tokens are that many sequences of equal length, one after the
+      other. A causal layer refuses such a router, unless it has
+      `allow_lookahead=True`.
+    - `distinct_choices = True`: no token is sent twice to one expert. Some
+      experts need less memory then.
+    - `choices_per_token`: int, the largest `K` of a routing, or `None` if it is
+      not known.
+    - `per`: which tokens are routed together: `"batch"`, `"sequence"` or an
       int, a number of sequences.
     - `routing_class`: the class of what `call` returns, or `None` if it is not
-      said. A loss that reads more than a `Routing` holds checks it.
+      known. Losses that need more than a `Routing` check it.
 
     Args:
         num_experts: int. Number of experts to choose from.
         allow_lookahead: bool. Whether a causal layer may use this router even
-            if it looks ahead, as one may want to when only whole sequences are
-            scored. Defaults to `False`.
+            if it looks ahead, for models that score whole sequences only.
+            Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
@@ -60,6 +62,7 @@ class Router(keras.layers.Layer):
     """
 
     uses_context = False
+    needs_context = False
     looks_ahead = False
     allow_lookahead = False
     distinct_choices = False
@@ -74,15 +77,16 @@ class Router(keras.layers.Layer):
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
         check_int("num_experts", num_experts, minimum=1)
+        check_bool("allow_lookahead", allow_lookahead)
         self.num_experts = num_experts
         self.allow_lookahead = allow_lookahead
         self.supports_masking = True
 
     def max_rows(self, num_tokens, num_sequences):
-        """Upper bound of the choices that exist, where that is known.
+        """The most choices that all tokens make together.
 
-        `None` stands for `T * K`. A router whose `K` is large, but which makes
-        far fewer choices, saves the memory of the rest with it.
+        `None` stands for `T * K`. A router with a large `K` whose tokens make
+        far fewer choices saves memory by telling their number.
         """
         return None
 

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_int
+from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_one_of
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
@@ -14,7 +15,8 @@ from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.ops.sinkhorn import sinkhorn
-from keras_moe.routers.choice_arguments import check_top_k
+from keras_moe.routers.eval_top_k import FixedNumber
+from keras_moe.routers.eval_top_k import num_choices
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -35,8 +37,8 @@ class SinkhornRouter(LinearRouter):
     balanced and no balancing loss is needed: give `MoE` `losses=None`. No
     gradient flows through it; gradients reach the kernel through the weights.
 
-    In training what a token gets depends on later tokens, in inference on
-    itself alone. `looks_ahead` is `True` for the sake of training.
+    In training what a token gets depends on later tokens, so `looks_ahead` is
+    `True`. In inference it depends on the token alone.
 
     Masked tokens have no share and no expert.
 
@@ -51,6 +53,8 @@ class SinkhornRouter(LinearRouter):
         score_activation: `"softmax"` over all experts, `"sigmoid"` or
             `"sqrt_softplus"`. `None` is `"sigmoid"` for `top_k=1` and
             `"softmax"` for more. Defaults to `None`.
+        eval_top_k: int, or `None` for `top_k`. Experts per token in inference;
+            see `keras_moe.conversion.set_eval_top_k`. Defaults to `None`.
         **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
             `temperature`, `use_bias`, initializers, regularizer, `seed`.
 
@@ -66,7 +70,7 @@ class SinkhornRouter(LinearRouter):
 
     Output:
         A `keras_moe.routers.Routing` with `K = top_k`, in training with the
-        largest share first.
+        largest share first; in inference with `K = eval_top_k`.
 
     Raises:
         ValueError: If an argument is out of range, `D` is not static, or the
@@ -87,6 +91,9 @@ class SinkhornRouter(LinearRouter):
 
     looks_ahead = True
     distinct_choices = True
+    routing_class = Routing
+    top_k = FixedNumber()
+    eval_top_k = FixedNumber()
 
     def __init__(
         self,
@@ -95,19 +102,33 @@ class SinkhornRouter(LinearRouter):
         num_iterations=20,
         per="batch",
         score_activation=None,
+        eval_top_k=None,
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts)
+        check_int_up_to("top_k", top_k, "num_experts", num_experts)
+        self.check_eval_top_k(eval_top_k)
         check_int("num_iterations", num_iterations, minimum=1)
         check_per(per)
         if score_activation is None:
             score_activation = "sigmoid" if top_k == 1 else "softmax"
         check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
         self.top_k = top_k
+        self.eval_top_k = eval_top_k
         self.num_iterations = num_iterations
         self.per = per
         self.score_activation = score_activation
+
+    @property
+    def choices_per_token(self):
+        return max(self.top_k, self.eval_top_k or 0)
+
+    def check_eval_top_k(self, eval_top_k):
+        """Raises unless it may be the number of experts in inference."""
+        if eval_top_k is not None:
+            check_int_up_to(
+                "eval_top_k", eval_top_k, "num_experts", self.num_experts
+            )
 
     def call(self, tokens, mask=None, training=None, num_sequences=1):
         if mask is not None:
@@ -117,7 +138,8 @@ class SinkhornRouter(LinearRouter):
         ranked = logits
         if training:
             ranked = self._balanced(logits, mask, num_sequences)
-        indices = top_k_indices(ranked, self.top_k)  # (T, K)
+        top_k = num_choices(self.top_k, self.eval_top_k, training)
+        indices = top_k_indices(ranked, top_k)  # (T, K)
         weights = take_chosen(probs, indices)
         if mask is not None:
             missing = ops.expand_dims(ops.logical_not(mask), -1)  # (T, 1)
@@ -138,6 +160,7 @@ class SinkhornRouter(LinearRouter):
         return {
             **super().get_config(),
             "top_k": self.top_k,
+            "eval_top_k": self.eval_top_k,
             "num_iterations": self.num_iterations,
             "per": self.per,
             "score_activation": self.score_activation,

@@ -4,12 +4,17 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
-from keras_moe.ops.noise import gumbel
+from keras_moe.checks import check_seed
+from keras_moe.ops.noise import with_noise
 from keras_moe.ops.scores import softmax
+from keras_moe.routers.normalizations import l2_normalized
+from keras_moe.routers.normalizations import rms_normalized
 from keras_moe.routers.router import Router
 
 _NORMALIZATIONS = ("l2", "rms", "layer")
@@ -52,9 +57,9 @@ class SoftRouter(Router):
     ```
 
     Nothing is chosen and nothing is dropped: each slot is a weighted mean of
-    all tokens of an example, and each token's output one of all slots. Each
-    example is a group of tokens on its own. It is a router for
-    `keras_moe.layers.SoftMoE`, not for `MoE`.
+    all tokens of its example, and each token's output is a weighted mean of all
+    slots. Examples do not mix. It is a router for `keras_moe.layers.SoftMoE`,
+    not for `MoE`.
 
     With `"rms"` and `"layer"` both sides are normalized as `RMSNormalization`
     and `LayerNormalization` do, with a learned gain of each feature in the
@@ -66,9 +71,9 @@ class SoftRouter(Router):
         num_experts: int. Number of experts, `E`.
         slots_per_expert: int. Slots of each expert for an example, `P`.
             Defaults to `1`.
-        normalization: `"l2"` (the paper), `"rms"` or `"layer"`. Of the tokens
-            and of the slots' embeddings, over their features. Defaults to
-            `"l2"`.
+        normalization: `"l2"` (the paper), `"rms"` or `"layer"`: how the tokens
+            and the slots' embeddings are normalized over their features.
+            Defaults to `"l2"`.
         epsilon: float. Added to the sum of squares (`"l2"`), to their mean
             (`"rms"`) or to the variance (`"layer"`). Defaults to `1e-6`.
         mix_normalized: bool. Whether slots are mixed from the normalized
@@ -80,7 +85,7 @@ class SoftRouter(Router):
             to the logits in training. Defaults to `0.0`.
         kernel_initializer: Initializer of the slots' embeddings, drawn as a
             `(D, E * P)` matrix. Defaults to `"lecun_normal"`.
-        kernel_regularizer: Regularizer of them. Defaults to `None`.
+        kernel_regularizer: Regularizer of the embeddings. Defaults to `None`.
         scale_initializer: Initializer of the scale. Defaults to `"ones"`.
         seed: int, or `None`. Seed of the noise. Defaults to `None`.
         **kwargs: Arguments of `keras_moe.routers.Router`.
@@ -118,6 +123,7 @@ class SoftRouter(Router):
     """
 
     looks_ahead = True
+    routing_class = SoftRouting
 
     def __init__(
         self,
@@ -138,7 +144,9 @@ class SoftRouter(Router):
         check_int("slots_per_expert", slots_per_expert, minimum=1)
         check_one_of("normalization", normalization, _NORMALIZATIONS)
         check_positive("epsilon", epsilon)
+        check_bool("mix_normalized", mix_normalized)
         check_at_least("noise_stddev", noise_stddev, 0)
+        check_seed("seed", seed)
         check_at_least("gumbel_noise", gumbel_noise, 0)
         self.slots_per_expert = slots_per_expert
         self.normalization = normalization
@@ -146,11 +154,17 @@ class SoftRouter(Router):
         self.mix_normalized = mix_normalized
         self.noise_stddev = noise_stddev
         self.gumbel_noise = gumbel_noise
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.scale_initializer = keras.initializers.get(scale_initializer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.kernel_regularizer = as_keras_object(
+            "kernel_regularizer", keras.regularizers.get, kernel_regularizer
+        )
+        self.scale_initializer = as_keras_object(
+            "scale_initializer", keras.initializers.get, scale_initializer
+        )
         self.seed = seed
-        # A seed generator is state that every call advances: none without use.
+        # Every call advances it: a router that draws nothing has none.
         if noise_stddev > 0 or gumbel_noise > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -182,7 +196,7 @@ class SoftRouter(Router):
             )
 
     def _draw_slots(self, shape, dtype=None):
-        # As a matrix: Keras would count E as a part of the inputs.
+        # As a matrix: Keras would count E in the fan-in.
         matrix = (shape[0], shape[1] * shape[2])
         return ops.reshape(self.kernel_initializer(matrix, dtype=dtype), shape)
 
@@ -195,20 +209,25 @@ class SoftRouter(Router):
                     f"Received: mask.shape={tuple(mask.shape)}"
                 )
             keep = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (B, L, 1)
-            # Whatever padding holds, NaN included, it must reach no gradient.
+            # Masked tokens, which may be NaN, must not reach a gradient.
             inputs = ops.where(keep, inputs, ops.zeros_like(inputs))
             keep = ops.expand_dims(keep, -1)  # (B, L, 1, 1)
         tokens = self._normalize(inputs, -1, self.token_gain)
         logits = self._logits(tokens)  # (B, L, E, P)
         noisy = logits
-        if training:
-            noisy = self._add_noise(noisy)
+        if training and (self.noise_stddev or self.gumbel_noise):
+            noisy = with_noise(
+                noisy,
+                self.noise_stddev,
+                self.gumbel_noise,
+                self.seed_generator,
+            )
         shape = ops.shape(logits)
         slots = self.num_experts * self.slots_per_expert
         combine = softmax(ops.reshape(noisy, (*shape[:2], slots)))
         combine = ops.reshape(combine, shape)
         if keep is not None:
-            # Not infinity: with all tokens masked it would make NaN.
+            # Minus infinity would give NaN if all tokens are masked.
             noisy = ops.where(keep, noisy, -1e30)
         dispatch = softmax(noisy, axis=1)
         if keep is not None:
@@ -223,36 +242,19 @@ class SoftRouter(Router):
         if self.scale is not None:
             slots = slots * self.scale
         logits = ops.einsum("bld,dep->blep", tokens, slots)
-        # TensorFlow has another shape for it if both B and L are zero.
+        # TensorFlow returns another shape if both B and L are zero.
         shape = (*ops.shape(tokens)[:2], *self.slot_kernel.shape[1:])
         return ops.reshape(logits, shape)
 
     def _normalize(self, x, axis, gain):
         if self.normalization == "l2":
-            squares = ops.sum(ops.square(x), axis=axis, keepdims=True)
-            return x * ops.rsqrt(squares + self.epsilon)
+            return l2_normalized(x, self.epsilon, axis)
         if self.normalization == "layer":
             x = x - ops.mean(x, axis=axis, keepdims=True)
-        squares = ops.mean(ops.square(x), axis=axis, keepdims=True)
-        x = x * ops.rsqrt(squares + self.epsilon)
+        x = rms_normalized(x, self.epsilon, axis)
         if axis == 0:
             gain = ops.reshape(gain, (-1, 1, 1))
         return x * gain
-
-    def _add_noise(self, logits):
-        shape = ops.shape(logits)
-        if self.noise_stddev > 0:
-            logits = logits + keras.random.normal(
-                shape,
-                stddev=self.noise_stddev,
-                dtype=self.compute_dtype,
-                seed=self.seed_generator,
-            )
-        if self.gumbel_noise > 0:
-            logits = logits + self.gumbel_noise * gumbel(
-                shape, self.compute_dtype, self.seed_generator
-            )
-        return logits
 
     def get_config(self):
         return {

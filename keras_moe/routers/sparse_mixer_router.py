@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int_up_to
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
@@ -9,7 +10,8 @@ from keras_moe.ops.scores import rankable
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.choice_arguments import check_top_k
+from keras_moe.routers.eval_top_k import FixedNumber
+from keras_moe.routers.eval_top_k import num_choices
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -26,14 +28,14 @@ class SparseMixerRouter(LinearRouter):
     weight   = probs[expert]
     ```
 
-    `top_k` times. The weights of the choices are not normalized together: each
-    is a probability among what the earlier choices left over, so that their sum
-    may be anything up to `top_k`.
+    This is done `top_k` times. The weights are not normalized together: each is
+    a probability among the experts that the earlier choices left, so that their
+    sum may be anything up to `top_k`.
 
-    A router that is trained through the weights of its choices alone does not
-    learn what another choice would have done. Sampling makes the expectation of
-    the output differentiable, and its gradient is estimated by Heun's method of
-    third order, from the experts' derivative at 1 and at 1/3 of the weight:
+    A router that learns from the weights of its choices alone is not told what
+    another choice would have done. Sampling makes the expectation of the output
+    differentiable. Heun's method of third order estimates its gradient, from
+    the experts' derivative at 1 and at 1/3 of the weight:
 
     ```
     if expert is the argmax:     weight is handed on as it is
@@ -42,8 +44,8 @@ class SparseMixerRouter(LinearRouter):
     ```
 
     and in all three cases the gradient of what is handed on is taken for the
-    gradient of `weight`. Thus the sampled output is smaller than the expected
-    one at times; in inference nothing of it happens.
+    gradient of `weight`. Thus a sampled output may be smaller than the expected
+    one. In inference there is no sampling, and the weight stays as it is.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -51,6 +53,8 @@ class SparseMixerRouter(LinearRouter):
         jitter_epsilon: float. How near to the best logit another one has to be
             to be sampled and to count in the softmax. Not to be confused with
             `jitter`, the noise of the inputs. Defaults to `0.01`.
+        eval_top_k: int, or `None` for `top_k`. Experts per token in inference;
+            see `keras_moe.conversion.set_eval_top_k`. Defaults to `None`.
         **kwargs: Arguments of `keras_moe.routers.LinearRouter`: `jitter`,
             `temperature`, `use_bias`, `normalize_inputs`, initializers, `seed`.
 
@@ -64,9 +68,10 @@ class SparseMixerRouter(LinearRouter):
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing` with `K = top_k`, experts in the order in
-        which they were chosen. Its `probs` are the softmax of all logits, which
-        is what a balancing loss needs; weights are not read off it.
+        A `keras_moe.routers.Routing` with `K = top_k`, in inference
+        `eval_top_k`, and the experts in the order in which they were chosen.
+        Its `probs` are the softmax of all logits, which is what a balancing
+        loss needs; the weights are other numbers.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -87,20 +92,43 @@ class SparseMixerRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
+    top_k = FixedNumber()
+    eval_top_k = FixedNumber()
 
-    def __init__(self, num_experts, top_k=2, jitter_epsilon=0.01, **kwargs):
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        jitter_epsilon=0.01,
+        eval_top_k=None,
+        **kwargs,
+    ):
         super().__init__(num_experts, **kwargs)
-        check_top_k(top_k, num_experts)
+        check_int_up_to("top_k", top_k, "num_experts", num_experts)
+        self.check_eval_top_k(eval_top_k)
         check_at_least("jitter_epsilon", jitter_epsilon, 0)
         self.top_k = top_k
+        self.eval_top_k = eval_top_k
         self.jitter_epsilon = jitter_epsilon
         self.add_seed_generator()
+
+    @property
+    def choices_per_token(self):
+        return max(self.top_k, self.eval_top_k or 0)
+
+    def check_eval_top_k(self, eval_top_k):
+        """Raises unless it may be the number of experts in inference."""
+        if eval_top_k is not None:
+            check_int_up_to(
+                "eval_top_k", eval_top_k, "num_experts", self.num_experts
+            )
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         left = ops.ones_like(logits, dtype="bool")
         indices, weights = [], []
-        for _ in range(self.top_k):
+        for _ in range(num_choices(self.top_k, self.eval_top_k, training)):
             expert, weight = self._choose(logits, left, training)  # (T, 1)
             left = ops.logical_and(
                 left, ops.logical_not(_is_expert(expert, self.num_experts))
@@ -126,7 +154,7 @@ class SparseMixerRouter(LinearRouter):
             ops.abs(ops.stop_gradient(logits)), best
         )
         near = ops.logical_and(left, best - values <= tolerance)
-        # The best one is near, even if it is no number.
+        # The best one is near, even if it is NaN.
         near = ops.logical_or(near, _is_expert(first, self.num_experts))
         candidates = ops.where(near, logits, float("-inf"))
         probs = softmax(candidates)
@@ -151,6 +179,7 @@ class SparseMixerRouter(LinearRouter):
         return {
             **super().get_config(),
             "top_k": self.top_k,
+            "eval_top_k": self.eval_top_k,
             "jitter_epsilon": self.jitter_epsilon,
         }
 

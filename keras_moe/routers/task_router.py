@@ -6,8 +6,6 @@ from keras_moe import backend
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
-from keras_moe.ops.routing import Routing
-from keras_moe.ops.scores import score
 from keras_moe.routers.top_k_router import TopKRouter
 
 KERNELS = ("per_task", "shared", "task")
@@ -24,16 +22,15 @@ class TaskRouter(TopKRouter):
     logits[t] = -inf where not allowed_experts[task[t]]
     ```
 
-    and from there on as in `TopKRouter`. The ids of the tasks are the
-    `context` of the call.
+    and from there on as in `TopKRouter`. The `context` of the call holds the
+    ids of the tasks.
 
-    With `"per_task"` each task has a gate of its own, as in MMoE, whose gates
-    are dense; the logits of all tasks are computed, `num_tasks` times the work,
-    rather than a kernel gathered for each token. With `"task"` all tokens of a
-    task go to the same experts: these are known before the token is, and no
-    others are needed to serve the task. `allowed_experts` keeps tasks to
-    experts of their own, besides shared ones, as the groups for text and images
-    in ERNIE 4.5.
+    With `"per_task"` each task has its own gate, as in MMoE. The logits of all
+    tasks are computed, `num_tasks` times the work, as this is cheaper than a
+    kernel gathered for each token. With `"task"` all tokens of a task go to the
+    same experts, the only ones that serving the task needs. `allowed_experts`
+    can give tasks their own experts, besides shared ones, as the groups for
+    text and images in ERNIE 4.5.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -51,19 +48,18 @@ class TaskRouter(TopKRouter):
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
         mask: Boolean tensor of shape `(T,)`, or `None`. Each token is routed on
-            its own, and what masked ones hold, their ids too, reaches nothing.
+            its own. Masked tokens and their ids have no effect.
         training: bool. Whether to apply jitter, noise and expert dropout.
         context: Integer tensor of shape `(T,)`, the id of each token's task.
-            An id out of range is an error where values are known as the
-            router is called; where they are not, in compiled code, it counts
-            as the nearest id there is.
+            An id out of range is an error where its value is known. In
+            compiled code it is not, and the nearest id is taken.
 
     Input shape:
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing`, as of `TopKRouter`. The logits of experts
-        that are not allowed are `-inf`.
+        A `keras_moe.routers.Routing`, as `TopKRouter` returns it. The logits of
+        experts that are not allowed are `-inf`.
 
     Raises:
         ValueError: If an argument is out of range, `D` is not static, or
@@ -90,6 +86,7 @@ class TaskRouter(TopKRouter):
     """
 
     uses_context = True
+    needs_context = True
 
     def __init__(
         self,
@@ -105,9 +102,10 @@ class TaskRouter(TopKRouter):
         check_one_of("kernel", kernel, KERNELS)
         self.num_tasks = num_tasks
         self.kernel_kind = kernel
-        self.allowed_experts = self._check_allowed(allowed_experts)
+        self.allowed_experts = self._as_allowed(allowed_experts)
+        self.check_eval_top_k(self.eval_top_k)
 
-    def _check_allowed(self, allowed):
+    def _as_allowed(self, allowed):
         """`allowed_experts` as a list of lists, or `None`."""
         if allowed is None:
             return None
@@ -119,27 +117,39 @@ class TaskRouter(TopKRouter):
                 f"num_experts), {shape}. Received: shape {allowed.shape}, "
                 f"dtype {allowed.dtype}"
             )
-        # Either would let an expert in that is not allowed, where too few of
-        # those that are remain.
-        if self.num_expert_groups > 1 or self.expert_dropout > 0:
+        # With groups or dropout, too few allowed experts might be left, and
+        # quantiles would count the tokens that may not have an expert.
+        by_quantile = self.bias_kind and self.bias_update == "quantile"
+        if self.num_expert_groups > 1 or self.expert_dropout or by_quantile:
             raise ValueError(
                 "`allowed_experts` goes neither with `num_expert_groups` nor "
-                "with `expert_dropout`. Received: "
-                f"num_expert_groups={self.num_expert_groups}, "
-                f"expert_dropout={self.expert_dropout}"
+                "with `expert_dropout` nor with `bias_update='quantile'`. "
+                f"Received: num_expert_groups={self.num_expert_groups}, "
+                f"expert_dropout={self.expert_dropout}, "
+                f"bias_update={self.bias_update!r}"
             )
+        self._check_enough("top_k", self.top_k, allowed)
+        return allowed.tolist()
+
+    def _check_enough(self, name, number, allowed):
         candidates = self.num_experts - self.num_always_on
-        enough = allowed[:, :candidates].sum(axis=1) >= self.top_k
+        enough = allowed[:, :candidates].sum(axis=1) >= number
         enough = np.logical_and(enough, allowed[:, candidates:].all(axis=1))
         if not enough.all():
             raise ValueError(
-                "Each task must be allowed at least `top_k` experts, and all "
-                f"of the last `num_always_on`. Received: top_k={self.top_k}, "
+                f"Each task must be allowed at least `{name}` experts, and all "
+                f"of the last `num_always_on`. Received: {name}={number}, "
                 f"num_always_on={self.num_always_on}, "
                 f"allowed_experts[{np.argmin(enough)}]="
                 f"{allowed[np.argmin(enough)].tolist()}"
             )
-        return allowed.tolist()
+
+    def check_eval_top_k(self, eval_top_k):
+        super().check_eval_top_k(eval_top_k)
+        # Not there yet as the base class asks.
+        allowed = getattr(self, "allowed_experts", None)
+        if eval_top_k is not None and allowed is not None:
+            self._check_enough("eval_top_k", eval_top_k, np.asarray(allowed))
 
     def build_logits(self, dim):
         if self.kernel_kind == "shared":
@@ -158,8 +168,8 @@ class TaskRouter(TopKRouter):
     def _initialize(self, shape, dtype=None):
         if len(shape) == 2:
             return self.kernel_initializer(shape, dtype=dtype)
-        # Each task's as a matrix of its own: of three axes Keras would take
-        # one for the size of a convolution. Side by side, no two are alike.
+        # Drawn as one matrix, so that no two tasks have the same kernel. Keras
+        # would take three axes for the kernel of a convolution.
         num_tasks, dim, num_experts = shape
         kernel = self.kernel_initializer(
             (dim, num_tasks * num_experts), dtype=dtype
@@ -188,33 +198,37 @@ class TaskRouter(TopKRouter):
             logits = ops.take_along_axis(
                 logits, ops.broadcast_to(where, shape), axis=1
             )[:, 0]
-        allowed = None
         if self.allowed_experts is not None:
             table = ops.convert_to_tensor(
                 np.array(self.allowed_experts, "float32")
             )
             is_task = ops.cast(is_task, "float32")
             allowed = ops.einsum("tn,ne->te", is_task, table) > 0.5
-        logits = _limited(logits, allowed)  # (T, E)
-        noisy = self.noisy_logits(tokens, logits, training)
-        weighted = noisy if self.noisy_weights else logits
-        probs = score(weighted, self.score_activation)
-        # With a bias it is the probabilities that are ranked.
-        ranked = _limited(score(noisy, self.score_activation), allowed)
-        indices = self.select(noisy, ranked, training)
-        weights = self.weigh(weighted, probs, indices)
-        routing = Routing(logits, probs, indices, weights)
-        self.balance(routing, mask, training)
-        return routing
+            logits = ops.where(allowed, logits, float("-inf"))
+        noisy = self.noisy_logits(logits, training)
+        return self.route(logits, noisy, mask, training)
 
-    def _tasks(self, context, mask):
-        """The ids `(T,)` int32, in range."""
+    def ranked(self, noisy, probs=None):
+        ranked = super().ranked(noisy, probs)
+        if self.allowed_experts is None:
+            return ranked
+        # A bias might lift scores of 0 above others.
+        return ops.where(noisy > float("-inf"), ranked, float("-inf"))
+
+    def compute_output_spec(
+        self, tokens, mask=None, training=None, context=None
+    ):
+        self._check_context(context)
+        return super().compute_output_spec(
+            tokens, mask=mask, training=training, context=context
+        )
+
+    def _check_context(self, context):
         if context is None:
             raise ValueError(
-                "TaskRouter needs a `context`, the ids of the tasks. "
+                "`context` must be given to TaskRouter: the ids of the tasks. "
                 "Received: context=None"
             )
-        context = ops.convert_to_tensor(context)
         dtype = keras.backend.standardize_dtype(context.dtype)
         if "int" not in dtype or len(context.shape) != 1:
             raise ValueError(
@@ -222,6 +236,12 @@ class TaskRouter(TopKRouter):
                 f"the tasks. Received: dtype={dtype}, "
                 f"context.shape={tuple(context.shape)}"
             )
+
+    def _tasks(self, context, mask):
+        """The ids `(T,)` int32, in range."""
+        if context is not None:
+            context = ops.convert_to_tensor(context)
+        self._check_context(context)
         tasks = zero_masked(ops.cast(context, "int32"), mask)
         if not backend.is_symbolic(tasks):
             values = ops.convert_to_numpy(tasks)
@@ -240,10 +260,3 @@ class TaskRouter(TopKRouter):
             "kernel": self.kernel_kind,
             "allowed_experts": self.allowed_experts,
         }
-
-
-def _limited(values, allowed):
-    """`values` with `-inf` where they are not allowed."""
-    if allowed is None:
-        return values
-    return ops.where(allowed, values, float("-inf"))

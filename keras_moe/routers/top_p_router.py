@@ -2,14 +2,14 @@ import keras
 from keras import ops
 
 from keras_moe.checks import is_number
-from keras_moe.ops.choices import check_max_experts
-from keras_moe.ops.choices import check_normalize_weights
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
+from keras_moe.routers.choice_arguments import as_max_experts
+from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.linear_router import LinearRouter
 
 
@@ -26,12 +26,11 @@ class TopPRouter(LinearRouter):
     weights = weights / sum(weights)                if normalize_weights
     ```
 
-    The expert that crosses the threshold belongs to the set. A token whose
-    router is sure gets one expert, an unsure one gets more. Nothing keeps a
-    router from becoming unsure on purpose, as more experts fit better: the
-    paper adds the entropy of `probs`, with a weight of 1e-4, to the loss. That
-    is `keras_moe.losses.EntropyLoss`, to be given to `MoE` along with a
-    balancing loss.
+    The expert that crosses the threshold belongs to the set. A token gets one
+    expert where the router is sure, more where it is not. As more experts fit
+    the data better, training would make the router unsure. Therefore the paper
+    adds the entropy of `probs` to the loss, with a weight of 1e-4: give `MoE` a
+    `keras_moe.losses.EntropyLoss` along with a balancing loss.
 
     Gradients reach the kernel through the weights; the choice itself has none.
     Ties go to the lower index. All of it is computed in float32.
@@ -43,16 +42,15 @@ class TopPRouter(LinearRouter):
             probability makes a difference in float32. Defaults to `0.4`.
         max_experts: int, or `None` for all of them. Experts per token at most,
             the best ones, even if they do not reach `top_p`. It also bounds
-            memory, which is that of `max_experts` rows a token. Defaults to
-            `None`.
+            memory, which is taken for `max_experts` rows per token. Defaults
+            to `None`.
         normalize_weights: bool. Whether to divide the weights of a token by
             their sum. A token with a single expert then gives the router no
             gradient; with `max_experts=1`, where none would, it is refused.
             Defaults to `False`.
         **kwargs: Arguments of `LinearRouter`: `jitter`, `temperature`,
             `use_bias`, `kernel_initializer`, `bias_initializer`,
-            `kernel_regularizer`, `seed`, and those of
-            `keras_moe.routers.Router`.
+            `kernel_regularizer`, `seed`, and of `keras_moe.routers.Router`.
 
     Call arguments:
         tokens: Tensor of shape `(T, D)`.
@@ -66,7 +64,7 @@ class TopPRouter(LinearRouter):
     Output:
         A `keras_moe.routers.Routing` with `K = max_experts` or `E`. Choices
         that do not exist have the index `num_experts` and the weight 0. Its
-        `probs` are those of all experts.
+        `probs` are the probabilities of all experts.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -86,6 +84,7 @@ class TopPRouter(LinearRouter):
     """
 
     distinct_choices = True
+    routing_class = Routing
 
     def __init__(
         self,
@@ -101,21 +100,24 @@ class TopPRouter(LinearRouter):
                 "`top_p` must be above 0 and at most 1. "
                 f"Received: top_p={top_p!r}"
             )
-        check_max_experts(max_experts, num_experts)
+        as_max_experts(max_experts, num_experts)
         self.top_p = top_p
         self.max_experts = max_experts
-        self.normalize_weights = check_normalize_weights(
-            normalize_weights, max_experts, default=False
+        self.normalize_weights = as_normalize_weights(
+            normalize_weights, max_experts, False, limit_name="max_experts"
         )
+
+    @property
+    def choices_per_token(self):
+        return as_max_experts(self.max_experts, self.num_experts)
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
         probs = softmax(logits)
-        top_k = check_max_experts(self.max_experts, self.num_experts)
-        indices = top_k_indices(logits, top_k)  # (T, K)
+        indices = top_k_indices(logits, self.choices_per_token)  # (T, K)
         weights = take_chosen(probs, indices)
         reached = ops.cumsum(ops.stop_gradient(weights), axis=-1)
-        # By the better ones alone: the first needs nobody.
+        # What the better experts reach without this one; 0 for the first.
         before = ops.concatenate(
             [ops.zeros_like(reached[:, :1]), reached[:, :-1]], axis=-1
         )

@@ -1,3 +1,3 @@
 def refuse(rest):
     if rest:
-        raise NotImplementedError(f"Nobody has read this yet: {rest}")
+        raise NotImplementedError(f"No reader knows these fields: {rest}")

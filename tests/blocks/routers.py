@@ -46,6 +46,20 @@ class RouterReader:
         self.imports[path] = lambda w: w[name].T
         return self.weights[name].shape[0]
 
+    def _bias(self, name):
+        """Imports the bias of the logits; whether there is one."""
+        if name is None:
+            return False
+        self.imports["router/bias"] = lambda w: w[name]
+        return True
+
+    def _bias_beside_weight(self, spec):
+        """The same, where it may stand beside the kernel without being told."""
+        name = self.spec["router"]["weight"].replace("weight", "bias")
+        return self._bias(
+            spec.pop("bias", name if name in self.weights else None)
+        )
+
     def _scores(self, spec):
         """What scores and weights are made of."""
         score, after = spec.pop("score"), spec.pop("score_topk", None)
@@ -75,10 +89,7 @@ class RouterReader:
             self.imports["router/expert_bias"] = lambda w: w[bias].reshape(-1)
             by_logit = select_on == "logit" and not after
             kwargs["expert_bias"] = "logits" if by_logit else "scores"
-        if spec.pop("bias", None):
-            kwargs["use_bias"] = True
-            name = self.spec["router"]["bias"]
-            self.imports["router/bias"] = lambda w: w[name]
+        kwargs["use_bias"] = self._bias(spec.pop("bias", None))
         if spec.get("n_group", 1) > 1:
             kwargs["num_expert_groups"] = spec["n_group"]
             kwargs["top_k_groups"] = spec["topk_group"]
@@ -126,7 +137,12 @@ class RouterReader:
         self.moe["capacity"] = keras_moe.layers.Capacity(
             size=spec.pop("capacity"), per="sequence"
         )
-        return routers_lib.TopKRouter(num_experts, spec.pop("k"), name="router")
+        return routers_lib.TopKRouter(
+            num_experts,
+            spec.pop("k"),
+            use_bias=self._bias_beside_weight(spec),
+            name="router",
+        )
 
     def _nllb_router(self, spec, dim):
         num_experts = self._kernel(spec)
@@ -137,7 +153,11 @@ class RouterReader:
             normalize_kept_weights=not before,
         )
         return routers_lib.GShardRouter(
-            num_experts, spec.pop("k"), normalize_weights=before, name="router"
+            num_experts,
+            spec.pop("k"),
+            normalize_weights=before,
+            use_bias=self._bias_beside_weight(spec),
+            name="router",
         )
 
     def _sparse_mixer_router(self, spec, dim):

@@ -6,6 +6,7 @@ from absl.testing import parameterized
 from keras import ops
 
 from keras_moe import losses
+from keras_moe import routers
 from keras_moe.routers import Routing
 from tests import token_loop
 from tests.losses import loops
@@ -159,6 +160,36 @@ class AllLossesTest(TestCase):
         ):
             (loss,) = losses.get(name)
             self.assertIs(type(loss), cls)
+
+    def test_load_loss_checks_the_router(self):
+        loss = losses.LoadLoss()
+        loss.check_router(routers.NoisyTopKRouter(4))
+        loss.check_router(routers.Router(4))  # does not say what it returns
+        for router in (
+            routers.TopKRouter(4),
+            routers.MLPRouter(4, hidden_dims=2),
+            routers.HashRouter(4, num_ids=2),
+        ):
+            name = type(router).__name__
+            with self.assertRaisesRegex(ValueError, f"`LoadLoss`.*{name}"):
+                loss.check_router(router)
+
+    def test_device_losses_check_the_router(self):
+        for loss in (
+            losses.DeviceBalanceLoss(3),
+            losses.CommunicationBalanceLoss(3, 2),
+        ):
+            loss.check_router(routers.TopKRouter(6))
+            for num_experts in (1, 2, 4):
+                message = f"num_devices=3, num_experts={num_experts}"
+                with self.assertRaisesRegex(ValueError, message):
+                    loss.check_router(routers.DenseRouter(num_experts))
+
+    def test_other_losses_take_any_router(self):
+        router = routers.TopKRouter(3, 1)
+        for name in ("default", "importance", "entropy", "mutual_information"):
+            for loss in losses.get(name):
+                self.assertIsNone(loss.check_router(router))
 
     def test_errors(self):
         for call, message in (

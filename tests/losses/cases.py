@@ -22,7 +22,7 @@ class LoadRouting(NamedTuple):
 
 
 def arrays(seed=0, num_tokens=T, num_experts=E, top_k=K, sigmoid=False):
-    """Nobody chooses the last expert, and some choices do not exist."""
+    """No token chooses the last expert, and some choices do not exist."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(num_tokens, num_experts))
     indices = np.zeros((num_tokens, top_k), int)

@@ -71,7 +71,7 @@ class DegenerateRoutingsTest(TestCase):
     @parameterized.parameters(*CASES)
     def test_scores_of_zero_have_finite_gradients(self, name):
         loss = CASES[name][0]
-        indices = np.full((4, 2), E)  # nobody is chosen, as ReLU scores do
+        indices = np.full((4, 2), E)  # no expert is chosen, as with ReLU scores
 
         def actual(probs):
             return loss(

@@ -1,9 +1,6 @@
 """The smooth load: against a loop, and against recorded losses of others."""
 
 import doctest
-import glob
-import json
-import pathlib
 from unittest import mock
 
 import keras
@@ -23,18 +20,8 @@ from tests.losses import loops
 from tests.losses.cases import LoadRouting
 from tests.losses.gradients import value_and_gradient
 from tests.losses.gradients import values_and_gradients
+from tests.routing_cases.cases import find
 from tests.test_case import TestCase
-
-CASES = pathlib.Path(__file__).parents[1] / "data" / "routing"
-
-
-def recorded(fits):
-    """`(name, config, arrays)` of the recorded cases that fit."""
-    for path in sorted(glob.glob(str(CASES / "*.json"))):
-        config = json.loads(pathlib.Path(path).read_text())["config"]
-        with np.load(path.replace(".json", ".npz")) as file:
-            if fits(config, file.files):
-                yield pathlib.Path(path).stem, config, dict(file)
 
 
 class ExpectedLoadTest(TestCase):
@@ -139,7 +126,7 @@ class RecordedLossesTest(TestCase):
 
     def test_fastmoe(self):
         found = 0
-        for name, config, a in recorded(
+        for name, config, a in find(
             lambda config, names: (
                 {"w_noise", "topk_index", "loss"} <= set(names)
                 and config.get("training")
@@ -185,7 +172,7 @@ class RecordedLossesTest(TestCase):
 
     def test_vmoe(self):
         found = 0
-        for name, config, a in recorded(
+        for name, config, a in find(
             lambda config, names: "metric/load_loss" in names
         ):
             found += 1
@@ -234,7 +221,7 @@ class RecordedLossesTest(TestCase):
         # `loss_mixed` compares probabilities with thresholds that are logits:
         # a bug; see INDEX.md of the recorded cases. `loss_scores` does not.
         found = 0
-        for name, config, a in recorded(
+        for name, config, a in find(
             lambda config, names: "loss_scores" in names
         ):
             found += 1

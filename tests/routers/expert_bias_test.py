@@ -27,6 +27,13 @@ def make(**kwargs):
     return router
 
 
+def by_quantile(**kwargs):
+    """With the default rate, which forgets the bias before."""
+    return make(
+        **{"bias_update": "quantile", "bias_update_rate": None, **kwargs}
+    )
+
+
 def bias_of(router):
     return np.array(ops.convert_to_numpy(router.expert_bias))
 
@@ -42,6 +49,22 @@ def steps(router, batches, bias=0.0):
             counts[np.argsort(-scores, kind="stable")[:2]] += 1
         bias = bias + RATE * np.sign(counts.mean() - counts)
     return bias
+
+
+def scores_of(router, kind, batch):
+    logits = batch.astype("float64") @ ops.convert_to_numpy(router.kernel)
+    return logits if kind == "logits" else 1 / (1 + np.exp(-logits))
+
+
+def equalizing(router, kind, batch, bias):
+    """The bias that gives equal loads with the present thresholds."""
+    scores = scores_of(router, kind, batch)
+    thresholds = [sorted(row, reverse=True)[2] for row in scores + bias]
+    result = []
+    for column in scores.T:
+        margins = sorted(column - thresholds, reverse=True)
+        result.append(-margins[len(batch) * 2 // 5])
+    return np.array(result)
 
 
 class ExpertBiasTest(TestCase):
@@ -106,7 +129,7 @@ class ExpertBiasTest(TestCase):
     @parameterized.parameters(False, True)
     def test_gradient_accumulation(self, jit_compile):
         # Four micro-batches a step of the optimizer make one step of the bias,
-        # the same as that of the whole batch.
+        # the same as the step of the whole batch.
         if jit_compile and keras.config.backend() == "torch":
             self.skipTest("torch.compile is tried in the tests of MoE")
         whole, micro = tokens(160), 40
@@ -192,10 +215,76 @@ class ExpertBiasTest(TestCase):
         wanted = np.argsort(-ranked, axis=1, kind="stable")[:, :2]
         self.assertAllEqual(router(batch).expert_indices, wanted)
 
+    @parameterized.parameters(True, "logits")
+    def test_quantile_rule(self, kind):
+        router = by_quantile(expert_bias=kind, bias_update_rate=0.25)
+        bias = np.zeros(5)
+        for seed in range(3):
+            batch = tokens(43, seed)
+            mask = np.random.default_rng(seed).random(43) < 0.7
+            router(batch, mask=ops.array(mask), training=True)
+            target = equalizing(router, kind, batch[mask], bias)
+            self.assertGreater(np.abs(target - bias).max(), 0.05)
+            bias = 0.75 * bias + 0.25 * target
+            self.assertAllClose(bias_of(router), bias)
+
+    def test_quantiles_centred_and_averaged(self):
+        router = by_quantile(bias_update_centered=True, bias_update_steps=2)
+        batches = [tokens(seed=s) for s in range(2)]
+        zeros = np.zeros(5)
+        target = np.mean(
+            [equalizing(router, True, batch, zeros) for batch in batches],
+            axis=0,
+        )
+        router(batches[0], training=True)
+        self.assertAllEqual(bias_of(router), zeros)
+        router(batches[1], training=True)
+        self.assertAllClose(bias_of(router), target - target.mean())
+        self.assertAllEqual(router.bias_counts, zeros)
+
+    def test_quantiles_without_a_token(self):
+        router = by_quantile()
+        router(tokens(), training=True)
+        before = bias_of(router)
+        self.assertGreater(np.abs(before).max(), 0.01)
+        router(tokens(), mask=ops.zeros((40,), "bool"), training=True)
+        router(tokens(0), training=True)
+        self.assertAllEqual(bias_of(router), before)
+
+    def test_quantiles_and_experts_that_are_always_on(self):
+        router = by_quantile(num_always_on=2)
+        router(tokens(), training=True)
+        self.assertAllEqual(bias_of(router)[3:], [0.0, 0.0])
+        scores = scores_of(router, True, tokens())[:, :3]
+        margins = scores - np.sort(scores, axis=1)[:, :1]
+        wanted = -np.sort(margins, axis=0)[::-1][40 * 2 // 3]
+        self.assertAllClose(bias_of(router)[:3], wanted)
+
+    def test_quantiles_balance_in_a_few_steps(self):
+        router = by_quantile()
+        batch = np.abs(tokens(200))
+        counts = None
+        for _ in range(8):
+            indices = router(batch, training=True).expert_indices
+            flat = ops.convert_to_numpy(indices).reshape(-1)
+            before, counts = counts, np.bincount(flat, minlength=5)
+            if before is None:
+                self.assertGreater(counts.max(), 120)
+        self.assertAllClose(counts, [80] * 5, atol=8)
+
     @parameterized.parameters(
         ({"expert_bias": "probs"}, "expert_bias='probs'"),
         ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0"),
         ({"bias_update_steps": 0}, "bias_update_steps=0"),
+        ({"bias_update": "mean"}, "bias_update='mean'"),
+        (
+            {"bias_update": "quantile", "bias_update_rate": 1.5},
+            "bias_update_rate=1.5",
+        ),
+        (
+            {"bias_update": "quantile", "num_always_on": 3},
+            "quantile.*top_k=2, 2 experts to choose from",
+        ),
     )
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):

@@ -1,4 +1,4 @@
-"""What holds for every router that makes its logits in a way of its own."""
+"""What holds for every router with its own way of making logits."""
 
 import keras
 import numpy as np

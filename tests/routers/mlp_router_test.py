@@ -104,7 +104,7 @@ class MLPRouterTest(LogitsChecks, TestCase):
     def test_state(self):
         router = self.built(standardize_logits=None, temperature=2.0)
         routing = router(self.tokens(), **self.kwargs())
-        # Not softened by the temperature.
+        # Not divided by the temperature.
         state = ops.convert_to_numpy(routing.state)
         self.assert_relative(routing.logits, state / 2)
         state = router.state(self.tokens(), self.context())
@@ -157,7 +157,8 @@ class MLPRouterTest(LogitsChecks, TestCase):
         self.assertAllEqual(first.context_kernel, np.zeros((4, 4)))
 
     @parameterized.parameters(
-        ({"hidden_dims": (0,)}, "hidden_dims=0"),
+        ({"hidden_dims": (0,)}, r"hidden_dims=\(0,\)"),
+        ({"hidden_dims": -1}, "hidden_dims=-1"),
         ({"projection_dim": 0}, "projection_dim=0"),
         ({"residual": "state"}, "residual='state'"),
         ({"residual": "projection"}, "projection_dim=None"),
@@ -181,7 +182,7 @@ class MLPRouterTest(LogitsChecks, TestCase):
 
 
 class TwoLayers(keras.layers.Layer):
-    """Two MoE layers, of which one tells the other how it routed."""
+    """Two MoE layers; the first hands its state on to the second."""
 
     def __init__(self):
         super().__init__()

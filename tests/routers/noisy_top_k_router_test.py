@@ -29,7 +29,7 @@ class NoisyTopKRouterTest(TestCase):
         self.assertAllClose(ops.mean(routing.load), 0.5, atol=0.02)
 
     def test_load_is_the_probability_of_being_drawn(self):
-        # One expert's noise is drawn anew, that of the others stays.
+        # The noise of one expert is drawn anew, the others keep theirs.
         rng = np.random.default_rng(2)
         noise, kernel = rng.normal(size=(3, 4)), rng.normal(size=(6, 4))
         router = NoisyTopKRouter(4, 2, noise_stddev=0.7)

@@ -226,7 +226,7 @@ class SoftRouterTest(TestCase):
             input_shape=(2, 4, 5),
             expected_num_trainable_weights=2,
             expected_num_seed_generators=1,
-            run_training_check=False,  # its output is no single tensor
+            run_training_check=False,  # it returns several tensors
         )
 
     @parameterized.parameters(

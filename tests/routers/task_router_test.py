@@ -3,8 +3,11 @@ import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
+from keras_moe.experts import MLPExperts
+from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import RouterZLoss
+from keras_moe.routers.hash_router import HashRouter
 from keras_moe.routers.task_router import TaskRouter
 from tests import token_loop
 from tests.routers.logits_checks import DIM
@@ -20,6 +23,36 @@ ALLOWED = [
 
 
 class TaskRouterTest(LogitsChecks, TestCase):
+    @parameterized.parameters(1, 2)
+    def test_in_a_functional_model(self, num_tasks):
+        # Keras tries what is not known by calling with ones: no id of one task.
+        layer = MoE(
+            router=TaskRouter(4, num_tasks, jitter=0.1),
+            experts=MLPExperts(4, 3),
+            return_routing=True,
+        )
+        inputs = keras.Input((5, DIM))
+        context = keras.Input((5,), dtype="int32")
+        outputs, routing = layer(inputs, context=context)
+        self.assertEqual(outputs.shape, (None, 5, DIM))
+        model = keras.Model([inputs, context], [outputs, routing.probs])
+        x = np.ones((2, 5, DIM), "float32")
+        _, probs = model([x, np.full((2, 5), num_tasks - 1)])
+        self.assertEqual(tuple(probs.shape), (10, 4))
+
+    def test_symbolic_call_without_a_context(self):
+        for router in (TaskRouter(4, 2), HashRouter(4, num_ids=2)):
+            self.assertTrue(router.needs_context)
+            name = type(router).__name__
+            with self.assertRaisesRegex(
+                ValueError, f"`context` must be given to {name}.*=None"
+            ):
+                router(keras.Input((DIM,)))
+        with self.assertRaisesRegex(ValueError, r"shape=\(None, 3\)"):
+            TaskRouter(4, 2)(
+                keras.Input((DIM,)), context=keras.Input((3,), dtype="int32")
+            )
+
     def make(self, **kwargs):
         return TaskRouter(4, 3, **{"allowed_experts": ALLOWED, **kwargs})
 

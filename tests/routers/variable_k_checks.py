@@ -1,4 +1,4 @@
-"""What holds for every router with a number of experts per token of its own."""
+"""What holds for every router whose number of experts varies per token."""
 
 import keras
 import numpy as np

@@ -1,6 +1,7 @@
 """What the tests of the recorded routing cases share."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from typing import Any
@@ -13,6 +14,7 @@ from keras import ops
 
 import keras_moe
 from keras_moe.experts import Experts
+from keras_moe.routers import Routing
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "routing"
 
@@ -23,15 +25,28 @@ class Case(NamedTuple):
     arrays: Any
 
 
-def load(matches):
-    """The recorded cases of a family; it is an error if there is none."""
+@functools.cache
+def _read():
     found = []
     for path in sorted(DATA.glob("*.json")):
         config = json.loads(path.read_text())["config"]
         with np.load(path.with_suffix(".npz")) as arrays:
-            arrays = dict(arrays)
-        if matches(config, arrays):
-            found.append(Case(path.stem, config, arrays))
+            found.append(Case(path.stem, config, dict(arrays)))
+    return found
+
+
+def find(matches):
+    """The recorded cases of a family."""
+    return [
+        Case(case.name, dict(case.config), dict(case.arrays))
+        for case in _read()
+        if matches(case.config, case.arrays)
+    ]
+
+
+def load(matches):
+    """The recorded cases of a family; it is an error if there is none."""
+    found = find(matches)
     if not found:
         raise ValueError(f"No recorded case in {DATA}")
     return found
@@ -138,3 +153,20 @@ def dense_weights(routing, num_experts):
         matrix, indices, ops.convert_to_numpy(routing.expert_weights), axis=1
     )
     return matrix[:, :-1]
+
+
+class DividedByAllTokens:
+    """A loss of this library on each group, divided by all of its tokens."""
+
+    def __init__(self, loss, real, size, power):
+        self.loss, self.real, self.size, self.power = loss, real, size, power
+
+    def __call__(self, routing, mask=None):
+        total = 0.0
+        for g, real in enumerate(self.real):
+            group = slice(g * self.size, (g + 1) * self.size)
+            part = Routing(*(field[group] for field in routing))
+            part_mask = None if mask is None else mask[group]
+            share = (real / self.size) ** self.power
+            total = total + share * self.loss(part, part_mask)
+        return total / len(self.real)

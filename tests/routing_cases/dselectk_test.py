@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe.ops.smooth_step import smooth_step
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import dselectk
-from tests.routing_cases.variable_k_cases import cases_of
+from tests.routing_cases.cases import load
 from tests.test_case import TestCase
 
 NAMES = {
@@ -37,7 +37,7 @@ class Mixture(DenseWeights):
 
 class DSelectKCasesTest(TestCase):
     def test_selectors_and_weights(self):
-        for name, config, arrays in cases_of(dselectk):
+        for name, config, arrays in load(dselectk.matches):
             with self.subTest(name):
                 router = dselectk.router_from_case(config, arrays)
                 tokens = ops.convert_to_tensor(arrays["x"])
@@ -51,7 +51,7 @@ class DSelectKCasesTest(TestCase):
                 self.assert_relative(layer(tokens), arrays["expert_weights"])
 
     def test_outputs_and_gradients(self):
-        for name, config, arrays in cases_of(dselectk):
+        for name, config, arrays in load(dselectk.matches):
             with self.subTest(name):
                 router = dselectk.router_from_case(config, arrays)
                 layer = Mixture(router, arrays["expert_W"])
@@ -67,7 +67,7 @@ class DSelectKCasesTest(TestCase):
                         self.assertAllClose(arrays[f"grad_y/{key}"], 0.0)
 
     def test_entropy_and_its_gradients(self):
-        for name, config, arrays in cases_of(dselectk):
+        for name, config, arrays in load(dselectk.matches):
             with self.subTest(name):
                 router = dselectk.router_from_case(
                     config, arrays, entropy_weight=1.0, unused_code_weight=0.0
@@ -101,7 +101,7 @@ class DSelectKCasesTest(TestCase):
             self.assert_relative(scale * gradient, expected.T)
 
     def test_smooth_step(self):
-        for name, config, arrays in cases_of(dselectk):
+        for name, config, arrays in load(dselectk.matches):
             with self.subTest(name):
                 gamma = config["gamma"]
                 layer = keras.layers.Lambda(

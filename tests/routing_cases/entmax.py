@@ -9,7 +9,7 @@ def matches(config, arrays):
 
 
 def alpha_of(name):
-    """The `alpha` that a recorded map stands for, `None` if it is no entmax.
+    """The `alpha` of a recorded map, `None` if the map is not an entmax.
 
     `"rows"` stands for one of its own for each row. Of a name like
     `sparsemax_k4` the end only says how the original computes it.

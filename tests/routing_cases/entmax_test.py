@@ -13,14 +13,14 @@ from keras_moe.ops.entmax import sparsemax
 from tests.ops.entmax_test import Entmax
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import entmax
-from tests.routing_cases.variable_k_cases import cases_of
+from tests.routing_cases.cases import load
 from tests.test_case import TestCase
 
 
 class EntmaxCasesTest(TestCase):
     def test_maps_and_gradients(self):
         compared = set()
-        for name, config, arrays in cases_of(entmax):
+        for name, config, arrays in load(entmax.matches):
             for key in [k for k in arrays if k.startswith("p/")]:
                 alpha = entmax.alpha_of(key.removeprefix("p/"))
                 if alpha is None:
@@ -53,7 +53,7 @@ class EntmaxCasesTest(TestCase):
             )
 
     def test_exact_zeros(self):
-        for name, _, arrays in cases_of(entmax):
+        for name, _, arrays in load(entmax.matches):
             for function in (sparsemax, entmax15):
                 key = f"p/{function.__name__}"
                 with self.subTest(f"{name} {key}"):
@@ -63,7 +63,7 @@ class EntmaxCasesTest(TestCase):
                     )
 
     def test_gradients_of_fenchel_young_losses(self):
-        for name, _, arrays in cases_of(entmax):
+        for name, _, arrays in load(entmax.matches):
             for function in (sparsemax, entmax15):
                 key = f"loss_grad/{function.__name__}"
                 if key not in arrays:

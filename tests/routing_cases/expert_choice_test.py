@@ -91,6 +91,9 @@ class ExpertChoiceCasesTest(TestCase):
             if f"grad_y/{name}" in arrays:
                 gradient = router_gradient(dw, own)
                 self.assert_relative(gradient, arrays[f"grad_y/{name}"])
+        for name in ("loss/auxiliary", "metric/auxiliary_loss"):
+            # No balancing loss is needed, and there is none.
+            self.assertEqual(np.max(np.abs(arrays.get(name, 0.0))), 0.0)
         if "loss/router_z" in arrays:
             self.check_z_loss(router, tokens, real, options, arrays)
 
@@ -109,9 +112,8 @@ class ExpertChoiceCasesTest(TestCase):
         else:
             kept = arrays["kept"]
         kept = kept.reshape(len(real), -1)
-        # flaxformer gives places that nobody wants to padding, with weight 0:
-        # of no effect on outputs, but not what the paper means. Here they stay
-        # empty.
+        # flaxformer gives unused places to padding, with weight 0, which the
+        # paper does not mean and outputs do not show. Here they stay empty.
         self.assertAllEqual(chosen[real], kept[real])
         self.assertFalse(chosen[~real].any())
 

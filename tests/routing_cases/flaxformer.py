@@ -1,6 +1,7 @@
 """flaxformer: tokens choose, in its scatter and its masked form."""
 
 import numpy as np
+from keras import ops
 
 from keras_moe import layers
 from keras_moe import routers
@@ -22,8 +23,27 @@ def padding_mask(config, arrays):
     return np.abs(arrays["x"]).sum(axis=-1) > 0
 
 
-def router_from_case(config, arrays):
-    router = routers.TopKRouter(
+class PaddingTakesPlacesRouter(routers.TopKRouter):
+    """What the scatter form does: padding goes to experts 0 to k - 1.
+
+    It has no score and no weight there, but takes places and is counted.
+    """
+
+    def call(self, tokens, mask=None, training=None):
+        routing = super().call(tokens, training=training)
+        real = ops.any(ops.not_equal(tokens, 0), axis=-1, keepdims=True)
+        zeros = ops.zeros_like(routing.expert_indices)
+        first = zeros + ops.arange(self.top_k, dtype="int32")
+        share = ops.cast(real, "float32")
+        return routing._replace(
+            probs=routing.probs * share,
+            expert_indices=ops.where(real, routing.expert_indices, first),
+            expert_weights=routing.expert_weights * share,
+        )
+
+
+def router_from_case(config, arrays, make=routers.TopKRouter):
+    router = make(
         config["E"],
         config["k"],
         normalize_weights=False,
@@ -37,10 +57,10 @@ def router_from_case(config, arrays):
     return router
 
 
-def layer_from_case(config, arrays, **kwargs):
+def layer_from_case(config, arrays, make=routers.TopKRouter, **kwargs):
     prioritized = config["batch_prioritized_routing"]
     return cases.moe_with_linear_experts(
-        router_from_case(config, arrays),
+        router_from_case(config, arrays, make),
         arrays["expert/W"],
         arrays["expert/b"],
         capacity=layers.Capacity(

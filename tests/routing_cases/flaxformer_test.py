@@ -1,7 +1,8 @@
 """Padding: the scatter form lets it take places in experts 0 to k - 1 and
-count in the balance loss, which nobody wants. There, only what the real tokens
-choose is compared. The masked form leaves it out, as this library does; both
-divide by all tokens, which the losses here are scaled to.
+count in the balance loss, which is a mistake. Its outputs and its balance loss
+are compared with a router that does the same, and must differ from those with a
+mask. The masked form leaves padding out, as this library does; both divide by
+all tokens, which the losses here are scaled to.
 """
 
 import numpy as np
@@ -9,29 +10,11 @@ from absl.testing import parameterized
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.routers import Routing
 from tests.routing_cases import cases
 from tests.routing_cases import flaxformer
 from tests.test_case import TestCase
 
 NAMED = cases.named(flaxformer.matches)
-
-
-class FlaxformerLoss:
-    """A loss of this library on each group, divided by all of its tokens."""
-
-    def __init__(self, loss, real, size, power):
-        self.loss, self.real, self.size, self.power = loss, real, size, power
-
-    def __call__(self, routing, mask=None):
-        total = 0.0
-        for g, real in enumerate(self.real):
-            group = slice(g * self.size, (g + 1) * self.size)
-            part = Routing(*(field[group] for field in routing))
-            part_mask = None if mask is None else mask[group]
-            share = (real / self.size) ** self.power
-            total = total + share * self.loss(part, part_mask)
-        return total / len(self.real)
 
 
 class FlaxformerTest(TestCase):
@@ -62,9 +45,10 @@ class FlaxformerTest(TestCase):
                 ops.convert_to_numpy(routing.expert_indices)[flat],
                 chosen.reshape(-1, config["k"])[flat],
             )
-        if mask is not None and flaxformer.is_scatter(arrays):
-            return
         flat_mask = None if mask is None else ops.array(flat)
+        if mask is not None and flaxformer.is_scatter(arrays):
+            layer = self.padded_layer(case)
+            routing, flat_mask = layer.route(arrays["x"]), None
         combined = cases.combine_matrix(
             layer, routing, config["G"], mask=flat_mask
         )
@@ -78,21 +62,36 @@ class FlaxformerTest(TestCase):
             )
         else:
             wanted = arrays["combine"].sum(axis=-1).reshape(-1, config["E"])
+            dispatched = arrays["dispatch"].any(axis=-1)
+            self.assertAllEqual(
+                combined > 0, dispatched.reshape(combined.shape)
+            )
         self.assert_relative(combined, wanted)
+
+    def padded_layer(self, case, losses=None):
+        return flaxformer.layer_from_case(
+            case.config,
+            case.arrays,
+            flaxformer.PaddingTakesPlacesRouter,
+            losses=losses,
+        )
 
     @parameterized.named_parameters(NAMED)
     def test_outputs_and_gradients(self, case):
         config, arrays, mask, _ = self.read(case)
-        if mask is not None and flaxformer.is_scatter(arrays):
-            self.skipTest("padding takes places in the original")
         layer = flaxformer.layer_from_case(config, arrays, losses=None)
+        options = self.options(case)
+        if mask is not None and flaxformer.is_scatter(arrays):
+            # Without its places padding leaves room for more real tokens.
+            with_mask = ops.convert_to_numpy(layer(arrays["x"], **options))
+            self.assertGreater(np.abs(with_mask - arrays["y"]).max(), 1e-2)
+            layer, options = self.padded_layer(case), {}
         with flaxformer.draws(config, arrays):
             outputs, d_inputs, d_weights = self.outputs_and_gradients(
-                layer, arrays["x"], arrays["cotangent"], **self.options(case)
+                layer, arrays["x"], arrays["cotangent"], **options
             )
         self.assert_relative(outputs, arrays["y"])
-        if mask is None:
-            self.assert_relative(d_inputs, arrays["grad_y/x"])
+        self.assert_relative(d_inputs, arrays["grad_y/x"])
         for name in ("kernel", "bias"):
             self.assert_relative(d_weights[name], arrays[f"grad_y/{name}"])
 
@@ -113,8 +112,9 @@ class FlaxformerTest(TestCase):
             ("z", losses.RouterZLoss(1.0), 1, padding),
         ):
             if name == "aux" and scatter_padding:
+                self.check_loss_that_counts_padding(case)
                 continue
-            loss = FlaxformerLoss(loss, count, size, power)
+            loss = cases.DividedByAllTokens(loss, count, size, power)
             layer = flaxformer.layer_from_case(config, arrays, losses=loss)
             options = {**self.options(case), "training": True}
             if "jitter" not in arrays:
@@ -134,9 +134,33 @@ class FlaxformerTest(TestCase):
             self.assert_relative(
                 loss(routing, flat_mask) + constant, arrays[f"loss/{key}"]
             )
-            if mask is None:
-                self.assert_relative(d_inputs, arrays[f"grad_{name}/x"], 1e-5)
+            self.assert_relative(d_inputs, arrays[f"grad_{name}/x"], 1e-5)
             for weight in ("kernel", "bias"):
                 self.assert_relative(
                     d_weights[weight], arrays[f"grad_{name}/{weight}"]
                 )
+
+    def check_loss_that_counts_padding(self, case):
+        config, arrays, _, real = self.read(case)
+        loss = losses.LoadBalancingLoss(
+            1.0, per="sequence", normalize_by_top_k=False, scores="raw"
+        )
+        layer = self.padded_layer(case, losses=loss)
+        _, d_inputs, d_weights = self.outputs_and_gradients(
+            layer,
+            arrays["x"],
+            np.zeros_like(arrays["cotangent"]),
+            losses=True,
+            training=True,
+        )
+        value = loss(layer.route(arrays["x"]), None, config["G"])
+        self.assert_relative(value, arrays["loss/auxiliary"])
+        self.assert_relative(d_inputs, arrays["grad_aux/x"])
+        for name in ("kernel", "bias"):
+            self.assert_relative(d_weights[name], arrays[f"grad_aux/{name}"])
+        # With a mask the same loss does not count padding.
+        mask = ops.array(real.reshape(-1))
+        masked = flaxformer.layer_from_case(config, arrays)
+        routing = masked.route(arrays["x"], **self.options(case))
+        value = float(ops.convert_to_numpy(loss(routing, mask, config["G"])))
+        self.assertGreater(abs(value - arrays["loss/auxiliary"]), 0.1)

@@ -14,7 +14,28 @@ _SCORES = {
 
 
 def matches(config, arrays):
-    return "score_function" in config
+    return "score_function" in config and "combine" in arrays
+
+
+def is_quantile_balancing(config, arrays):
+    """A step of the bias `beta`, which is taken off the scores."""
+    return {"scores", "beta", "beta_new"} <= set(arrays)
+
+
+def quantile_router_from_case(config, arrays):
+    """Its tokens are the scores; its bias is minus theirs."""
+    num_experts = arrays["scores"].shape[-1]
+    router = routers.TopKRouter(
+        num_experts,
+        config.get("k", 2),
+        expert_bias="logits",
+        bias_update="quantile",
+        bias_update_rate=1.0 - config.get("ema", 0.0),
+    )
+    router.build((None, num_experts))
+    router.kernel.assign(np.eye(num_experts))
+    router.expert_bias.assign(-arrays["beta"])
+    return router
 
 
 def router_from_case(config, arrays):
@@ -48,12 +69,15 @@ def router_from_case(config, arrays):
     return router
 
 
-def layer_from_case(config, arrays, **kwargs):
+def layer_from_case(config, arrays, outputs=None, **kwargs):
+    """Its experts return rows of `outputs`, `(E, F)`, whatever they get."""
     num_experts = config["E"]
+    outputs = np.zeros((num_experts, 1)) if outputs is None else outputs
+    width = outputs.shape[1]
     return cases.moe_with_linear_experts(
         router_from_case(config, arrays),
-        np.zeros((num_experts, num_experts, 1), "float32"),
-        np.zeros((num_experts, 1), "float32"),
+        np.zeros((num_experts, num_experts, width), "float32"),
+        outputs.astype("float32"),
         capacity=layers.Capacity(
             config["capacity_factor"],
             eval_capacity_factor=float("inf"),

@@ -3,13 +3,13 @@ from keras import ops
 
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import remoe
-from tests.routing_cases.variable_k_cases import cases_of
+from tests.routing_cases.cases import load
 from tests.test_case import TestCase
 
 
 class ReMoECasesTest(TestCase):
     def test_choices_loss_and_sparsity(self):
-        for name, config, arrays in cases_of(remoe):
+        for name, config, arrays in load(remoe.matches):
             with self.subTest(name):
                 router = remoe.router_from_case(config, arrays)
                 start = float(ops.convert_to_numpy(router.l1_coefficient))
@@ -34,7 +34,7 @@ class ReMoECasesTest(TestCase):
                 )
 
     def test_gradients(self):
-        for name, config, arrays in cases_of(remoe):
+        for name, config, arrays in load(remoe.matches):
             for key, training in (
                 ("grad_y_only", False),
                 # Where the coefficient is 0, the loss is left out.

@@ -1,7 +1,5 @@
 """Soft MoE of vmoe and of soft-moe-pytorch, on recorded arrays."""
 
-import json
-import pathlib
 from unittest import mock
 
 import numpy as np
@@ -9,7 +7,9 @@ from keras import ops
 
 from tests import token_loop
 from tests.moe.soft_moe_test import soft_moe
+from tests.routing_cases.cases import DATA
 from tests.routing_cases.cases import LinearExperts
+from tests.routing_cases.cases import load
 from tests.routing_cases.soft_moe import draws_of
 from tests.routing_cases.soft_moe import is_vmoe
 from tests.routing_cases.soft_moe import layer_from_case
@@ -18,18 +18,6 @@ from tests.routing_cases.soft_moe import router_from_case
 from tests.routing_cases.soft_moe import router_options
 from tests.routing_cases.soft_moe import variables_from_case
 from tests.test_case import TestCase
-
-FOLDER = pathlib.Path(__file__).parent.parent / "data" / "routing"
-
-
-def cases():
-    """`(name, config, arrays)` of the cases of this family."""
-    for path in sorted(FOLDER.glob("*.json")):
-        config = json.loads(path.read_text())["config"]
-        with np.load(path.with_suffix(".npz")) as arrays:
-            arrays = dict(arrays)
-        if matches(config, arrays):
-            yield path.stem, config, arrays
 
 
 def rows_of_experts(config, arrays, call):
@@ -56,8 +44,7 @@ class SoftMoECasesTest(TestCase):
         )
 
     def each_case(self):
-        found = list(cases())
-        self.assertNotEmpty(found)
+        found = load(matches)
         for name, config, arrays in found:
             with self.subTest(name), draws_of(arrays):
                 mask = arrays.get("mask")
@@ -69,9 +56,9 @@ class SoftMoECasesTest(TestCase):
                 yield name, config, arrays, call
 
     def test_only_these_match(self):
-        names = {name for name, *_ in cases()}
+        names = {name for name, *_ in load(matches)}
         prefixes = ("vmoe_soft_moe_", "soft_moe_pytorch_")
-        ours = {p.stem for p in FOLDER.glob("*.npz")}
+        ours = {p.stem for p in DATA.glob("*.npz")}
         self.assertEqual(
             names, {name for name in ours if name.startswith(prefixes)}
         )

@@ -9,6 +9,7 @@ from absl.testing import parameterized
 from keras import ops
 
 from keras_moe import losses
+from tests import token_loop
 from tests.routing_cases import cases
 from tests.routing_cases import tutel
 from tests.test_case import TestCase
@@ -71,26 +72,59 @@ class TutelTest(TestCase):
 
     @parameterized.named_parameters(LOAD_IMPORTANCE)
     def test_importance(self, case):
-        # Its load compares softmax values with the widths of logits. What is
-        # left of the recorded loss without that is the importance loss.
+        # Its load compares softmax values with the widths of logits, or, as
+        # recorded too, with those of noisy probabilities. Half of the recorded
+        # loss is such a load, recomputed here; the other half is the importance
+        # loss.
         _, config, arrays = case
-        logits = (arrays["x"] @ arrays["w_gate"].T).astype("float64")
-        num_experts, k = config["E"], config["k"]
-        noisy = logits + arrays["noise_unit"] / num_experts
-
-        def softmax(z):
-            e = np.exp(z - z.max(axis=-1, keepdims=True))
-            return e / e.sum(axis=-1, keepdims=True)
-
-        threshold = np.sort(noisy, axis=-1)[:, -k][:, None]
-        scaled = (softmax(logits) - threshold) * num_experts
-        cdf = np.vectorize(lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2))))
-        load = cdf(scaled).sum(axis=0)
-        load_loss = load.var(ddof=1) / load.mean() ** 2
-        router = tutel.router_from_case(config, arrays)
         loss = losses.ImportanceLoss(1.0, scores="router", ddof=1)
-        value = loss(router(ops.array(arrays["x"])))
-        value = float(ops.convert_to_numpy(value))
-        self.assert_relative(
-            (value + load_loss) / 2, arrays["loss_mixed"], 1e-4
+        layer = self.layer_of_loss(config, arrays, loss)
+        _, d_inputs, d_weights = self.outputs_and_gradients(
+            layer, arrays["x"], losses=True, training=True
         )
+        routing = layer.route(arrays["x"])
+        self.assert_relative(routing.probs, arrays["scores_clean"])
+        value = float(ops.convert_to_numpy(loss(routing)))
+        for name in ("loss_mixed", "loss_scores"):
+            load = load_loss(config, arrays, arrays, name == "loss_mixed")
+            self.assert_relative((value + load) / 2, arrays[name], 1e-4)
+        wanted = token_loop.gradients(
+            lambda parts: load_loss(config, arrays, parts, mixed=True),
+            {name: arrays[name] for name in ("x", "w_gate")},
+        )
+        for name, gradient in (
+            ("x", d_inputs),
+            ("w_gate", d_weights["kernel"].T),
+        ):
+            recorded = arrays[f"grad_mixed/{name}"]
+            scale = np.abs(recorded).max()
+            self.assert_relative(
+                (gradient + wanted[name]) / 2 / scale, recorded / scale, 1e-4
+            )
+
+    def layer_of_loss(self, config, arrays, loss):
+        config = {
+            **{"capacity_factor": 0, "alignment": 1},
+            **{"batch_prioritized": False, **config},
+        }
+        return self.layer(config, arrays, losses=loss)
+
+
+def load_loss(config, arrays, parts, mixed):
+    """Tutel's, of the clean probabilities and thresholds of the noisy ones."""
+    num_experts, k = config["E"], config["k"]
+    logits = parts["x"].astype("float64") @ parts["w_gate"].T
+    noisy = logits + arrays["noise_unit"] * config["gate_noise"] / num_experts
+    if mixed and parts is arrays:
+        best = np.sort(noisy, axis=-1)[:, ::-1][:, :k]
+        np.testing.assert_allclose(
+            best, arrays["topk_noisy_logits"], rtol=1e-4, atol=1e-5
+        )
+    if not mixed:
+        noisy = np.array([token_loop.softmax(row) for row in noisy])
+    clean = np.array([token_loop.softmax(row) for row in logits])
+    threshold = np.sort(noisy, axis=-1)[:, -k][:, None]
+    scaled = (clean - threshold) * num_experts / config["gate_noise"]
+    cdf = np.vectorize(lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2))))
+    load = cdf(scaled).sum(axis=0)
+    return load.var(ddof=1) / load.mean() ** 2

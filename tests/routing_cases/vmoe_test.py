@@ -39,6 +39,16 @@ class VMoETest(TestCase):
         if "combine" in arrays:
             wanted = arrays["combine"].sum(axis=-1).reshape(-1, config["E"])
             self.assert_relative(combined, wanted)
+            dispatched = arrays["dispatch"].any(axis=-1)
+            self.assertAllEqual(
+                combined > 0, dispatched.reshape(combined.shape)
+            )
+        if "combine_weights_k" in arrays:
+            # Before any is dropped.
+            weights = arrays["combine_weights_k"]
+            self.assert_relative(
+                routing.expert_weights, weights.reshape(-1, weights.shape[-1])
+            )
         if "kept" in arrays and arrays["kept"].shape[-1] == config["E"]:
             wanted = arrays["kept"].reshape(-1, config["E"]) > 0
             self.assertAllEqual(combined > 0, wanted)

@@ -1,4 +1,8 @@
-"""Routers that say `distinct_choices` send no token twice to one expert."""
+"""What routers declare about what they return is true.
+
+`distinct_choices`: no token goes twice to one expert; `choices_per_token`: the
+width of the routing; `routing_class`: its class.
+"""
 
 import inspect
 
@@ -54,9 +58,9 @@ def tokens(extreme):
     return x
 
 
-class DistinctChoicesTest(TestCase):
+class DeclarationsTest(TestCase):
     @parameterized.named_parameters((name, name) for name in CASES)
-    def test_no_expert_twice(self, name):
+    def test_routings_are_as_declared(self, name):
         router = CASES[name]()
         self.assertTrue(router.distinct_choices)
         router.build((None, DIM))
@@ -66,15 +70,22 @@ class DistinctChoicesTest(TestCase):
         kwargs = {}
         if router.uses_context:
             kwargs["context"] = ops.array(np.arange(TOKENS) % 2, "int32")
-        for extreme in (False, True):
+        some = ops.array(np.arange(TOKENS) % 3 > 0)
+        # Each two of the three options in all their combinations.
+        for extreme, mask, training in (
+            (False, None, True),
+            (True, some, True),
+            (False, some, False),
+            (True, None, False),
+        ):
             x = ops.array(tokens(extreme))
-            for mask in (None, ops.array(np.arange(TOKENS) % 3 > 0)):
-                for training in (False, True):
-                    routing = router(x, mask=mask, training=training, **kwargs)
-                    self.check(routing.expert_indices)
+            routing = router(x, mask=mask, training=training, **kwargs)
+            self.assertIs(type(routing), router.routing_class)
+            self.check(routing.expert_indices, router)
 
-    def check(self, indices):
+    def check(self, indices, router):
         indices = ops.convert_to_numpy(indices)
+        self.assertEqual(indices.shape[1], router.choices_per_token)
         self.assertTrue(((indices >= 0) & (indices <= EXPERTS)).all())
         for row in indices:
             existing = row[row < EXPERTS]
@@ -88,6 +99,25 @@ class DistinctChoicesTest(TestCase):
             and getattr(value, "distinct_choices", False)
         }
         self.assertEqual(says_so, {type(make()) for make in CASES.values()})
-        # Its table may hold anything.
-        router = routers.HashRouter(2, table=[[1, 1]])
+
+    def test_of_the_other_routers(self):
+        # A table may name an expert twice.
+        router = routers.HashRouter(2, table=[[1, 1, 0]])
         self.assertFalse(router.distinct_choices)
+        self.assertEqual(router.choices_per_token, 3)
+        self.assertIs(router.routing_class, routers.Routing)
+        soft = routers.SoftRouter(2)
+        self.assertIs(type(soft(ops.ones((1, 2, 3)))), soft.routing_class)
+        self.assertIsNone(soft.choices_per_token)
+        base = routers.Router(2)
+        self.assertIsNone(base.routing_class)
+        self.assertIsNone(base.choices_per_token)
+        per = {routers.BASERouter(2, per=p).per for p in ("sequence", 3)}
+        self.assertEqual(per, {"sequence", 3})
+        self.assertEqual(routers.TopKRouter(2).per, "batch")
+        needing = {
+            value
+            for value in vars(routers).values()
+            if getattr(value, "needs_context", False)
+        }
+        self.assertEqual(needing, {routers.HashRouter, routers.TaskRouter})
