@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 
 BACKENDS = ("jax", "torch", "tensorflow")
 
@@ -29,14 +30,22 @@ def main():
     # A file's tests share what has been compiled for the first of them.
     workers = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     failed = []
-    for backend in backends:
-        print(f"\n===== {backend} =====", flush=True)
-        status = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *workers, *pytest_arguments],
-            env={**os.environ, "KERAS_BACKEND": backend},
-        ).returncode
-        if status:  # 5, no test collected, too
-            failed.append(backend)
+    with tempfile.TemporaryDirectory() as compiled:
+        # What one worker, or an earlier file, has compiled on JAX.
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": compiled,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        for backend in backends:
+            print(f"\n===== {backend} =====", flush=True)
+            status = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q"]
+                + [*workers, *pytest_arguments],
+                env={**cache, **os.environ, "KERAS_BACKEND": backend},
+            ).returncode
+            if status:  # 5, no test collected, too
+                failed.append(backend)
     print(f"\nBackends run: {', '.join(backends)}. ", end="")
     print(f"Failed: {', '.join(failed) or 'none'}.", flush=True)
     return bool(failed)
