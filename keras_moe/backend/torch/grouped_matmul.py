@@ -6,9 +6,8 @@ result.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from keras_moe.backend.torch import exported
+from keras_moe.backend.torch import plain
 
 
 def _clear_rows_of_no_group(out, ends):
@@ -27,6 +26,16 @@ def _product(lhs, rhs, ends):
     return torch.nn.functional.grouped_mm(lhs, rhs, offs=ends)
 
 
+def _differentiable(ctx, lhs, rhs, group_sizes, grad):
+    d_lhs, d_rhs = plain.gradients(
+        lambda lhs, rhs: plain.grouped_matmul(lhs, rhs, group_sizes),
+        (lhs, rhs),
+        ctx.needs_input_grad[:2],
+        grad,
+    )
+    return d_lhs, d_rhs, None
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lhs, rhs, ends):
@@ -36,9 +45,11 @@ class _GroupedMM(torch.autograd.Function):
 
     # Its own gradient leaves rows of no group uninitialized.
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs, ends = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by `create_graph=True`
+            sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+            return _differentiable(ctx, lhs, rhs, sizes, grad)
         grad = grad.contiguous()  # an expanded gradient is refused
         d_lhs = d_rhs = None
         if ctx.needs_input_grad[0]:
@@ -50,7 +61,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def grouped_mm(lhs, rhs, group_sizes):
-    if exported.is_exporting():
+    if plain.is_exporting():
         raise NotImplementedError("its shape rule knows bfloat16 only")
     return _grouped_mm(lhs, rhs, group_sizes)
 
@@ -99,9 +110,11 @@ class _ExpertLoop(torch.autograd.Function):
         return _matmul_rows(lhs, rhs, sizes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by `create_graph=True`
+            sizes = torch.tensor(ctx.sizes, device=lhs.device)
+            return _differentiable(ctx, lhs, rhs, sizes, grad)
         d_lhs = d_rhs = None
         if ctx.needs_input_grad[0]:
             d_lhs = _matmul_rows(grad, rhs.transpose(1, 2), ctx.sizes)
@@ -113,8 +126,8 @@ class _ExpertLoop(torch.autograd.Function):
 
 
 def expert_loop(lhs, rhs, group_sizes):
-    if exported.is_exporting():
-        return exported.grouped_matmul(lhs, rhs, group_sizes)
+    if plain.is_exporting():
+        return plain.grouped_matmul(lhs, rhs, group_sizes)
     return _expert_loop(lhs, rhs, group_sizes)
 
 
