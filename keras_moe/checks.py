@@ -1,16 +1,18 @@
-"""Checks of arguments that routers and losses have in common."""
+"""Checks of constructor arguments, with errors that name the argument."""
 
 import math
 import numbers
 
+import numpy as np
+
 
 def is_int(value):
-    """Whether it is an int; a bool is none."""
+    """Whether it is an int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value):
-    """Whether it is a finite real number; a bool is none."""
+    """Whether it is a finite real number, and not a bool."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)
 
@@ -23,15 +25,39 @@ def check_int(name, value, minimum):
         )
 
 
+def check_bool(name, value):
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"`{name}` must be True or False. Received: {name}={value!r}"
+        )
+
+
+def as_keras_object(name, get, identifier):
+    """`get(identifier)`, with an error that names the argument.
+
+    Args:
+        name: str. Name of the argument.
+        get: Such as `keras.initializers.get`.
+        identifier: What the user gave.
+    """
+    try:
+        return get(identifier)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must be a name that Keras knows, a config, an object "
+            f"or a function. Received: {name}={identifier!r}"
+        ) from error
+
+
 def check_several(name, value):
-    """Raises if it is no collection; a string is none of its letters."""
+    """Raises unless it is a sequence; a string counts as one value."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise ValueError(
             f"`{name}` must be a sequence. Received: {name}={value!r}"
         )
 
 
-def ints_of(name, value, length, minimum=0):
+def as_ints(name, value, length, minimum=0):
     """A list of ints, from one for all or one for each."""
     several = [value] * length if is_int(value) else value
     if (

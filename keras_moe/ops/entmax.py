@@ -79,10 +79,10 @@ def entmax(x, alpha, axis=-1):
     towards 1 it becomes softmax. `tau` is found by bisection, and for the
     floats 1.5 and 2 by sorting.
 
-    The gradient is the closed form, whose own gradients are right too. An entry of minus
-    infinity gives zero and gets no gradient; a row of nothing else gives
-    zeros. A NaN makes its whole row NaN. Half precision is computed in
-    float32.
+    The gradient is the closed form, which can be differentiated again. An
+    entry of minus infinity gives zero and gets no gradient; a row of nothing
+    else gives zeros. A NaN makes its whole row NaN. Half precision is computed
+    in float32.
 
     Args:
         x: Tensor, such as logits `(T, E)`.

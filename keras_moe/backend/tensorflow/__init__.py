@@ -28,6 +28,10 @@ def best_first(lhs):
     return tuple(GROUPED_MATMUL)
 
 
+def refusal(implementation, rhs_shape, dtype):
+    return None  # what they cannot take depends on the mode alone
+
+
 def top_k_indices(scores, k):
     return tf.math.top_k(scores, k).indices
 
@@ -61,6 +65,23 @@ def with_gradient(forward, backward, inputs, constants):
         return forward(*inputs, *constants), gradients
 
     return call(*inputs)
+
+
+def has_no_values(tensor):
+    return False  # a traced program is run with the values later
+
+
+def jacobian(function, values):
+    with tf.GradientTape(persistent=True) as tape:
+        losses = tf.unstack(function(values))
+    rows = [
+        tape.gradient(
+            loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        for loss in losses
+    ]
+    # The gradient of a gather is sparse.
+    return [[tf.convert_to_tensor(g) for g in row] for row in rows]
 
 
 def is_symbolic(tensor):

@@ -6,6 +6,7 @@ from keras_moe.backend.torch import plain
 from keras_moe.backend.torch.fused_experts import expert_loop as fused_loop
 from keras_moe.backend.torch.grouped_matmul import expert_loop
 from keras_moe.backend.torch.grouped_matmul import grouped_mm
+from keras_moe.backend.torch.grouped_matmul import refusal as _refusal
 
 GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
 FUSED_EXPERTS = {"expert_loop": fused_loop}
@@ -13,6 +14,12 @@ FUSED_EXPERTS = {"expert_loop": fused_loop}
 
 def best_first(lhs):
     return tuple(GROUPED_MATMUL)
+
+
+def refusal(implementation, rhs_shape, dtype):
+    if implementation == "grouped_mm":
+        return _refusal(rhs_shape, dtype)
+    return None
 
 
 def top_k_indices(scores, k):
@@ -72,8 +79,25 @@ def with_gradient(forward, backward, inputs, constants):
     return _WithGradient.apply(forward, backward, constants, *inputs)
 
 
+def has_no_values(tensor):
+    return tensor.device.type == "meta"
+
+
+def jacobian(function, values):
+    rows = []
+    for loss in torch.unbind(function(values)):
+        if loss.requires_grad:
+            row = torch.autograd.grad(
+                loss, values, retain_graph=True, materialize_grads=True
+            )
+        else:
+            row = [torch.zeros_like(v) for v in values]
+        rows.append(row)
+    return rows
+
+
 def is_symbolic(tensor):
-    return tensor.device.type == "meta" or plain.is_exporting()
+    return has_no_values(tensor) or plain.is_exporting()
 
 
 def all_reduce_sum(tensor):

@@ -60,6 +60,16 @@ class _GroupedMM(torch.autograd.Function):
         return d_lhs, d_rhs, None
 
 
+def refusal(rhs_shape, dtype):
+    """Why `grouped_mm` takes no such operands on any device, or `None`."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        return f"dtype {dtype} is not supported"
+    alignment = 16 // getattr(torch, dtype).itemsize
+    if rhs_shape[1] % alignment or rhs_shape[2] % alignment:
+        return "rows are not multiples of 16 bytes"
+    return None
+
+
 def grouped_mm(lhs, rhs, group_sizes):
     if plain.is_exporting():
         raise NotImplementedError("its shape rule knows bfloat16 only")
@@ -68,11 +78,9 @@ def grouped_mm(lhs, rhs, group_sizes):
 
 @torch.compiler.disable
 def _grouped_mm(lhs, rhs, group_sizes):
-    alignment = 16 // lhs.element_size()
-    if lhs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise NotImplementedError(f"dtype {lhs.dtype}")
-    if rhs.shape[1] % alignment or rhs.shape[2] % alignment:
-        raise NotImplementedError("rows are not multiples of 16 bytes")
+    reason = refusal(rhs.shape, str(lhs.dtype).removeprefix("torch."))
+    if reason:
+        raise NotImplementedError(reason)
     if lhs.shape[0] == 0:
         raise NotImplementedError("no rows")
     if lhs.device.type == "cuda":
