@@ -31,9 +31,9 @@ active Keras backend are re-exported here:
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
 - `has_no_values(tensor)`: whether it has a shape and a dtype alone, and what is
   computed from it is thrown away (torch's meta device).
-- `jacobian(function, values)`: the gradients of each entry of `function(values)`,
-  `(T,)`, as `T` lists with a gradient for each of `values`, a list of tensors;
-  zeros where there is no dependence.
+- `jacobian(function, values)`: the gradients of each entry of
+  `function(values)`, `(T,)`, as `T` lists with a gradient for each of `values`,
+  a list of tensors; zeros where there is no dependence.
 - `all_reduce_sum(tensor)`: its sum over the replicas that train together.
 - `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
   a list of pairs that may be used in slices, of ints if they are known. `None`

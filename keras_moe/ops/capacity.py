@@ -1,3 +1,5 @@
+"""How many rows an expert takes at most."""
+
 import math
 from fractions import Fraction
 

@@ -1,3 +1,5 @@
+"""Noise on logits: its draws, and the loads it makes likely."""
+
 import math
 
 import keras
@@ -5,6 +7,8 @@ from keras import ops
 
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
+
+THRESHOLDS = ("exact", "shared")
 
 
 def gumbel(shape, dtype, seed):
@@ -25,9 +29,6 @@ def gumbel(shape, dtype, seed):
     # Neither end of (0, 1) has a finite logarithm of its logarithm.
     draws = ops.clip(draws, 1e-20, 1 - 2**-24)
     return -ops.log(-ops.log(draws))
-
-
-THRESHOLDS = ("exact", "shared")
 
 
 def expected_load(

@@ -1,3 +1,5 @@
+"""Sinkhorn's algorithm."""
+
 import math
 
 import keras

@@ -11,8 +11,8 @@ from keras import ops
 from keras_moe.backend.tensorflow import fused_blocks
 from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
-from keras_moe.backend.tensorflow.xla import compiles_with_xla
-from keras_moe.backend.tensorflow.xla import refuse_xla
+from keras_moe.backend.tensorflow.groups import compiles_with_xla
+from keras_moe.backend.tensorflow.groups import refuse_xla
 
 GROUPED_MATMUL = {
     "expert_loop": grouped_matmul.expert_loop,
