@@ -52,7 +52,7 @@ def check_several(name, value):
         )
 
 
-def ints_of(name, value, length, minimum=0):
+def as_ints(name, value, length, minimum=0):
     """A list of ints, from one for all or one for each."""
     several = [value] * length if is_int(value) else value
     if (

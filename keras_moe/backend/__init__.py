@@ -1,7 +1,7 @@
 """The only folder that names jax, tensorflow or torch.
 
-`jax.py`, `tensorflow.py` and `torch.py` hold the same names; the one of the
-active Keras backend is re-exported here:
+The packages `jax`, `tensorflow` and `torch` define the same names; those of the
+active Keras backend are re-exported here:
 
 - `GROUPED_MATMUL`: implementations of the grouped matmul by name. Each takes
   `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when the arguments,
@@ -9,6 +9,8 @@ active Keras backend is re-exported here:
 - `REMAT_SCOPE_TAKES_ARGUMENTS`: bool. Whether `keras.RematScope` calls a layer
   with `training` as it is.
 - `best_first(lhs)`: the names of those worth trying for the device of `lhs`.
+- `refusal(implementation, rhs_shape, dtype)`: why that grouped matmul takes no
+  such operands on any device, as a str, or `None`.
 - `FUSED_EXPERTS`: implementations, in the same manner, of a whole bank of
   feed-forward experts from tokens to tokens, which copy no row and keep less
   for the backward pass. Each takes what `ops.fused_experts` describes. There
@@ -29,6 +31,11 @@ active Keras backend is re-exported here:
   *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
   for each of the inputs.
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
+- `has_no_values(tensor)`: whether it has a shape and a dtype alone, and what is
+  computed from it is thrown away (torch's meta device).
+- `jacobian(function, values)`: the gradients of each entry of
+  `function(values)`, `(T,)`, as `T` lists with a gradient for each of `values`,
+  a list of tensors; zeros where there is no dependence.
 - `all_reduce_sum(tensor)`: its sum over the replicas that train together.
 - `on_gradient(tensor, notice)`: the tensor; `notice()` is called as a gradient
   is computed through it (where steps are compiled: as they are traced). `None`
@@ -83,6 +90,9 @@ segment_sum = native.segment_sum
 size_tensor = native.size_tensor
 stable_argsort = native.stable_argsort
 with_gradient = native.with_gradient
+refusal = native.refusal
+has_no_values = native.has_no_values
+jacobian = native.jacobian
 is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum
 slice_bounds = native.slice_bounds

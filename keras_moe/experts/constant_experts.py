@@ -2,7 +2,8 @@ import keras
 from keras import ops
 
 from keras_moe.experts.experts import Experts
-from keras_moe.experts.grouped_rows import clear_rows_of_nobody
+from keras_moe.experts.experts import as_part_of_bank
+from keras_moe.experts.grouped_rows import clear_unused_rows
 from keras_moe.ops.grouped_matmul import grouped_matmul
 
 
@@ -67,9 +68,12 @@ class ConstantExperts(Experts):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        self.constant_initializer = keras.initializers.get(constant_initializer)
-        self.constant_regularizer = keras.regularizers.get(constant_regularizer)
-        self.constant_constraint = keras.constraints.get(constant_constraint)
+        for name, given in (
+            ("constant_initializer", constant_initializer),
+            ("constant_regularizer", constant_regularizer),
+            ("constant_constraint", constant_constraint),
+        ):
+            setattr(self, name, as_part_of_bank(name, given))
 
     def build(self, rows_shape):
         if len(rows_shape) != 2 or rows_shape[-1] is None:
@@ -82,7 +86,7 @@ class ConstantExperts(Experts):
         self.constant = self.add_bank("constant", (dim,), kind="constant")
 
     def call(self, rows, group_sizes, training=None):
-        rows = clear_rows_of_nobody(rows, group_sizes)
+        rows = clear_unused_rows(rows, group_sizes)
         # Not by the forced implementation, whose rules two columns may break.
         logits = grouped_matmul(rows, self.kernel, group_sizes)  # (N, 2)
         # The softmax of two.

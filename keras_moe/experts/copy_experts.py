@@ -1,7 +1,7 @@
 import keras
 
 from keras_moe.experts.experts import PlainExperts
-from keras_moe.experts.grouped_rows import clear_rows_of_nobody
+from keras_moe.experts.grouped_rows import clear_unused_rows
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -46,4 +46,4 @@ class CopyExperts(PlainExperts):
         pass
 
     def call(self, rows, group_sizes, training=None):
-        return clear_rows_of_nobody(rows, group_sizes)
+        return clear_unused_rows(rows, group_sizes)

@@ -2,6 +2,8 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_int
 from keras_moe.ops.grouped_matmul import check_implementation
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.stacked import per_expert
@@ -76,22 +78,21 @@ class Experts(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(num_experts, int) or num_experts < 1:
-            raise ValueError(
-                "`num_experts` must be a positive int. "
-                f"Received: num_experts={num_experts!r}"
-            )
+        check_int("num_experts", num_experts, 1)
         # A model may be loaded on another backend than it was made for, and
         # be told another implementation before it runs.
         check_implementation(implementation, backend.KNOWN_GROUPED_MATMULS)
         self.num_experts = num_experts
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.bank_regularizer = keras.regularizers.get(bank_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.bias_constraint = keras.constraints.get(bias_constraint)
+        for name, given in (
+            ("kernel_initializer", kernel_initializer),
+            ("bias_initializer", bias_initializer),
+            ("kernel_regularizer", kernel_regularizer),
+            ("bias_regularizer", bias_regularizer),
+            ("bank_regularizer", bank_regularizer),
+            ("kernel_constraint", kernel_constraint),
+            ("bias_constraint", bias_constraint),
+        ):
+            setattr(self, name, as_part_of_bank(name, given))
         self.implementation = implementation
         self._num_banks = 0
 
@@ -200,8 +201,18 @@ class Experts(keras.layers.Layer):
         }
 
 
+def as_part_of_bank(name, identifier):
+    """The initializer, regularizer or constraint, by the argument's name."""
+    get = {
+        "initializer": keras.initializers.get,
+        "regularizer": keras.regularizers.get,
+        "constraint": keras.constraints.get,
+    }[name.rpartition("_")[2]]
+    return as_keras_object(name, get, identifier)
+
+
 class PlainExperts(Experts):
-    """Base of the banks that make no kernels: `num_experts` and no more."""
+    """Base of the banks without kernels: their only size is `num_experts`."""
 
     def __init__(self, num_experts, *, name=None, dtype=None, trainable=True):
         super().__init__(

@@ -1,9 +1,14 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int
+from keras_moe.checks import check_rate
 from keras_moe.experts.experts import Experts
 from keras_moe.ops import activations
 from keras_moe.ops.fused_experts import fused_experts
+from keras_moe.ops.grouped_matmul import check_operands_of
 
 
 class FeedForwardExperts(Experts):
@@ -25,26 +30,15 @@ class FeedForwardExperts(Experts):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        for name, dim in (
-            ("intermediate_dim", intermediate_dim),
-            ("output_dim", output_dim),
-        ):
-            optional = name == "output_dim"
-            if (not isinstance(dim, int) or dim < 1) and not (
-                optional and dim is None
-            ):
-                raise ValueError(
-                    f"`{name}` must be a positive int"
-                    f"{' or None' if optional else ''}. "
-                    f"Received: {name}={dim!r}"
-                )
-        if not 0 <= dropout < 1:
-            raise ValueError(
-                "`dropout` must be at least 0 and below 1. "
-                f"Received: dropout={dropout}"
-            )
+        check_int("intermediate_dim", intermediate_dim, 1)
+        if output_dim is not None:
+            check_int("output_dim", output_dim, 1)
+        check_bool("use_bias", use_bias)
+        check_rate("dropout", dropout)
         self.intermediate_dim = intermediate_dim
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
         self.use_bias = use_bias
         self.output_dim = output_dim
         self.dropout = dropout
@@ -67,6 +61,11 @@ class FeedForwardExperts(Experts):
 
     def add_dense(self, name, input_dim, output_dim):
         """Makes `self.<name>_kernel` and, or `None`, `self.<name>_bias`."""
+        check_operands_of(
+            self.implementation,
+            (self.num_experts, input_dim, output_dim),
+            self.compute_dtype,
+        )
         kernel = self.add_bank(f"{name}_kernel", (input_dim, output_dim))
         bias = None
         if self.use_bias:

@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_number
+from keras_moe.checks import check_positive
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 
 
@@ -89,19 +91,19 @@ class GLUExperts(FeedForwardExperts):
         super().__init__(
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
-        if limit is not None and (
-            not isinstance(limit, (int, float)) or not limit > 0
-        ):
-            raise ValueError(
-                f"`limit` must be positive or None. Received: limit={limit!r}"
-            )
+        if limit is not None and limit != float("inf"):
+            check_positive("limit", limit)
+        check_number("up_shift", up_shift)
         self.limit = limit
         self.up_shift = up_shift
 
     def join_hidden(self, gate, up):
         if self.limit is not None:
-            gate = ops.minimum(gate, ops.cast(self.limit, gate.dtype))
-            up = ops.clip(up, -self.limit, self.limit)
+            # On torch, `ops.minimum` and `ops.clip` make float32 of float64.
+            limit = ops.full_like(gate, self.limit)
+            gate = ops.where(gate > limit, limit, gate)
+            up = ops.where(up > limit, limit, up)
+            up = ops.where(up < -limit, -limit, up)
         if self.up_shift:
             up = up + self.up_shift
         return self.activation(gate) * up

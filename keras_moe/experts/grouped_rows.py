@@ -10,11 +10,11 @@ def bounds(group_sizes):
     return ends - group_sizes, ends
 
 
-def clear_rows_of_nobody(rows, group_sizes):
-    """The rows, zero where they belong to no expert.
+def clear_unused_rows(rows, group_sizes):
+    """The rows, with zeros for the unused ones, after those of all experts.
 
-    Done to the input of a bank: whatever those rows hold, NaN included, it can
-    then reach no gradient.
+    Applied to the input of a bank, so that nothing that unused rows hold, NaN
+    included, reaches a gradient.
     """
     _, ends = bounds(group_sizes)
     row = ops.arange(ops.shape(rows)[0], dtype="int32")

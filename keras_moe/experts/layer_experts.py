@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import check_int
 from keras_moe.experts import padded_rows
 from keras_moe.experts.experts import PlainExperts
 from keras_moe.stacked import layer_copies
@@ -114,6 +115,8 @@ class LayerExperts(PlainExperts):
                 "A list for `layer` must have at least one layer, all of them "
                 f"different objects. Received: layer={layer!r}"
             )
+        if num_experts is not None:
+            check_int("num_experts", num_experts, 1)
         if given and num_experts not in (None, len(layers)):
             raise ValueError(
                 "`num_experts` must be the length of the list `layer` or None. "

@@ -1,8 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int
+from keras_moe.checks import check_positive
+from keras_moe.experts.experts import as_part_of_bank
 from keras_moe.experts.glu_experts import GLUExperts
-from keras_moe.experts.grouped_rows import clear_rows_of_nobody
+from keras_moe.experts.grouped_rows import clear_unused_rows
+from keras_moe.ops.grouped_matmul import check_operands_of
 from keras_moe.stacked import per_expert
 
 
@@ -101,16 +106,11 @@ class LowRankExperts(GLUExperts):
         super().__init__(
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(
-                f"`rank` must be a positive int. Received: rank={rank!r}"
-            )
-        if alpha is not None and (
-            not isinstance(alpha, (int, float)) or not alpha > 0
-        ):
-            raise ValueError(
-                f"`alpha` must be positive or None. Received: alpha={alpha!r}"
-            )
+        check_int("rank", rank, 1)
+        if alpha is not None:
+            check_positive("alpha", alpha)
+        check_bool("gated", gated)
+        check_bool("freeze_shared", freeze_shared)
         if not gated and (self.limit is not None or self.up_shift):
             raise ValueError(
                 "`limit` and `up_shift` need `gated=True`. Received: "
@@ -121,8 +121,11 @@ class LowRankExperts(GLUExperts):
         self.alpha = alpha
         self.gated = gated
         self.freeze_shared = freeze_shared
-        self.lora_a_initializer = keras.initializers.get(lora_a_initializer)
-        self.lora_b_initializer = keras.initializers.get(lora_b_initializer)
+        for name, given in (
+            ("lora_a_initializer", lora_a_initializer),
+            ("lora_b_initializer", lora_b_initializer),
+        ):
+            setattr(self, name, as_part_of_bank(name, given))
 
     def join_hidden(self, *products):
         if self.gated:
@@ -131,7 +134,7 @@ class LowRankExperts(GLUExperts):
 
     def call(self, rows, group_sizes, training=None):
         # The shared products see all rows.
-        rows = clear_rows_of_nobody(rows, group_sizes)
+        rows = clear_unused_rows(rows, group_sizes)
         return super().call(rows, group_sizes, training)
 
     def add_dense(self, name, input_dim, output_dim):
@@ -145,6 +148,11 @@ class LowRankExperts(GLUExperts):
             ("lora_a", (input_dim, self.rank)),
             ("lora_b", (self.rank, output_dim)),
         ):
+            check_operands_of(
+                self.implementation,
+                (self.num_experts, *shape),
+                self.compute_dtype,
+            )
             bank = self.add_bank(f"{name}_{kind}", shape, kind=kind)
             setattr(self, f"{name}_{kind}", bank)
 

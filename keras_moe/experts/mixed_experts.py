@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import is_int
 from keras_moe.experts.experts import PlainExperts
 from keras_moe.experts.grouped_rows import bounds
 from keras_moe.experts.grouped_rows import spread
@@ -66,8 +67,8 @@ class MixedExperts(PlainExperts):
     def __init__(self, banks, *, name=None, dtype=None, trainable=True):
         banks = list(banks) if isinstance(banks, (list, tuple)) else [banks]
         for bank in banks:
-            if not isinstance(bank, keras.layers.Layer) or not isinstance(
-                getattr(bank, "num_experts", None), int
+            if not isinstance(bank, keras.layers.Layer) or not is_int(
+                getattr(bank, "num_experts", None)
             ):
                 raise ValueError(
                     "`banks` must be a list of layers with an attribute "

@@ -16,7 +16,7 @@ from keras_moe.stacked import layer_copies
 def to_buffers(rows, group_sizes, size):
     """Yields a buffer of `size` rows, and which of them are real, a group."""
     num_rows = ops.shape(rows)[0]
-    # What an index of `num_rows` finds.
+    # A row of zeros, for the index `num_rows`.
     rows = ops.concatenate(
         [rows, ops.zeros((1, *ops.shape(rows)[1:]), rows.dtype)]
     )
@@ -29,7 +29,7 @@ def to_buffers(rows, group_sizes, size):
 
 
 def from_buffers(buffers, group_sizes, size, num_rows):
-    """The rows of the buffers in their order, zero for rows of nobody."""
+    """The rows of the buffers in their order, zero for unused rows."""
     starts, ends = bounds(group_sizes)
     num_groups = len(buffers)
     row = ops.arange(num_rows, dtype="int32")

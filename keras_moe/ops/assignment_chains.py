@@ -1,7 +1,8 @@
-"""Chains of moves of tokens from one expert to the next.
+"""The step of `balanced_assignment`: moving tokens along a chain of experts.
 
-The step of `balanced_assignment`. Scores are `(G, S, E)`, the experts that
-tokens are assigned to `(G, S)`, with `E` for none.
+In a chain, each expert passes one token on to the next. Scores are `(G, S, E)`
+for `G` groups of `S` tokens; the expert of each token is `(G, S)` int32, `E`
+for a token without one.
 """
 
 from keras import ops

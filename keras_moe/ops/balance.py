@@ -1,3 +1,5 @@
+"""How unequal a distribution over the experts is."""
+
 from keras import ops
 
 

@@ -10,6 +10,7 @@ best with its loads (successive shortest paths), until these are equal.
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops.assignment_chains import LOWEST
 from keras_moe.ops.assignment_chains import TIE
 from keras_moe.ops.assignment_chains import holds
@@ -68,7 +69,7 @@ def balanced_assignment(scores, mask=None):
     like_tokens = ops.zeros_like(scores[..., 0], dtype="int32")  # (G, S)
     # A loop until something holds needs values, which a meta tensor has not;
     # neither can one look for the best of no tokens.
-    if getattr(scores, "is_meta", False) or scores.shape[1] == 0:
+    if backend.has_no_values(scores) or scores.shape[1] == 0:
         return like_tokens if grouped else like_tokens[0]
     keep = ops.equal(like_tokens, 0)
     if mask is not None:

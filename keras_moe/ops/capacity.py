@@ -1,3 +1,5 @@
+"""How many rows an expert takes at most."""
+
 import math
 from fractions import Fraction
 
@@ -64,13 +66,24 @@ def expert_capacity(
         )
     if capacity_factor is None or math.isinf(capacity_factor):
         return None
-    factor = Fraction(capacity_factor).limit_denominator(1_000_000)
+    factor = _as_fraction(capacity_factor)
     is_tensor = ops.is_tensor(num_tokens)
     if is_tensor:
         num_tokens = ops.cast(num_tokens, "int64")
     capacity = _RULES[rule](num_tokens, num_experts, top_k, factor)
     capacity = _round_up(capacity, multiple_of)
     return ops.cast(capacity, "int32") if is_tensor else capacity
+
+
+def _as_fraction(factor):
+    """The fraction that the float stands for: 11/10 for 1.1."""
+    exact = Fraction(float(factor))
+    fraction = exact.limit_denominator(10**6)
+    if abs(fraction - exact) > exact / 10**7:  # a very small factor
+        fraction = exact.limit_denominator(int(min(10**6 / exact, 10**15)))
+        # Not 0, and a product with a number of tokens fits into int64.
+        fraction = max(fraction, Fraction(1, 10**15))
+    return fraction
 
 
 def _floor(n, fraction):

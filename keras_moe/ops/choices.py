@@ -1,3 +1,5 @@
+"""Choices that may not exist: tokens with fewer experts than `K`."""
+
 from keras import ops
 
 from keras_moe.ops.selection import take_chosen

@@ -118,7 +118,7 @@ def _weighted_sum_gradients(d_out, rows, weights, plan):
         d_row_weights = ops.sum(ops.cast(rows, dtype) * d_out_of_row, axis=-1)
         num_tokens, top_k = ops.shape(weights)
         d_weights = backend.segment_sum(
-            _zero_rows_of_nobody(d_row_weights, plan),
+            _clear_unused_rows(d_row_weights, plan),
             plan.choices,
             num_tokens * top_k,
         )
@@ -144,7 +144,7 @@ def _to_rows(tokens, plan):
 
 def _to_rows_gradient(d_rows, tokens, plan):
     if plan.positions is None:
-        d_rows = _zero_rows_of_nobody(d_rows, plan)
+        d_rows = _clear_unused_rows(d_rows, plan)
         return (_sum_by_token(d_rows, plan),)
     return (ops.sum(_at_positions(d_rows, plan), axis=1),)
 
@@ -155,7 +155,7 @@ def _sum_by_token(rows, plan):
     )
 
 
-def _zero_rows_of_nobody(rows, plan):
+def _clear_unused_rows(rows, plan):
     kept = backend.take(by_choice(plan.kept), plan.choices)
     kept = ops.reshape(kept, (-1,) + (1,) * (len(rows.shape) - 1))
     return ops.where(kept, rows, ops.zeros_like(rows))

@@ -90,7 +90,7 @@ def with_positions(plan, routing):
 
 
 def row_weights(plan, expert_weights):
-    """The weight of each row, zero for rows of nobody.
+    """The weight of each row, zero for unused rows.
 
     Args:
         plan: The `DispatchPlan` of `dispatch`.
@@ -107,7 +107,7 @@ def row_weights(plan, expert_weights):
 
 
 def normalize_kept_weights(plan, expert_weights):
-    """The weights, divided by the sum of those of each token that were kept.
+    """The weights, divided by the sum of the kept ones of each token.
 
     Args:
         plan: The `DispatchPlan` of `dispatch`.

@@ -1,4 +1,4 @@
-"""Softmax's relatives that give exact zeros."""
+"""Sparse alternatives to softmax: probabilities with exact zeros."""
 
 import math
 
@@ -79,10 +79,10 @@ def entmax(x, alpha, axis=-1):
     towards 1 it becomes softmax. `tau` is found by bisection, and for the
     floats 1.5 and 2 by sorting.
 
-    The gradient is the closed form, not that of the search. An entry of minus
-    infinity gives zero and gets no gradient; a row of nothing else gives
-    zeros. A NaN makes its whole row NaN. Half precision is computed in
-    float32.
+    The gradient is the closed form, which can be differentiated again. An
+    entry of minus infinity gives zero and gets no gradient; a row of nothing
+    else gives zeros. A NaN makes its whole row NaN. Half precision is computed
+    in float32.
 
     Args:
         x: Tensor, such as logits `(T, E)`.
@@ -141,7 +141,7 @@ def _map(x, alpha, axis, solve):
     p = solve(shifted, alpha)
     not_a_number = ops.any(ops.isnan(shifted), axis=-1, keepdims=True)
     p = ops.where(not_a_number, ops.full_like(p, float("nan")), p)
-    p = backend.with_gradient(_value, _gradients, inputs, (p, shifted, alpha))
+    p = backend.with_gradient(_value, _gradients, inputs, (p, highest, alpha))
     if dtype in ("float16", "bfloat16"):
         p = ops.cast(p, dtype)
     return ops.moveaxis(p, -1, axis)
@@ -243,7 +243,14 @@ def _value(*arguments):
 
 
 def _gradients(d_p, *arguments):
-    *inputs, p, shifted, alpha = arguments
+    *inputs, p, highest, alpha = arguments
+    # Not the constants: the gradients can be differentiated again.
+    p = backend.with_gradient(
+        _value, _gradients, tuple(inputs), (p, highest, alpha)
+    )
+    shifted = inputs[0] - highest
+    if len(inputs) == 2:
+        alpha = inputs[1]
     inside = ops.logical_not(p <= 0)  # a NaN stays one
     zeros = ops.zeros_like(p)
     s = ops.where(inside, ops.where(inside, p, zeros + 1) ** (2 - alpha), zeros)

@@ -1,3 +1,5 @@
+"""Fused kernels for a whole bank of experts."""
+
 from keras_moe import backend
 
 

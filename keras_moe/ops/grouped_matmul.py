@@ -1,3 +1,5 @@
+"""Products of rows with the matrix of their group."""
+
 import keras
 from keras import ops
 
@@ -16,6 +18,23 @@ def check_implementation(implementation, names):
             "`implementation` must be None or, on this backend, one of "
             f"{grouped_matmul_implementations()}. "
             f"Received: implementation={implementation!r}"
+        )
+
+
+def check_operands_of(implementation, rhs_shape, dtype):
+    """Raises if a forced implementation never takes such operands.
+
+    Args:
+        implementation: str, or `None` for any.
+        rhs_shape: `(E, D, F)`.
+        dtype: str.
+    """
+    reason = backend.refusal(implementation, rhs_shape, dtype)
+    if reason:
+        raise ValueError(
+            f"`implementation` cannot compute these experts: {reason}. "
+            f"Received: implementation={implementation!r}, a bank of shape "
+            f"{tuple(rhs_shape)}, dtype={dtype}"
         )
 
 
@@ -43,6 +62,8 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     Raises:
         ValueError: If shapes or dtypes do not fit, or `implementation` is not
             known on this backend.
+        NotImplementedError: If no implementation, or not the one asked for,
+            can run: with the reason of each.
 
     Example:
 
@@ -56,14 +77,22 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     lhs, rhs = ops.convert_to_tensor(lhs), ops.convert_to_tensor(rhs)
     group_sizes = ops.convert_to_tensor(group_sizes, dtype="int32")
     _check_operands(lhs, rhs, group_sizes)
-    if implementation is not None:
-        return backend.GROUPED_MATMUL[implementation](lhs, rhs, group_sizes)
-    for name in backend.best_first(lhs):
+    if implementation is None:
+        names = backend.best_first(lhs)
+    else:
+        names = (implementation,)
+    reasons = []
+    for name in names:
         try:
             return backend.GROUPED_MATMUL[name](lhs, rhs, group_sizes)
-        except NotImplementedError:
-            continue  # not for these arguments here; the reference always is
-    raise NotImplementedError("No implementation of `grouped_matmul` can run.")
+        except NotImplementedError as error:
+            reasons.append(f"{name!r}: {error}")
+    raise NotImplementedError(
+        f"`grouped_matmul` cannot run here: {'; '.join(reasons)}. "
+        f"Received: implementation={implementation!r}, "
+        f"lhs.shape={tuple(lhs.shape)}, rhs.shape={tuple(rhs.shape)}, "
+        f"dtype={keras.backend.standardize_dtype(lhs.dtype)}"
+    )
 
 
 def _check_operands(lhs, rhs, group_sizes):
@@ -93,10 +122,10 @@ def _check_operands(lhs, rhs, group_sizes):
 
 
 def batch_matmul(x, y):
-    """`(B, N, K)` times `(B, K, M)`, in float64 where these are.
+    """`(B, N, K)` times `(B, K, M)`, in the dtype of both.
 
-    On torch, `ops.matmul` would make float32 of them. Elsewhere it is the
-    faster one on TensorFlow, with gradients.
+    `ops.matmul` is faster than `ops.einsum` on TensorFlow, with gradients, but
+    makes float32 of float64 on torch.
     """
     if keras.backend.standardize_dtype(x.dtype) == "float64":
         return ops.einsum("bnk,bkm->bnm", x, y)

@@ -1,3 +1,5 @@
+"""Groups of tokens, next to each other."""
+
 from keras import ops
 
 from keras_moe.checks import is_int

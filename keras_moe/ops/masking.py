@@ -1,3 +1,5 @@
+"""Reductions over the tokens that are not masked."""
+
 from keras import ops
 
 from keras_moe.ops.groups import to_groups

@@ -1,3 +1,5 @@
+"""Noise on logits: its draws, and the loads it makes likely."""
+
 import math
 
 import keras
@@ -5,6 +7,8 @@ from keras import ops
 
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
+
+THRESHOLDS = ("exact", "shared")
 
 
 def gumbel(shape, dtype, seed):
@@ -47,9 +51,6 @@ def with_noise(logits, noise_stddev, gumbel_noise, seed):
     if gumbel_noise > 0:
         logits = logits + gumbel_noise * gumbel(shape, dtype, seed)
     return logits
-
-
-THRESHOLDS = ("exact", "shared")
 
 
 def expected_load(

@@ -1,3 +1,5 @@
+"""What routers return."""
+
 from typing import Any
 from typing import NamedTuple
 

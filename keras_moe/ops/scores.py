@@ -1,3 +1,5 @@
+"""Scores of the experts from logits, and weights from scores."""
+
 from keras import ops
 
 SCORE_ACTIVATIONS = ("softmax", "sigmoid", "sqrt_softplus")

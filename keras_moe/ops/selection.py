@@ -1,3 +1,5 @@
+"""Choosing the best entries along an axis, the same on every backend."""
+
 from keras import ops
 
 from keras_moe import backend

@@ -1,3 +1,5 @@
+"""Sinkhorn's algorithm."""
+
 import math
 
 import keras
@@ -59,7 +61,11 @@ def sinkhorn(logits, num_iterations=20, mask=None):
         keep = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (..., T, 1)
         logits = ops.where(keep, logits, ops.zeros_like(logits))
         num_tokens = ops.sum(ops.cast(keep, logits.dtype), -2, keepdims=True)
-        log_tokens = ops.log(ops.maximum(num_tokens, 1.0))
+        # Not `ops.maximum`, which makes float32 of float64 on torch.
+        none = ops.equal(num_tokens, 0)
+        log_tokens = ops.log(
+            ops.where(none, ops.ones_like(num_tokens), num_tokens)
+        )
     columns = ops.zeros_like(ops.sum(logits, axis=-2, keepdims=True))
     rows = ops.zeros_like(logits[..., :1])
     for _ in range(num_iterations):

@@ -1,3 +1,5 @@
+"""A polynomial step function."""
+
 from keras import ops
 
 

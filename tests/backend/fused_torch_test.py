@@ -5,6 +5,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from keras import ops
 
 from tests.backend.fused_experts_test import expected
@@ -87,15 +88,46 @@ class FusedTorchTest(TestCase):
             plain, call(arrays, floats).detach().numpy()
         )
 
-    def test_second_gradients_are_refused(self):
-        arrays = operands(*GROUP)
-        floats = inputs(arrays)
-        x = floats[0].requires_grad_()
-        (first,) = torch.autograd.grad(
-            call(arrays, floats).tanh().sum(), x, create_graph=True
+    @parameterized.parameters(False, True)
+    def test_gradients_of_gradients(self, penalty):
+        """With an arriving gradient that is a constant, and with one that is
+        not."""
+        arrays = operands(*GROUP, use_bias=True)
+
+        def value(*floats):
+            out = call(arrays, floats)
+            if penalty:
+                (first,) = torch.autograd.grad(
+                    out.sum(), floats[0], create_graph=True
+                )
+                return first.square().sum()
+            return out.tanh().sum()
+
+        floats = [x.double().requires_grad_() for x in inputs(arrays)]
+        first = torch.autograd.grad(
+            value(*floats), floats, create_graph=True, materialize_grads=True
         )
-        with self.assertRaisesRegex(RuntimeError, "twice"):
-            first.sum().backward()
+        rng = np.random.default_rng(1)
+        step = [torch.tensor(rng.normal(size=x.shape)) for x in floats]
+        # The derivative in one direction, by central differences: of the
+        # value, and of its gradient.
+        change = []
+        for sign in (1, -1):
+            moved = [
+                (x + sign * 1e-5 * d).detach().requires_grad_()
+                for x, d in zip(floats, step, strict=True)
+            ]
+            there = value(*moved)
+            gradients = torch.autograd.grad(
+                there, moved, materialize_grads=True
+            )
+            change.append((there.detach(), *gradients))
+        wanted, *second = ((a - b) / 2e-5 for a, b in zip(*change, strict=True))
+        slope = sum((g * d).sum() for g, d in zip(first, step, strict=True))
+        self.assertAllClose(slope.detach(), wanted, rtol=1e-7)
+        actual = torch.autograd.grad(slope, floats, materialize_grads=True)
+        for ours, exact in zip(actual, second, strict=True):
+            self.assert_relative(ours.numpy(), exact.numpy(), 1e-7)
 
     def test_hidden_without_slope(self):
         arrays = operands(*GROUP)

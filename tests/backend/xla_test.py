@@ -1,4 +1,4 @@
-"""What TensorFlow's XLA must never do to us: see backend/tensorflow/xla.py."""
+"""What XLA must never do to us: see backend/tensorflow/groups.py."""
 
 import keras
 import numpy as np

@@ -50,6 +50,9 @@ class ExpertCapacityTest(TestCase):
             )
 
     @parameterized.parameters(
+        (1000, 4, 2, 1e-7, "ceil", 1),
+        (10**7, 1, 1, 4e-7, "ceil", 4),
+        (10**6, 1, 1, 1e-300, "ceil", 1),
         (100, 10, 1, 1.1, "ceil", 11),  # 11.000000000000002 in binary
         (0, 8, 2, 1.0, "ceil", 0),
         (10, 4, 2, 1.0, "flaxformer", 4),  # 2.5, to the even 2, at least 4

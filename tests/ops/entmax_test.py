@@ -93,6 +93,33 @@ class EntmaxTest(TestCase):
         self.assert_relative(d_alpha["alpha"], expected["alpha"], 1e-4)
         self.assert_relative(d_x, expected["x"], 1e-4)
 
+    @parameterized.parameters(1.3, 1.7)
+    def test_gradient_of_a_gradient(self, alpha):
+        """Of the squared length of the gradient of `sum(p * c)`."""
+        x = self.logits(1).astype("float64")
+        c = np.random.default_rng(1).normal(size=x.shape)
+
+        def length(x):
+            p = entmax_by_bisection(x[0], alpha)
+            s = np.where(p > 0, np.maximum(p, 1e-30) ** (2 - alpha), 0)
+            return np.sum(np.square(s * (c - np.sum(s * c) / np.sum(s))))
+
+        wanted = np.zeros(x.shape)
+        for i in range(x.shape[1]):
+            step = 1e-6 * np.eye(x.shape[1])[i]
+            wanted[0, i] = (length(x + step) - length(x - step)) / 2e-6
+        second = {
+            "jax": second_gradient_jax,
+            "tensorflow": second_gradient_tensorflow,
+            "torch": second_gradient_torch,
+        }[keras.config.backend()]
+        self.assertGreater(np.abs(wanted).max(), 0.01)
+        actual = second(
+            lambda x: ops.sum(entmax(x, alpha) * ops.array(c, "float32")),
+            ops.array(x, "float32"),
+        )
+        self.assert_relative(actual, wanted, 1e-4)
+
     def test_scalar_alpha(self):
         x = self.logits(3)
         cotangent = np.random.default_rng(1).normal(size=x.shape)
@@ -207,3 +234,29 @@ class EntmaxTest(TestCase):
                 entmax(x, alpha)
         with self.assertRaisesRegex(ValueError, r"alpha.shape=\(2, 3\), axis"):
             entmax(x, ops.full((2, 3), 1.5))
+
+
+def second_gradient_jax(value, x):
+    import jax
+
+    return jax.grad(lambda x: ops.sum(jax.grad(value)(x) ** 2))(x)
+
+
+def second_gradient_tensorflow(value, x):
+    import tensorflow as tf
+
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            total = value(x)
+        length = ops.sum(inner.gradient(total, x) ** 2)
+    return outer.gradient(length, x)
+
+
+def second_gradient_torch(value, x):
+    import torch
+
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(value(x), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]

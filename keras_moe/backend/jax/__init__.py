@@ -18,6 +18,10 @@ FUSED_EXPERTS = {"row_blocks": fused_experts.row_blocks}
 REMAT_SCOPE_TAKES_ARGUMENTS = False
 
 
+def refusal(implementation, rhs_shape, dtype):
+    return None  # what they cannot take depends on the mode alone
+
+
 def top_k_indices(scores, k):
     if not all(isinstance(size, int) for size in scores.shape):
         # To be exported. TensorFlow, which is to load that, is usually too old
@@ -67,6 +71,15 @@ def with_gradient(forward, backward, inputs, constants):
 
     call.defvjp(call_forward, call_backward)
     return call(inputs, constants)
+
+
+def has_no_values(tensor):
+    return False  # a traced program is run with the values later
+
+
+def jacobian(function, values):
+    rows = jax.jacrev(function)(list(values))
+    return [[row[t] for row in rows] for t in range(rows[0].shape[0])]
 
 
 def is_symbolic(tensor):

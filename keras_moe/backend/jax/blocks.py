@@ -9,11 +9,25 @@ the weights of its group, and each size is one more loop to compile.
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 LARGEST = 544  # products of more rows are not faster
 FOR_ANY_NUMBER = (64, 8)  # where the number of rows is symbolic
+
+
+def platform_of(tensor):
+    """`"cpu"`, `"gpu"` or `"tpu"`: where what is computed with it will run."""
+    if not isinstance(tensor, jax.core.Tracer) and isinstance(
+        tensor, jax.Array
+    ):
+        (platform,) = {device.platform for device in tensor.devices()}
+    else:
+        # A tracer does not know its device.
+        device = jax.config.jax_default_device
+        platform = getattr(device, "platform", device) or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def block_sizes(num_rows, num_groups):

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.backend.jax import blocks
-from keras_moe.backend.jax.platform import platform_of
 
 
 class _Block(NamedTuple):
@@ -208,7 +207,7 @@ def row_blocks(
     tokens, row_weights, choices, group_sizes, kernels, biases, hidden
 ):
     num_tokens, num_rows = tokens.shape[0], row_weights.shape[0]
-    if platform_of(tokens) != "cpu":
+    if blocks.platform_of(tokens) != "cpu":
         # Elsewhere additions to the same token happen in any order, and the
         # many small steps are (a guess, not measured) slower than few large.
         raise NotImplementedError("`row_blocks` of experts is for CPU.")

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.backend.jax import blocks
-from keras_moe.backend.jax.platform import platform_of
 
 
 def _matmul_rows(lhs, rhs, group_sizes, rhs_axis=1):
@@ -144,7 +143,7 @@ def best_first(lhs):
 
     The order on GPU and TPU is a guess: nothing has been measured there.
     """
-    platform = platform_of(lhs)
+    platform = blocks.platform_of(lhs)
     if platform != "cpu" and ragged_dot_is_sparse(platform):
         return ("ragged_dot", "row_blocks")
     return ("row_blocks",)

@@ -11,8 +11,8 @@ from keras import ops
 from keras_moe.backend.tensorflow import fused_blocks
 from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
-from keras_moe.backend.tensorflow.xla import compiles_with_xla
-from keras_moe.backend.tensorflow.xla import refuse_xla
+from keras_moe.backend.tensorflow.groups import compiles_with_xla
+from keras_moe.backend.tensorflow.groups import refuse_xla
 
 GROUPED_MATMUL = {
     "expert_loop": grouped_matmul.expert_loop,
@@ -27,6 +27,10 @@ REMAT_SCOPE_TAKES_ARGUMENTS = False
 
 def best_first(lhs):
     return tuple(GROUPED_MATMUL)
+
+
+def refusal(implementation, rhs_shape, dtype):
+    return None  # what they cannot take depends on the mode alone
 
 
 def top_k_indices(scores, k):
@@ -62,6 +66,23 @@ def with_gradient(forward, backward, inputs, constants):
         return forward(*inputs, *constants), gradients
 
     return call(*inputs)
+
+
+def has_no_values(tensor):
+    return False  # a traced program is run with the values later
+
+
+def jacobian(function, values):
+    with tf.GradientTape(persistent=True) as tape:
+        losses = tf.unstack(function(values))
+    rows = [
+        tape.gradient(
+            loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        for loss in losses
+    ]
+    # The gradient of a gather is sparse.
+    return [[tf.convert_to_tensor(g) for g in row] for row in rows]
 
 
 def is_symbolic(tensor):

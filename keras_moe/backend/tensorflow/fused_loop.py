@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_moe.backend.tensorflow.fused_experts import with_own_gradient
 from keras_moe.backend.tensorflow.groups import Groups
-from keras_moe.backend.tensorflow.xla import compiles_with_xla
+from keras_moe.backend.tensorflow.groups import compiles_with_xla
 
 
 def expert_loop(

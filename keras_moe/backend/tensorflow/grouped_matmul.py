@@ -8,7 +8,7 @@ over blocks of rows whose trip count is data.
 import tensorflow as tf
 
 from keras_moe.backend.tensorflow.groups import Groups
-from keras_moe.backend.tensorflow.xla import compiles_with_xla
+from keras_moe.backend.tensorflow.groups import compiles_with_xla
 
 
 def _loop_rows(lhs, rhs, groups, transpose_rhs=False):

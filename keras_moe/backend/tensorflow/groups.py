@@ -2,14 +2,31 @@
 
 Results wait in `TensorArray`s. A tensor handed from iteration to iteration, to
 be added to or written into, takes longer: TensorFlow's scatters are slow.
+
+Danger: XLA compiles a loop over TensorArrays without an error and returns wrong
+values. Two things keep each `expert_loop` out of its reach: it raises
+`NotImplementedError` while XLA traces, and it sends its group sizes through a
+string operation, which no XLA compiler accepts, so that whatever still gets
+there fails loudly.
 """
 
 import tensorflow as tf
-
-from keras_moe.backend.tensorflow.xla import refuse_xla
+from tensorflow.python.ops import control_flow_util
 
 # Groups computed at the same time: no core waits for the end of a product.
 PARALLEL = 8
+
+
+def compiles_with_xla():
+    return not tf.executing_eagerly() and (
+        control_flow_util.GraphOrParentsInXlaContext(
+            tf.compat.v1.get_default_graph()
+        )
+    )
+
+
+def refuse_xla(group_sizes):
+    return tf.strings.to_number(tf.strings.as_string(group_sizes), tf.int32)
 
 
 class Groups:

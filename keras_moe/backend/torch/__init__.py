@@ -2,10 +2,11 @@
 
 import torch
 
-from keras_moe.backend.torch import exported
+from keras_moe.backend.torch import plain
 from keras_moe.backend.torch.fused_experts import expert_loop as fused_loop
 from keras_moe.backend.torch.grouped_matmul import expert_loop
 from keras_moe.backend.torch.grouped_matmul import grouped_mm
+from keras_moe.backend.torch.grouped_matmul import refusal as _refusal
 
 GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
 FUSED_EXPERTS = {"expert_loop": fused_loop}
@@ -16,18 +17,24 @@ def best_first(lhs):
     return tuple(GROUPED_MATMUL)
 
 
+def refusal(implementation, rhs_shape, dtype):
+    if implementation == "grouped_mm":
+        return _refusal(rhs_shape, dtype)
+    return None
+
+
 def top_k_indices(scores, k):
     # `torch.topk` promises nothing about ties.
     return _order(scores, descending=True)[..., :k].to(torch.int32)
 
 
 def take_chosen(x, indices):
-    # `take_along_dim`, which may broadcast, cannot be exported.
+    # `take_along_dim`, which may broadcast, cannot be plain.
     return torch.gather(x, -1, indices.long())
 
 
 def take(x, indices, axis=0):
-    # ONNX knows no `ravel`, which that of Keras calls.
+    # ONNX knows no `ravel`, which `ops.take` calls.
     indices = torch.as_tensor(indices, device=x.device)
     return torch.index_select(x, axis, indices)
 
@@ -43,10 +50,10 @@ def _order(x, descending):
 
 
 def segment_sum(data, segment_ids, num_segments):
-    # That of Keras cannot be exported.
+    # That of Keras cannot be plain.
     out = data.new_zeros(num_segments, *data.shape[1:])
-    if exported.is_exporting():
-        return exported.add_rows(out, segment_ids, data)
+    if plain.is_exporting():
+        return plain.add_rows(out, segment_ids, data)
     return out.index_add(0, segment_ids, data)
 
 
@@ -68,13 +75,30 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(forward, backward, inputs, constants):
-    if exported.is_exporting():  # the program is for inference
+    if plain.is_exporting():  # the program is for inference
         return forward(*inputs, *constants)
     return _WithGradient.apply(forward, backward, constants, *inputs)
 
 
+def has_no_values(tensor):
+    return tensor.device.type == "meta"
+
+
+def jacobian(function, values):
+    rows = []
+    for loss in torch.unbind(function(values)):
+        if loss.requires_grad:
+            row = torch.autograd.grad(
+                loss, values, retain_graph=True, materialize_grads=True
+            )
+        else:
+            row = [torch.zeros_like(v) for v in values]
+        rows.append(row)
+    return rows
+
+
 def is_symbolic(tensor):
-    return tensor.device.type == "meta" or exported.is_exporting()
+    return has_no_values(tensor) or plain.is_exporting()
 
 
 def all_reduce_sum(tensor):

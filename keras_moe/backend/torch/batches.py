@@ -62,7 +62,7 @@ class Layout(NamedTuple):
         return (weights * self.taken).to(dtype)[:, None]
 
     def to_rows(self, by_place, row_weights):
-        """`(places,) -> (N,)`, zero for rows of nobody."""
+        """`(places,) -> (N,)`, zero for unused rows."""
         out = torch.zeros_like(row_weights)
         used = torch.index_select(by_place, 0, self.place_of_row)
         out[: len(used)] = used

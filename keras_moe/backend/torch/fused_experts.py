@@ -5,16 +5,15 @@ their rows are in the cache.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from keras_moe.backend.torch import exported
 from keras_moe.backend.torch import memory
+from keras_moe.backend.torch import plain
 from keras_moe.backend.torch.batches import lay_out
 
 
 def expert_loop(*inputs):
-    if exported.is_exporting():
-        return exported.fused_experts(*inputs)
+    if plain.is_exporting():
+        return plain.fused_experts(*inputs)
     return _expert_loop(*inputs)
 
 
@@ -31,12 +30,14 @@ def _expert_loop(
     )
     if not keep:
         memory.release()  # no training: a good time
-    return _Experts.apply(layout, hidden, keep, *inputs)
+    plan = layout, choices, group_sizes
+    return _Experts.apply(plan, hidden, keep, *inputs)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layout, hidden, keep, tokens, row_weights, *banks):
+    def forward(ctx, plan, hidden, keep, tokens, row_weights, *banks):
+        layout = plan[0]
         *layers, (last_kernel, last_bias) = _by_layer(banks)
         weights = layout.to_places(row_weights, tokens.dtype)
         rows = tokens.new_empty(len(weights) + 1, last_kernel.shape[2])
@@ -59,17 +60,19 @@ class _Experts(torch.autograd.Function):
             y.mul_(weights[batch.places])
         if keep:
             ctx.save_for_backward(tokens, row_weights, *banks, *inner)
-            ctx.layout, ctx.hidden = layout, hidden
+            ctx.plan, ctx.hidden = plan, hidden
         return layout.sum_by_token(rows)
 
     @staticmethod
     @torch.compiler.disable  # autograd calls it by itself
-    @once_differentiable
     def backward(ctx, d_out):
-        layout = ctx.layout
+        layout = ctx.plan[0]
         tokens, row_weights, *saved = ctx.saved_tensors
         needs_tokens, needs_weights, *needs = ctx.needs_input_grad[3:]
         banks, inner = saved[: len(needs)], saved[len(needs) :]
+        if torch.is_grad_enabled():  # by `create_graph=True`
+            inputs = tokens, row_weights, *banks
+            return None, None, None, *_differentiable(ctx, inputs, d_out)
         *layers, (last_kernel, last_bias) = _by_layer(banks)
         d_banks = [
             _unfilled_gradient(bank, layout.idle) if needed else None
@@ -121,6 +124,25 @@ class _Experts(torch.autograd.Function):
             layout.to_rows(d_weights, row_weights) if needs_weights else None,
             *d_banks,
         )
+
+
+def _differentiable(ctx, inputs, d_out):
+    """The gradients by plain operations, to be differentiated again."""
+    _, choices, group_sizes = ctx.plan
+
+    def experts(tokens, row_weights, *banks):
+        half = len(banks) // 2
+        return plain.fused_experts(
+            tokens,
+            row_weights,
+            choices,
+            group_sizes,
+            banks[:half],
+            banks[half:],
+            ctx.hidden,
+        )
+
+    return plain.gradients(experts, inputs, ctx.needs_input_grad[3:], d_out)
 
 
 def _by_layer(banks):

@@ -6,9 +6,8 @@ result.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from keras_moe.backend.torch import exported
+from keras_moe.backend.torch import plain
 
 
 def _clear_rows_of_no_group(out, ends):
@@ -27,6 +26,16 @@ def _product(lhs, rhs, ends):
     return torch.nn.functional.grouped_mm(lhs, rhs, offs=ends)
 
 
+def _differentiable(ctx, lhs, rhs, group_sizes, grad):
+    d_lhs, d_rhs = plain.gradients(
+        lambda lhs, rhs: plain.grouped_matmul(lhs, rhs, group_sizes),
+        (lhs, rhs),
+        ctx.needs_input_grad[:2],
+        grad,
+    )
+    return d_lhs, d_rhs, None
+
+
 class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, lhs, rhs, ends):
@@ -36,9 +45,11 @@ class _GroupedMM(torch.autograd.Function):
 
     # Its own gradient leaves rows of no group uninitialized.
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs, ends = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by `create_graph=True`
+            sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+            return _differentiable(ctx, lhs, rhs, sizes, grad)
         grad = grad.contiguous()  # an expanded gradient is refused
         d_lhs = d_rhs = None
         if ctx.needs_input_grad[0]:
@@ -49,19 +60,27 @@ class _GroupedMM(torch.autograd.Function):
         return d_lhs, d_rhs, None
 
 
+def refusal(rhs_shape, dtype):
+    """Why `grouped_mm` takes no such operands on any device, or `None`."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        return f"dtype {dtype} is not supported"
+    alignment = 16 // getattr(torch, dtype).itemsize
+    if rhs_shape[1] % alignment or rhs_shape[2] % alignment:
+        return "rows are not multiples of 16 bytes"
+    return None
+
+
 def grouped_mm(lhs, rhs, group_sizes):
-    if exported.is_exporting():
+    if plain.is_exporting():
         raise NotImplementedError("its shape rule knows bfloat16 only")
     return _grouped_mm(lhs, rhs, group_sizes)
 
 
 @torch.compiler.disable
 def _grouped_mm(lhs, rhs, group_sizes):
-    alignment = 16 // lhs.element_size()
-    if lhs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise NotImplementedError(f"dtype {lhs.dtype}")
-    if rhs.shape[1] % alignment or rhs.shape[2] % alignment:
-        raise NotImplementedError("rows are not multiples of 16 bytes")
+    reason = refusal(rhs.shape, str(lhs.dtype).removeprefix("torch."))
+    if reason:
+        raise NotImplementedError(reason)
     if lhs.shape[0] == 0:
         raise NotImplementedError("no rows")
     if lhs.device.type == "cuda":
@@ -99,9 +118,11 @@ class _ExpertLoop(torch.autograd.Function):
         return _matmul_rows(lhs, rhs, sizes)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         lhs, rhs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # by `create_graph=True`
+            sizes = torch.tensor(ctx.sizes, device=lhs.device)
+            return _differentiable(ctx, lhs, rhs, sizes, grad)
         d_lhs = d_rhs = None
         if ctx.needs_input_grad[0]:
             d_lhs = _matmul_rows(grad, rhs.transpose(1, 2), ctx.sizes)
@@ -113,8 +134,8 @@ class _ExpertLoop(torch.autograd.Function):
 
 
 def expert_loop(lhs, rhs, group_sizes):
-    if exported.is_exporting():
-        return exported.grouped_matmul(lhs, rhs, group_sizes)
+    if plain.is_exporting():
+        return plain.grouped_matmul(lhs, rhs, group_sizes)
     return _expert_loop(lhs, rhs, group_sizes)
 
 

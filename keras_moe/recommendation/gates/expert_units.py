@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from keras_moe.checks import as_ints
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
-from keras_moe.checks import ints_of
 
 VISIBILITIES = ("own_and_shared", "all")
 
@@ -33,7 +33,7 @@ class ExpertUnits:
     ):
         check_int("num_tasks", num_tasks, 1)
         check_int("num_shared_experts", num_shared_experts, 0)
-        numbers = ints_of("num_task_experts", num_task_experts, num_tasks)
+        numbers = as_ints("num_task_experts", num_task_experts, num_tasks)
         check_one_of("shared_sees", shared_sees, ("all", "shared"))
         self.num_tasks = num_tasks
         self.num_gates = num_tasks + int(output_shared)

@@ -3,8 +3,8 @@
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import as_ints
 from keras_moe.checks import check_int
-from keras_moe.checks import ints_of
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.models.gated_levels import by_unit
 from keras_moe.recommendation.models.gated_levels import check_no_shared
@@ -35,8 +35,8 @@ class GroupedLevels:
     ):
         check_no_shared(tasks)
         check_int("num_shared_experts", num_shared_experts, 0)
-        of_groups = ints_of("num_group_experts", num_group_experts, len(groups))
-        of_tasks = ints_of("num_task_experts", num_task_experts, len(tasks))
+        of_groups = as_ints("num_group_experts", num_group_experts, len(groups))
+        of_tasks = as_ints("num_task_experts", num_task_experts, len(tasks))
         self.tasks = [task.name for task in tasks]
         self.groups = [f"group_{i}" for i in range(len(groups))]
         # The group of each task.

@@ -1,7 +1,7 @@
 """The trunk of SNR."""
 
+from keras_moe.checks import as_ints
 from keras_moe.checks import check_int
-from keras_moe.checks import ints_of
 from keras_moe.recommendation.layers.sub_network_routing import (
     SubNetworkRouting,
 )
@@ -33,7 +33,7 @@ class RoutedLevels:
         options,
     ):
         check_int("num_levels", num_levels, 1)
-        numbers = ints_of("num_experts", num_experts, num_levels, minimum=1)
+        numbers = as_ints("num_experts", num_experts, num_levels, minimum=1)
         units = units_of_levels(expert_units, num_levels)
         seed = options.get("seed")
         self.levels = []

@@ -1,7 +1,7 @@
 import keras
 from keras import ops
 
-from keras_moe.backend.jacobian import jacobian
+from keras_moe.backend import jacobian
 
 
 def gradient_products(model, *args):

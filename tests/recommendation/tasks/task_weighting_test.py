@@ -8,7 +8,7 @@ from absl.testing import parameterized
 
 from keras_moe import layers
 from keras_moe import models
-from keras_moe.backend.jacobian import jacobian
+from keras_moe.backend import jacobian
 from keras_moe.recommendation.tasks.weighting import named_weightings as named
 from keras_moe.recommendation.tasks.weighting.pc_grad import projected_weights
 from tests.test_case import TestCase

@@ -1,11 +1,11 @@
-"""What can be exported: the experts' rows picked out one by one.
+"""The kernels in plain PyTorch, to be exported or differentiated twice.
 
-The fast kernels lay rows out in NumPy, or slice where the data say. A program
-that is exported knows no data. It picks the rows of each expert out by their
-number, which may be any, and computes those alone: the products are as few as
-ever, but there are some ten small operations for each expert, with rows or
-without. Everything is PyTorch's own, so that whoever loads the program does
-without this library.
+The fast kernels lay rows out in NumPy, or slice where the data say. An exported
+program knows no data. Here the rows of each expert are picked out by their
+index, and those alone are computed: the number of products is the same, but
+each expert costs some ten small operations, with rows or without. All
+operations are PyTorch's own, so that whoever loads an exported program does
+without this library, and autograd can differentiate them as often as asked.
 """
 
 import torch
@@ -14,6 +14,40 @@ import torch
 def is_exporting():
     """Whether by `torch.export` or, as Keras does for ONNX, by tracing."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def gradients(function, inputs, needed, d_out):
+    """The gradients of a function's inputs, which autograd can differentiate.
+
+    Called in the backward pass of an `autograd.Function` where the caller asked
+    for `create_graph=True`: the gradients of a fast kernel would be constants.
+
+    Args:
+        function: `function(*inputs)`, in plain PyTorch.
+        inputs: Tensors, or `None`, as `ctx.saved_tensors` returns them.
+        needed: A bool for each of the inputs.
+        d_out: Gradient of the output.
+
+    Returns:
+        A gradient for each of the inputs, `None` where it is not needed.
+    """
+    # Views, so that only what the function makes of an input counts, and not
+    # where another input was made from the same tensors.
+    inputs = [
+        x.view_as(x) if needs else x
+        for x, needs in zip(inputs, needed, strict=True)
+    ]
+    wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(
+        torch.autograd.grad(
+            function(*inputs),
+            wanted,
+            d_out,
+            create_graph=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if needs else None for needs in needed]
 
 
 def grouped_matmul(lhs, rhs, group_sizes):
@@ -29,7 +63,10 @@ def fused_experts(
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     out = tokens.new_zeros(tokens.shape[0], kernels[-1].shape[2], dtype=dtype)
     row_weights = row_weights.to(dtype)
-    token_of_row = choices % tokens.shape[0]
+    num_tokens = tokens.shape[0]
+    if isinstance(num_tokens, int):  # not symbolic
+        num_tokens = max(num_tokens, 1)
+    token_of_row = choices % num_tokens
     for expert, rows in enumerate(_rows(choices, group_sizes)):
         token = token_of_row[rows]
         layers = [
