@@ -31,6 +31,8 @@ active Keras backend is re-exported here:
 - `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
   a list of pairs that may be used in slices, of ints if they are known. `None`
   where no slice may depend on data, since all shapes have to be static.
+- `num_replicas(model)`: by how many replicas of a model each batch is split,
+  whose gradients are summed.
 
 `reference.py` needs `keras.ops` alone and is always tried last.
 """
@@ -80,3 +82,4 @@ with_gradient = native.with_gradient
 is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum
 slice_bounds = native.slice_bounds
+num_replicas = native.num_replicas

@@ -78,3 +78,8 @@ def all_reduce_sum(tensor):
 
 def slice_bounds(group_sizes):
     return None  # whatever is not compiled now will be somewhere else
+
+
+def num_replicas(model):
+    """No strategy splits a batch behind the back of a model here."""
+    return 1

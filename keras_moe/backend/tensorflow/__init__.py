@@ -93,3 +93,8 @@ def slice_bounds(group_sizes):
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
     return list(zip(tf.unstack(starts), tf.unstack(ends), strict=True))
+
+
+def num_replicas(model):
+    """Of the strategy that the model was made under."""
+    return model.distribute_strategy.num_replicas_in_sync

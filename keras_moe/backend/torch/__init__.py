@@ -94,3 +94,8 @@ def slice_bounds(group_sizes):
 def _slice_bounds(group_sizes):
     ends = torch.cumsum(group_sizes, 0).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def num_replicas(model):
+    """No strategy splits a batch behind the back of a model here."""
+    return 1

@@ -4,6 +4,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 from keras_moe.recommendation.tasks import labels as labels_lib
 from keras_moe.recommendation.tasks.arguments import by_task
@@ -12,7 +13,6 @@ from keras_moe.recommendation.tasks.arguments import check_data
 from keras_moe.recommendation.tasks.arguments import check_graph
 from keras_moe.recommendation.tasks.arguments import labels_by_task
 from keras_moe.recommendation.tasks.arguments import masked_metrics
-from keras_moe.recommendation.tasks.arguments import num_replicas
 from keras_moe.recommendation.tasks.gradients import gradient_products
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
 from keras_moe.recommendation.tasks.task_spec import check_tasks
@@ -298,7 +298,7 @@ class MultiTaskModel(keras.Model):
             added = ops.cast(added, "float32")
             size = ops.shape(y_pred[self.tasks[0].name])[0]
             self._added_loss.update_state(
-                ops.stop_gradient(added) * num_replicas(self),
+                ops.stop_gradient(added) * backend.num_replicas(self),
                 ops.cast(size, "float32"),
             )
             total = total + added

@@ -16,6 +16,14 @@ from tests.recommendation.gates.multi_gate_loop import loop
 from tests.recommendation.gates.multi_gate_moe_test import inputs
 from tests.test_case import TestCase
 
+FILES = os.path.join(
+    os.path.dirname(__file__), "..", "..", "data", "saved_multi_gate"
+)
+DATA = {
+    "city": ["Rome", "Oslo", "Rome", "Bern"] * 8,
+    "age": [31.0, 40.0, 25.0, 9.0] * 8,
+    "shop": ["a", "b", "c", "a"] * 8,
+}
 UNITS = {"num_task_experts": [1, 2], "num_shared_experts": 1}
 # Arguments of the parts, and the same as flat ones.
 EXPERTS = {"activation": "silu", "normalization": "layer", "use_bias": False}
@@ -61,6 +69,27 @@ class PartsTest(TestCase):
             [v.path for v in loaded.variables],
             [v.path for v in model.variables],
         )
+
+    @parameterized.parameters("seq", "seq2", "home")
+    def test_files_of_an_older_version(self, name):
+        """Trained and saved when all arguments were flat ones."""
+        path = os.path.join(FILES, name)
+        model = keras.saving.load_model(f"{path}.keras")
+        recorded = dict(np.load(f"{path}.npz"))
+        if name == "home":
+            x = model.get_layer("features").encode(DATA)
+            found = model.predict(x, verbose=0)
+            for task in ("click", "buy"):
+                self.assert_relative(found[task], recorded[task])
+        else:
+            found = model.predict(recorded["x"], verbose=0)
+            self.assert_relative(found, recorded["p"])
+        # The optimizer's state belongs to the variables in their order.
+        trained = [v.shape for v in model.trainable_variables]
+        state = [v.shape for v in model.optimizer.variables[2:]]
+        self.assertEqual(state, [x for x in trained for _ in range(2)])
+        first = ops.convert_to_numpy(model.optimizer.variables[2])
+        self.assertGreater(np.abs(first).max(), 0)
 
     def test_each_layer_has_parts_of_its_own(self):
         gates = TaskGates()
