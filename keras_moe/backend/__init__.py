@@ -43,6 +43,8 @@ active Keras backend are re-exported here:
 - `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
   a list of pairs that may be used in slices, of ints if they are known. `None`
   where no slice may depend on data, since all shapes have to be static.
+- `num_replicas(model)`: by how many replicas of a model each batch is split,
+  whose gradients are summed.
 
 `reference.py` needs `keras.ops` alone and is always tried last.
 """
@@ -97,3 +99,4 @@ is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum
 slice_bounds = native.slice_bounds
 on_gradient = native.on_gradient
+num_replicas = native.num_replicas

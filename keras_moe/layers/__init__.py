@@ -18,9 +18,13 @@ from keras_moe.recommendation.features.multi_categorical import (
 )
 from keras_moe.recommendation.features.numeric import Numeric as Numeric
 from keras_moe.recommendation.features.sequence import Sequence as Sequence
+from keras_moe.recommendation.gates.layer_networks import (
+    LayerNetworks as LayerNetworks,
+)
 from keras_moe.recommendation.gates.multi_gate_moe import (
     MultiGateMoE as MultiGateMoE,
 )
+from keras_moe.recommendation.gates.task_gates import TaskGates as TaskGates
 from keras_moe.recommendation.layers.aitm_transfer import (
     AITMTransfer as AITMTransfer,
 )

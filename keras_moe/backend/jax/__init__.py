@@ -100,3 +100,8 @@ def on_gradient(tensor, notice):
         return (grad,)
 
     return with_gradient(lambda x: jnp.asarray(x), backward, (tensor,), ())
+
+
+def num_replicas(model):
+    """No strategy splits a batch behind the back of a model here."""
+    return 1

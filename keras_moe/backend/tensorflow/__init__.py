@@ -123,3 +123,8 @@ def on_gradient(tensor, notice):
         return (grad,)
 
     return with_gradient(lambda x: tf.identity(x), backward, (tensor,), ())
+
+
+def num_replicas(model):
+    """Of the strategy that the model was made under."""
+    return model.distribute_strategy.num_replicas_in_sync

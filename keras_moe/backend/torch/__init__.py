@@ -126,3 +126,8 @@ def on_gradient(tensor, notice):
         return None
     tensor.register_hook(lambda grad: notice())
     return tensor
+
+
+def num_replicas(model):
+    """No strategy splits a batch behind the back of a model here."""
+    return 1

@@ -108,6 +108,11 @@ class Feature:
         return f"{type(self).__name__}({self.name!r})"
 
 
+def layer_name(name):
+    """A name that a layer with variables can have: PyTorch takes no dots."""
+    return name.replace(".", "-dot-")
+
+
 def check_finite(name, values):
     if values.dtype.kind in "biu":
         return

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.categorical import rows_of
+from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.stacked.draws import own_draws
 
 # Tables of up to so many rows are kept together: each variable costs its time
@@ -80,7 +81,7 @@ def make_tables(features, initializer, regularizer, dtype):
             embeddings_initializer=own_draws(initializer, number),
             embeddings_regularizer=regularizer,
             dtype=dtype,
-            name=f"table_{names[0]}"
+            name=layer_name(f"table_{names[0]}")
             if len(names) == 1
             else f"tables_of_width_{width}",
         )

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.recommendation.gates import unit_inputs
+from keras_moe.recommendation.gates.unit_inputs import one_by_one
 from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.per_expert import PerExpertInitializer
 
@@ -36,9 +36,7 @@ class FeatureGates(keras.layers.Layer):
             setattr(self, f"{name}_kernel", kernel)
 
     def call(self, inputs):
-        x = unit_inputs.one_by_one(
-            ops.cast(inputs, self.compute_dtype), self.slots
-        )
+        x = one_by_one(ops.cast(inputs, self.compute_dtype), self.slots)
         hidden = ops.einsum("bed,edr->ber", x, self.down_kernel)
         gate = ops.einsum("ber,erd->bed", hidden, self.up_kernel)
         return x * (2 * ops.sigmoid(gate))

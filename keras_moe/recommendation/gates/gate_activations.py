@@ -1,4 +1,4 @@
-"""From the logits of gates to their weights, over the experts they see.
+"""From the logits of gates to their weights, and to mixtures of experts.
 
 Logits and weights are `(B, G, E)`, G gates. Which experts a gate sees is known
 when the layer is made, a boolean array `visible` `(G, E)`; weights are zero
@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe.ops import activations
 from keras_moe.ops.entmax import entmax15
 from keras_moe.ops.entmax import sparsemax
+from keras_moe.ops.grouped_matmul import batch_matmul
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import top_k_indices
 
@@ -19,10 +20,20 @@ NAMED = ("softmax", "sparsemax", "entmax15", "top_k", "dselect_k")
 
 
 def get(identifier):
-    """One of `NAMED`, or what Keras makes of it."""
+    """One of `NAMED`, or what Keras makes of it.
+
+    Raises:
+        ValueError: If Keras makes nothing of it.
+    """
     if isinstance(identifier, str) and identifier in NAMED:
         return identifier
-    return activations.get(identifier)
+    try:
+        return activations.get(identifier)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`activation` must be one of {NAMED} or a Keras activation. "
+            f"Received: activation={identifier!r}"
+        ) from error
 
 
 def serialize(activation):
@@ -37,17 +48,14 @@ def gate_weights(logits, visible, activation, top_k=None):
     Args:
         logits: `(B, G, E)`.
         visible: `(G, E)` boolean array. Each gate sees an expert.
-        activation: One of `NAMED`, but not `"dselect_k"`; `"self_gate"`, see
-            `self_gate_weights`; or a function of logits. It gets minus infinity
-            for experts that a gate does not see, so that functions which
-            normalize do so over those it sees.
+        activation: One of `NAMED`, but not `"dselect_k"`; or a function of
+            logits. It gets minus infinity for experts that a gate does not see,
+            so that functions which normalize do so over those it sees.
         top_k: int. Of the softmax over the `top_k` largest logits.
 
     Returns:
         `(B, G, E)`.
     """
-    if activation == "self_gate":
-        return self_gate_weights(logits, visible)
     # A number, and no tensor of them: ONNX files that tf2onnx writes multiply
     # the tensors with the condition, and so make NaN of the infinities.
     lowest = float("-inf")
@@ -104,3 +112,25 @@ def drop_gates(weights, rate, seed, activation):
     none = ops.equal(left, 0)
     left = ops.where(none, ops.ones_like(left), left)
     return ops.where(none, weights, rest * total / left)
+
+
+def mix(weights, outputs, stopped=None):
+    """The weighted sums of the experts' outputs, in the dtype of the weights.
+
+    Args:
+        weights: `(B, G, E)`.
+        outputs: `(B, E, O)`.
+        stopped: `(G, E)` boolean array: where a gate sends no gradient into an
+            expert. Defaults to `None`, nowhere.
+
+    Returns:
+        `(B, G, O)`.
+    """
+    outputs = ops.cast(outputs, weights.dtype)
+    if stopped is None or not stopped.any():
+        return batch_matmul(weights, outputs)
+    zeros = ops.zeros_like(weights)
+    learning = batch_matmul(ops.where(stopped, zeros, weights), outputs)
+    return learning + batch_matmul(
+        ops.where(stopped, weights, zeros), ops.stop_gradient(outputs)
+    )

@@ -1,22 +1,63 @@
-"""Experts of a `MultiGateMoE` that are layers of any kind."""
-
 import keras
 from keras import ops
 
+from keras_moe.checks import check_int
 from keras_moe.stacked import layer_copies
 
 
+@keras.saving.register_keras_serializable("keras_moe")
 class LayerNetworks(keras.layers.Layer):
-    """Copies of a layer, or given layers, side by side.
+    """Layers of any kind side by side, each a network of its own.
 
-    `(B, D)`, read by all, or `(B, S, D)`, each slot read by `E / S` in a row ->
-    `(B, E, O)`.
+    ```
+    y[:, n] = layer[n](x[:, slot of n])
+    ```
+
+    These are experts for a `MultiGateMoE` that no `StackedMLP` describes. They
+    run one after the other, where a `StackedMLP` computes all at once.
+
+    Args:
+        layer: A layer `(batch, dim) -> (batch, width)`, which is copied for
+            each network: the copies have weights and seeds of their own. Or a
+            list of `num_networks` different layers, which are taken as they
+            are.
+        num_networks: int. Number of networks.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, dim)`, read by all networks, or
+            `(batch, slots, dim)`, where `num_networks / slots` networks in a
+            row read the same slot.
+        training: bool. Passed on to layers that take it.
+
+    Input shape:
+        `(batch, dim)` or `(batch, slots, dim)`
+
+    Output shape:
+        `(batch, num_networks, width)`
+
+    Raises:
+        ValueError: If `layer` is not a layer or a list of `num_networks`
+            different ones; when built, if they differ in the width of their
+            output.
+
+    Example:
+
+    >>> layer = keras_moe.layers.LayerNetworks(keras.layers.Dense(4), 3)
+    >>> tuple(layer(keras.ops.ones((2, 6))).shape)
+    (2, 3, 4)
     """
 
     def __init__(self, layer, num_networks, **kwargs):
         super().__init__(**kwargs)
+        check_int("num_networks", num_networks, 1)
+        _check_layers(layer, num_networks)
         self.num_networks = num_networks
-        if isinstance(layer, (list, tuple)):
+        given = isinstance(layer, (list, tuple))
+        template = None if given else layer_copies.config_of(layer)
+        # A function, since Keras would make the dict one of its own.
+        self._template = lambda: template
+        if given:
             self.layers = list(layer)
         else:
             self.layers = layer_copies.make_copies(
@@ -33,7 +74,7 @@ class LayerNetworks(keras.layers.Layer):
             )
         if len(set(shapes)) > 1 or len(shapes[0]) != 2:
             raise ValueError(
-                "`experts` must all give rows of the same width. Received: "
+                "The layers must all give rows of the same width. Received: "
                 f"rows of shape {shape}, output shapes={shapes}"
             )
 
@@ -46,7 +87,6 @@ class LayerNetworks(keras.layers.Layer):
                 kwargs["training"] = training
             x = inputs
             if len(inputs.shape) == 3:
-                # As many in a row read a slot as there are too few slots.
                 x = inputs[:, number * inputs.shape[1] // self.num_networks]
             outputs.append(ops.cast(layer(x, **kwargs), self.compute_dtype))
         return ops.stack(outputs, axis=1)
@@ -58,34 +98,43 @@ class LayerNetworks(keras.layers.Layer):
         )[-1]
         return (input_shape[0], self.num_networks, width)
 
+    def get_config(self):
+        layer = self._template()
+        if layer is None:
+            layer = [layer_copies.config_of(part) for part in self.layers]
+        return {
+            **super().get_config(),
+            "layer": layer,
+            "num_networks": self.num_networks,
+        }
 
-def check_experts(experts, num_experts):
-    """Raises unless it is a layer or a list of `num_experts` layers."""
-    layers = experts if isinstance(experts, (list, tuple)) else [experts]
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(
+            {**config, "layer": deserialized_layers(config["layer"])}
+        )
+
+
+def _check_layers(layer, num_networks):
+    given = isinstance(layer, (list, tuple))
+    layers = layer if given else [layer]
     if not all(isinstance(part, keras.layers.Layer) for part in layers):
         raise ValueError(
-            "`experts` must be a layer or a list of layers. "
-            f"Received: experts={experts!r}"
+            "`layer` must be a layer or a list of layers. "
+            f"Received: layer={layer!r}"
         )
-    if isinstance(experts, (list, tuple)) and (
-        len(layers) != num_experts or len({id(x) for x in layers}) < num_experts
-    ):
+    number = len({id(part) for part in layers})
+    if given and not number == len(layers) == num_networks:
         raise ValueError(
-            f"A list for `experts` must have {num_experts} different layers, "
-            "the shared experts last. "
-            f"Received: experts={experts!r}"
+            f"A list for `layer` must have {num_networks} different layers. "
+            f"Received: layer={layer!r}"
         )
 
 
-def serialize_experts(experts):
-    if isinstance(experts, (list, tuple)):
-        return [layer_copies.config_of(layer) for layer in experts]
-    return layer_copies.config_of(experts)
-
-
-def deserialize_experts(config):
+def deserialized_layers(config):
+    """A layer, or a list of layers, from itself or its config."""
     if isinstance(config, (list, tuple)):
-        return [deserialize_experts(part) for part in config]
+        return [deserialized_layers(part) for part in config]
     if isinstance(config, dict):
         return keras.saving.deserialize_keras_object(config)
     return config

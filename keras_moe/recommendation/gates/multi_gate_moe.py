@@ -1,15 +1,15 @@
 import keras
 from keras import ops
 
-from keras_moe.checks import as_units
-from keras_moe.ops import activations
-from keras_moe.ops.grouped_matmul import batch_matmul
-from keras_moe.recommendation.gates import gate_activations
-from keras_moe.recommendation.gates import layer_networks
+from keras_moe.checks import check_bool
+from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.recommendation.gates import multi_gate_parts as parts
-from keras_moe.recommendation.gates import unit_inputs
 from keras_moe.recommendation.gates.expert_units import ExpertUnits
-from keras_moe.recommendation.gates.task_gates import TaskGates
+from keras_moe.recommendation.gates.gate_activations import mix
+from keras_moe.recommendation.gates.layer_networks import deserialized_layers
+from keras_moe.recommendation.gates.self_residual import make_residual
+from keras_moe.recommendation.gates.unit_inputs import UnitInputs
+from keras_moe.recommendation.gates.unit_inputs import one_by_one
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -40,9 +40,18 @@ class MultiGateMoE(keras.layers.Layer):
     | HoME | `expert_normalization="batch", expert_activation="silu",
       feature_gate_rank=16, self_residual="gates"`, groups by a matrix |
 
-    Experts are stacked: a variable holds one matrix of all of them. They are
-    ordered by task, the shared ones last. A gate has weights only for the
-    experts it sees, and is computed in float32.
+    The experts are ordered by the task that owns them, the shared ones last.
+    Experts and gates are objects, or flat arguments with a prefix:
+
+    | part | flat arguments |
+    |---|---|
+    | `experts`, a `StackedMLP` | `expert_` + `units`, `activation`, `use_bias`,
+      `normalization`, `normalization_place`, `dropout`; `kernel_initializer`,
+      `kernel_regularizer` |
+    | `gates`, a `TaskGates` | `gate_` + `units`, `use_bias`, `normalization`,
+      `activation`, `top_k`, `gamma`, `entropy_weight`, `unused_code_weight`,
+      `temperature`, `dropout`, `initializer`, `regularizer` |
+    | both | `normalization_epsilon`, `seed` |
 
     Args:
         num_tasks: int. Number of tasks. One is allowed.
@@ -50,8 +59,8 @@ class MultiGateMoE(keras.layers.Layer):
             expert; an empty list makes an expert of its input as it is.
             Defaults to `(16,)`.
         num_shared_experts: int. Experts that no task owns. Defaults to `8`.
-        num_task_experts: int, or a list with an int for each task. Experts
-            that a task owns; may be 0. Defaults to `0`.
+        num_task_experts: int, or a list of one a task. Experts that it owns.
+            Defaults to `0`.
         visibility: `"own_and_shared"`: a task sees its own experts and the
             shared ones. `"all"`: all of them. Or a matrix of zeros and ones,
             `(gates, experts)`, the gate of the shared unit last. Defaults to
@@ -60,67 +69,36 @@ class MultiGateMoE(keras.layers.Layer):
             sees, unless `visibility` is a matrix. Defaults to `"all"`.
         output_shared: bool. Whether the shared unit has a gate too, and thus an
             output, for the next level. Defaults to `False`.
-        expert_slots: List of ints, or `None`. The input slot that each expert
-            reads. `None` is the slot of its unit. Defaults to `None`.
-        expert_activation: Activation of each layer of the experts. Defaults to
-            `"relu"`.
-        expert_use_bias: bool. Defaults to `True`.
-        expert_normalization: `None`, `"batch"` or `"layer"`, for each expert on
-            its own. Defaults to `None`.
-        expert_normalization_place: `"before_activation"` or
-            `"after_activation"`. Defaults to `"before_activation"`.
-        expert_dropout: float. Dropout after each layer of the experts, in
-            training. Defaults to `0.0`.
-        experts: A layer `(batch, dim) -> (batch, width)` to copy for each
-            expert, or a list of layers, instead of the experts that the
-            arguments before describe. They run one by one. Defaults to `None`.
+        expert_slots: List of ints. The input slot that each expert reads.
+            Defaults to `None`, that of its unit.
+        experts: A `keras_moe.layers.StackedMLP`, or another layer with an
+            attribute `num_networks`; or a layer `(batch, dim) -> (batch,
+            width)` to copy for each expert, or a list of such. Defaults to
+            `None`: what the flat arguments describe.
+        gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the same.
         feature_gate_rank: int, or `None`. With it, each expert reads
             `x * 2 sigmoid(x @ down[e] @ up[e])`, where `down` has so many
             columns. Defaults to `None`.
-        gate_input: `"slot"`, or `"slot_plus_shared"`: the gate of a task reads
-            the sum of its slot and the shared one. Defaults to `"slot"`.
-        gate_units: List of ints. Hidden layers of each gate, with ReLU.
-            Defaults to `()`, a linear gate.
-        gate_use_bias: bool. Whether the last layer of a gate has a bias.
-            Defaults to `True`.
-        gate_normalization: `None`, or `"batch"`, of the logits. Defaults to
-            `None`.
-        gate_activation: `"softmax"`, `"sparsemax"`, `"entmax15"`, `"top_k"`
-            (softmax over the `gate_top_k` largest logits), `"dselect_k"` (see
-            `keras_moe.routers.DSelectKRouter`; it stands for the last layer
-            and its bias) or any Keras activation. Defaults to `"softmax"`.
-        gate_top_k: int. For `"top_k"` and `"dselect_k"`. Defaults to `2`.
-        gate_gamma, gate_entropy_weight, gate_unused_code_weight: floats.
-            `gamma`, `entropy_weight` and `unused_code_weight` of `"dselect_k"`.
-            Default to `1.0`, `0.0` and `1.0`.
-        gate_temperature: float. Divides the logits. Defaults to `1.0`.
-        gate_dropout: float. Rate at which, in training, a gate's weights are
-            dropped; the others are scaled to the same sum, or, as those of a
-            Keras activation may be negative, by `1 / (1 - rate)`. Defaults to
-            `0.0`.
-        self_residual: `None`; `"weights"`, to add `sum w[e] * expert[e]` over a
-            unit's own experts, `w` learned and free of the input (the constant
-            1 if each unit has one expert); or `"gates"`, to add the same with
-            a second gate, softmax over the own experts, sigmoid of one.
-            Defaults to `None`.
+        gate_input: `"slot"`, or `"slot_plus_shared"`: a task's gate reads the
+            sum of its slot and the shared one. Defaults to `"slot"`.
+        self_residual: `"weights"`, to add `sum w[e] * expert[e]` over a unit's
+            own experts, `w` learned for all inputs alike (the constant 1 if
+            each unit has one expert); `"gates"`, with `w` of a second gate,
+            softmax over the own experts, sigmoid of one. Defaults to `None`.
         stop_cross_task_gradients: bool. Whether the output of a task sends no
             gradient into the experts of other tasks. Defaults to `False`.
-        normalization_epsilon: float. Of all normalizations. Defaults to `1e-3`.
-        return_gates: bool. Whether a call returns `(outputs, gates)`. Defaults
-            to `False`.
-        seed: int, or `None`. Seed of dropout, and of the initial values of
-            `"dselect_k"` and of a self residual. Defaults to `None`.
-        kernel_initializer, kernel_regularizer: Of each expert. Default to
-            `"glorot_uniform"` and `None`.
-        gate_initializer, gate_regularizer: Of the gates' kernels. Default to
-            `"glorot_uniform"` and `None`.
-        **kwargs: Arguments of `keras.layers.Layer`.
+        return_gates: bool. Whether to return `(outputs, gates)`. Defaults to
+            `False`.
+        seed: int, or `None`. Seed of the parts that flat arguments describe and
+            of a self residual. Defaults to `None`.
+        kernel_initializer: Initializer of experts that flat arguments describe
+            and of the gates on features. Defaults to `"glorot_uniform"`.
+        **kwargs: The other flat arguments, and those of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: Tensor of shape `(batch, dim)`, read by all, or
-            `(batch, slots, dim)` with a slot for each task and, if there are
-            shared experts, a shared output or gates that read it, one for the
-            shared unit.
+        inputs: Tensor `(batch, dim)`, read by all, or `(batch, slots, dim)`
+            with a slot for each task and, if there are shared experts, a
+            shared output or gates that read it, one for the shared unit.
         gate_inputs: Tensor of shape `(batch, dim)` or `(batch, gates, dim)`
             that the gates read instead. Defaults to `None`.
         training: bool. Whether to apply dropout, and to normalize by the batch.
@@ -140,12 +118,10 @@ class MultiGateMoE(keras.layers.Layer):
 
     Two levels of PLE:
 
+    >>> units = {"num_shared_experts": 2, "num_task_experts": 3}
     >>> level_1 = keras_moe.layers.MultiGateMoE(
-    ...     2, [8], num_shared_experts=2, num_task_experts=3, output_shared=True
-    ... )
-    >>> level_2 = keras_moe.layers.MultiGateMoE(
-    ...     2, [4], num_shared_experts=2, num_task_experts=3
-    ... )
+    ...     2, [8], **units, output_shared=True)
+    >>> level_2 = keras_moe.layers.MultiGateMoE(2, [4], **units)
     >>> x = keras.ops.ones((5, 6))
     >>> tuple(level_2(level_1(x)).shape)
     (5, 2, 4)
@@ -171,111 +147,67 @@ class MultiGateMoE(keras.layers.Layer):
         shared_sees="all",
         output_shared=False,
         expert_slots=None,
-        expert_activation="relu",
-        expert_use_bias=True,
-        expert_normalization=None,
-        expert_normalization_place="before_activation",
-        expert_dropout=0.0,
+        *,
         experts=None,
+        gates=None,
         feature_gate_rank=None,
         gate_input="slot",
-        gate_units=(),
-        gate_use_bias=True,
-        gate_normalization=None,
-        gate_activation="softmax",
-        gate_top_k=2,
-        gate_gamma=1.0,
-        gate_entropy_weight=0.0,
-        gate_unused_code_weight=1.0,
-        gate_temperature=1.0,
-        gate_dropout=0.0,
         self_residual=None,
         stop_cross_task_gradients=False,
-        normalization_epsilon=1e-3,
         return_gates=False,
         seed=None,
         kernel_initializer="glorot_uniform",
-        kernel_regularizer=None,
-        gate_initializer="glorot_uniform",
-        gate_regularizer=None,
         **kwargs,
     ):
+        flat, kwargs = parts.split(kwargs)
         super().__init__(**kwargs)
-        self.num_tasks = num_tasks
-        self.expert_units = as_units("expert_units", expert_units, minimum=0)
-        self.num_shared_experts = num_shared_experts
-        self.num_task_experts = num_task_experts
-        self.shared_sees = shared_sees
-        self.output_shared = output_shared
-        self.expert_slots = expert_slots
-        self.expert_activation = activations.get(expert_activation)
-        self.expert_use_bias = expert_use_bias
-        self.expert_normalization = expert_normalization
-        self.expert_normalization_place = expert_normalization_place
-        self.expert_dropout = expert_dropout
-        self.feature_gate_rank = feature_gate_rank
-        self.gate_input = gate_input
-        self.gate_units = as_units("gate_units", gate_units, minimum=0)
-        self.gate_use_bias = gate_use_bias
-        self.gate_normalization = gate_normalization
-        self.gate_activation = gate_activations.get(gate_activation)
-        self.gate_top_k = gate_top_k
-        self.gate_gamma = gate_gamma
-        self.gate_entropy_weight = gate_entropy_weight
-        self.gate_unused_code_weight = gate_unused_code_weight
-        self.gate_temperature = gate_temperature
-        self.gate_dropout = gate_dropout
-        self.self_residual = self_residual
-        self.stop_cross_task_gradients = stop_cross_task_gradients
-        self.normalization_epsilon = normalization_epsilon
-        self.return_gates = return_gates
-        self.seed = seed
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.gate_initializer = keras.initializers.get(gate_initializer)
-        self.gate_regularizer = keras.regularizers.get(gate_regularizer)
+        check_bool("return_gates", return_gates)
         self.units = ExpertUnits(
             num_tasks,
-            num_task_experts,
             num_shared_experts,
+            num_task_experts,
             visibility,
             shared_sees,
             output_shared,
+            stop_cross_task_gradients,
         )
-        if not isinstance(visibility, str):
-            visibility = self.units.visible.astype("int32").tolist()
-        self.visibility = visibility
+        self._reads = UnitInputs(self.units, expert_slots, gate_input)
+        self.num_tasks = num_tasks
         self.num_gates = self.units.num_gates
         self.num_experts = self.units.num_experts
-        parts.check_arguments(self)
-        self._slots = list(expert_slots or self.units.owners.tolist())
-        self.feature_gates = parts.make_feature_gates(self, self._slots)
-        self.experts = parts.make_experts(self, experts)
-        # A function, since Keras would make the dict one of its own.
-        config = None
-        if experts is not None:
-            config = layer_networks.serialize_experts(experts)
-        self._experts_config = lambda: config
-        self.task_gates = parts.make_gates(self)
-        self.residual = parts.make_residual(self)
+        self.visibility = self.units.visibility
+        self.feature_gate_rank = feature_gate_rank
+        self.self_residual = self_residual
+        self.return_gates = return_gates
+        self.seed = seed
+        initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_initializer = initializer
+        policy = self.dtype_policy
+        # In this order, in which optimizers of saved models have their state.
+        self.feature_gates = parts.feature_gates_of(
+            feature_gate_rank, self._reads.slots, initializer, policy
+        )
+        flat["expert_units"] = expert_units
+        self.experts = parts.experts_of(
+            experts, flat, self.num_experts, initializer, seed, policy
+        )
+        self.task_gates = parts.gates_of(
+            gates, flat, self.units.visible, seed, policy
+        )
+        self.residual = make_residual(
+            self_residual, self.units, self.task_gates, seed, policy
+        )
 
     def build(self, inputs_shape, gate_inputs_shape=None):
-        unit_inputs.check_shapes(self, inputs_shape, gate_inputs_shape)
         shape = tuple(inputs_shape)
-        gate_shape = gate_inputs_shape
-        if gate_shape is None:
-            gate_shape = shape
-            if len(shape) == 3:
-                gate_shape = (shape[0], self.num_gates, shape[-1])
+        gate_shape = self._reads.gate_shape(shape, gate_inputs_shape)
         if self.feature_gates is not None:
             self.feature_gates.build(shape)
         if self.experts is not None:
             self.experts.build(self._expert_shape(shape))
         self.task_gates.build(gate_shape)
-        if isinstance(self.residual, TaskGates):
+        if self.residual is not None:
             self.residual.build(gate_shape)
-        elif self.residual is not None:
-            self.residual.build((shape[0], self.num_gates, self.num_experts))
 
     def _expert_shape(self, shape):
         if self.feature_gates is not None or len(shape) == 3:
@@ -284,42 +216,29 @@ class MultiGateMoE(keras.layers.Layer):
 
     def call(self, inputs, gate_inputs=None, training=None):
         inputs = ops.convert_to_tensor(inputs)
-        gate_inputs = self._gate_inputs(inputs, gate_inputs)
+        gate_inputs = self._reads.of_gates(inputs, gate_inputs)
         gates = self.task_gates(gate_inputs, training=training)
         weights = gates
-        if isinstance(self.residual, TaskGates):
+        if self.residual is not None:
             weights = gates + self.residual(gate_inputs)
-        elif self.residual is not None:
-            weights = self.residual(gates)
-        outputs = self._mix(weights, self._expert_outputs(inputs, training))
+        outputs = mix(
+            weights, self._expert_outputs(inputs, training), self.units.stopped
+        )
+        outputs = ops.cast(outputs, self.compute_dtype)
         return (outputs, gates) if self.return_gates else outputs
 
     def gates(self, inputs, gate_inputs=None):
-        """The weights of the gates for given inputs, as in inference.
+        """The weights of the gates in inference, `(batch, gates, experts)`.
 
-        Args:
-            inputs, gate_inputs: As for a call.
-
-        Returns:
-            Tensor of shape `(batch, gates, experts)`, zero where a gate does
-            not see an expert; without what `self_residual` adds.
+        They are zero where a gate does not see an expert, and without what
+        `self_residual` adds. The arguments are those of a call.
         """
         inputs = ops.convert_to_tensor(inputs)
         if not self.built:
             shape = None if gate_inputs is None else gate_inputs.shape
             self.build(inputs.shape, shape)
         return self.task_gates(
-            self._gate_inputs(inputs, gate_inputs), training=False
-        )
-
-    def _gate_inputs(self, inputs, gate_inputs):
-        if gate_inputs is not None:
-            return ops.convert_to_tensor(gate_inputs)
-        return unit_inputs.gate_slots(
-            inputs,
-            self.num_tasks,
-            self.num_gates,
-            self.gate_input == "slot_plus_shared",
+            self._reads.of_gates(inputs, gate_inputs), training=False
         )
 
     def _expert_outputs(self, inputs, training):
@@ -328,26 +247,10 @@ class MultiGateMoE(keras.layers.Layer):
         if self.feature_gates is not None:
             x = self.feature_gates(x)
         elif self.experts is None:
-            x = unit_inputs.one_by_one(x, self._slots)
+            x = one_by_one(x, self._reads.slots)
         else:
-            x = unit_inputs.expert_inputs(x, self._slots)
-        if self.experts is None:
-            return x
-        return self.experts(x, training=training)
-
-    def _mix(self, weights, outputs):
-        """The sum over the experts, in the dtype of the gates."""
-        outputs = ops.cast(outputs, weights.dtype)
-        foreign = self.units.foreign
-        if self.stop_cross_task_gradients and foreign.any():
-            zeros = ops.zeros_like(weights)
-            mixed = batch_matmul(ops.where(foreign, zeros, weights), outputs)
-            mixed = mixed + batch_matmul(
-                ops.where(foreign, weights, zeros), ops.stop_gradient(outputs)
-            )
-        else:
-            mixed = batch_matmul(weights, outputs)
-        return ops.cast(mixed, self.compute_dtype)
+            x = self._reads.of_experts(x)
+        return x if self.experts is None else self.experts(x, training=training)
 
     def compute_output_shape(self, inputs_shape, gate_inputs_shape=None):
         width = inputs_shape[-1]
@@ -361,21 +264,37 @@ class MultiGateMoE(keras.layers.Layer):
 
     def compute_output_spec(self, inputs, gate_inputs=None, training=None):
         shape = self.compute_output_shape(inputs.shape)
-        if not self.return_gates:
-            return keras.KerasTensor(shape, dtype=self.compute_dtype)
-        return (
-            keras.KerasTensor(shape[0], dtype=self.compute_dtype),
-            keras.KerasTensor(shape[1], dtype=self.task_gates.compute_dtype),
+        outputs = keras.KerasTensor(
+            shape[0] if self.return_gates else shape, self.compute_dtype
         )
+        if not self.return_gates:
+            return outputs
+        gates = keras.KerasTensor(shape[1], self.task_gates.compute_dtype)
+        return outputs, gates
 
     def get_config(self):
-        return {
+        config = {
             **super().get_config(),
-            **parts.config_of(self),
-            "experts": self._experts_config(),
+            **self.units.get_config(),
+            **self._reads.get_config(),
+            "experts": serialize_part(self.experts),
+            "gates": serialize_part(self.task_gates),
+            "feature_gate_rank": self.feature_gate_rank,
+            "self_residual": self.self_residual,
+            "return_gates": self.return_gates,
+            "seed": self.seed,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
         }
+        if self.experts is None:
+            config["expert_units"] = []
+        return config
 
     @classmethod
     def from_config(cls, config):
-        experts = layer_networks.deserialize_experts(config["experts"])
-        return super().from_config({**config, "experts": experts})
+        parts = {
+            name: deserialized_layers(config.get(name))
+            for name in ("experts", "gates")
+        }
+        return super().from_config({**config, **parts})

@@ -4,6 +4,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
+from keras_moe.checks import check_positive
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
 from keras_moe.stacked.draws import own_draws
@@ -125,3 +128,23 @@ class SelectorGates(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.num_gates, self.num_experts)
+
+
+def check_selectors(top_k, gamma, entropy_weight, unused_code_weight):
+    check_int("top_k", top_k, 1)
+    check_positive("gamma", gamma)
+    check_at_least("entropy_weight", entropy_weight, 0)
+    check_at_least("unused_code_weight", unused_code_weight, 0)
+
+
+def check_replaced(normalization, temperature):
+    """Raises if linear gates, which selectors replace, were configured."""
+    for name, value, default in (
+        ("normalization", normalization, None),
+        ("temperature", temperature, 1.0),
+    ):
+        if value != default:
+            raise ValueError(
+                f"`{name}` means nothing with activation='dselect_k'. "
+                f"Received: {name}={value!r}"
+            )

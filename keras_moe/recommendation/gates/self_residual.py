@@ -1,16 +1,21 @@
-"""What a unit of AdaTT adds of its own experts, whatever its gate says."""
+"""What a unit adds of its own experts, whatever its gate says."""
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.checks import check_one_of
+from keras_moe.recommendation.gates.gate_activations import self_gate_weights
+from keras_moe.recommendation.gates.task_gates import TaskGates
+from keras_moe.stacked.draws import own_draws
+from keras_moe.stacked.draws import own_seed
 
 
 class ResidualWeights(keras.layers.Layer):
-    """Adds learned weights of each unit's own experts to those of its gate.
+    """AdaTT's learned weights of each unit's own experts, for all inputs alike.
 
-    `(B, G, E)` -> `(B, G, E)`. Those of a unit with `n` experts start between
+    `(B, ...)` -> `(G, E)`. Those of a unit with `n` experts start between
     `-n ** -0.5` and `n ** -0.5`. If no unit has more than one, the weight of
     each is 1, and not learned.
     """
@@ -21,7 +26,7 @@ class ResidualWeights(keras.layers.Layer):
         self.is_learned = is_learned
         self.seed = seed
 
-    def build(self, gates_shape):
+    def build(self, inputs_shape):
         if not self.is_learned:
             return
         numbers = self.own.sum(axis=-1)
@@ -37,12 +42,54 @@ class ResidualWeights(keras.layers.Layer):
             ),
         )
 
-    def call(self, gates):
+    def call(self, inputs):
         if not self.is_learned:
-            return gates + ops.convert_to_tensor(self.own, gates.dtype)
+            return ops.convert_to_tensor(self.own, self.compute_dtype)
         places = np.zeros(self.own.shape, "int32")
         places[self.own] = np.arange(self.own.sum())
-        weights = ops.cast(self.weight, gates.dtype)
+        weights = ops.convert_to_tensor(self.weight)
         weights = backend.take(weights, places.reshape(-1))
         weights = ops.reshape(weights, self.own.shape)
-        return gates + ops.where(self.own, weights, ops.zeros_like(weights))
+        return ops.where(self.own, weights, ops.zeros_like(weights))
+
+
+class SelfGates(TaskGates):
+    """HoME's second gate of each unit, over the experts that it owns."""
+
+    may_see_nothing = True
+
+    def _weights(self, logits):
+        return self_gate_weights(logits, self.visible)
+
+
+def make_residual(kind, units, gates, seed, dtype):
+    """What a `MultiGateMoE` adds to its gates, or `None`.
+
+    Args:
+        kind: `None`, `"weights"` or `"gates"`.
+        units: `ExpertUnits`.
+        gates: `TaskGates`, of which self gates take over the bias, initializer
+            and regularizer.
+        seed: int, or `None`. Seed of the layer.
+        dtype: dtype policy of the layer.
+    """
+    check_one_of("self_residual", kind, (None, "weights", "gates"))
+    if kind is None or not units.own.any():
+        return None
+    if kind == "weights":
+        return ResidualWeights(
+            units.own,
+            is_learned=units.has_several_somewhere,
+            seed=own_seed(seed, 2),
+            dtype=gates.dtype_policy,
+            name="residual",
+        )
+    residual = SelfGates(
+        use_bias=gates.use_bias,
+        kernel_initializer=own_draws(gates.kernel_initializer, 2),
+        kernel_regularizer=gates.kernel_regularizer,
+        dtype=dtype,
+        name="residual",
+    )
+    residual.set_visible(units.own)
+    return residual

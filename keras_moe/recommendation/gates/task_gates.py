@@ -1,33 +1,106 @@
-"""The gates of a `MultiGateMoE`, stacked."""
-
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe import backend
+from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int_up_to
+from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
+from keras_moe.checks import check_rate
 from keras_moe.recommendation.gates import gate_activations
 from keras_moe.recommendation.gates.selector_gates import SelectorGates
+from keras_moe.recommendation.gates.selector_gates import check_replaced
+from keras_moe.recommendation.gates.selector_gates import check_selectors
+from keras_moe.recommendation.gates.visible_pairs import PerGateInitializer
+from keras_moe.recommendation.gates.visible_pairs import VisiblePairs
 from keras_moe.stacked.draws import own_draws
-from keras_moe.stacked.per_expert import PerExpertInitializer
 from keras_moe.stacked.stacked_mlp import StackedMLP
 
+_OF_SELECTORS = (
+    *("top_k", "gamma", "entropy_weight", "unused_code_weight", "seed"),
+)
+_PLAIN = (
+    *("units", "use_bias", "normalization", "normalization_epsilon"),
+    *("temperature", "dropout", *_OF_SELECTORS),
+)
 
+
+@keras.saving.register_keras_serializable("keras_moe")
 class TaskGates(keras.layers.Layer):
-    """Weights of experts, `(B, D)` or `(B, G, D)` -> `(B, G, E)`.
+    """The weights that several gates give to experts.
 
     ```
-    weights[:, g] = activation(mlp[g](x[:, g]) @ kernel[g].T + bias[g])
+    logits[g]  = (relu mlp[g](x) @ kernel[g] + bias[g]) / temperature
+    weights[g] = activation(logits[g]) over the experts that g sees
     ```
 
-    A gate has weights only for the experts it sees. The `N` pairs of a gate and
-    an expert it sees, gate by gate, are the rows of `kernel` `(N, D)`.
+    The rows of `kernel` `(N, D)` are the `N` pairs of a gate and an expert that
+    it sees, gate by gate. The weights of all other experts are 0. As in a
+    router, everything is in float32, or in float64 under that policy.
 
-    Everything is in float32, as in a router.
+    A `keras_moe.layers.MultiGateMoE` has them as its `gates`.
+
+    Args:
+        units: int, or a list of ints. Hidden layers of a gate. `()` by default.
+        use_bias: bool. Whether the last layer has a bias. Defaults to `True`.
+        normalization: `None`, or `"batch"`, of the logits. Defaults to `None`.
+        normalization_epsilon: float. Defaults to `1e-3`.
+        activation: `"softmax"`, `"sparsemax"`, `"entmax15"`, `"top_k"` (softmax
+            over the `top_k` largest logits), `"dselect_k"` (see
+            `keras_moe.routers.DSelectKRouter`; it replaces the last layer) or
+            any Keras activation. Defaults to `"softmax"`.
+        top_k: int. For `"top_k"` and `"dselect_k"`. Defaults to `2`.
+        gamma, entropy_weight, unused_code_weight: floats. As in
+            `keras_moe.routers.DSelectKRouter`, for `"dselect_k"`. Default to
+            `1.0`, `0.0` and `1.0`.
+        temperature: float. Divides the logits. Defaults to `1.0`.
+        dropout: float. Rate at which weights are dropped in training. The
+            others are scaled to the same sum or, as those of a Keras activation
+            may be negative, by `1 / (1 - rate)`. Defaults to `0.0`.
+        seed: int, or `None`. Seed of the dropout, and of the initial values of
+            `"dselect_k"`. Defaults to `None`.
+        kernel_initializer, kernel_regularizer: Of the kernels of each gate.
+            Default to `"glorot_uniform"` and `None`.
+        visible: Matrix of zeros and ones `(gates, experts)`: who sees what.
+            Defaults to `None`: a `MultiGateMoE` will say it.
+        **kwargs: Arguments of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: Tensor of shape `(batch, dim)`, read by all gates, or
+            `(batch, gates, dim)`.
+        training: bool. Whether to apply dropout, and to normalize by the batch.
+
+    Input shape:
+        `(batch, dim)` or `(batch, gates, dim)`
+
+    Output shape:
+        `(batch, gates, experts)`
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the others;
+            when built, if `visible` is not known.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MultiGateMoE(
+    ...     num_tasks=2,
+    ...     experts=keras_moe.layers.StackedMLP(4, [16, 8]),
+    ...     num_shared_experts=4,
+    ...     gates=keras_moe.layers.TaskGates([8], activation="top_k", top_k=1),
+    ... )
+    >>> tuple(layer(keras.ops.ones((4, 6))).shape)
+    (4, 2, 8)
+
+    Reference:
+
+    - [Ma et al., 2018](https://doi.org/10.1145/3219819.3220007), equation 6
+    - [Hazimeh et al., 2021](https://arxiv.org/abs/2106.03760) (DSelect-k)
     """
+
+    may_see_nothing = False  # whether a gate may see no expert
 
     def __init__(
         self,
-        visible,
         units=(),
         use_bias=True,
         normalization=None,
@@ -42,73 +115,113 @@ class TaskGates(keras.layers.Layer):
         seed=None,
         kernel_initializer="glorot_uniform",
         kernel_regularizer=None,
+        visible=None,
         dtype=None,
         **kwargs,
     ):
         policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
-        self.visible = np.array(visible, "bool")
-        self.num_gates, self.num_experts = self.visible.shape
+        check_bool("use_bias", use_bias)
+        check_one_of("normalization", normalization, (None, "batch"))
+        check_positive("normalization_epsilon", normalization_epsilon)
+        check_selectors(top_k, gamma, entropy_weight, unused_code_weight)
+        check_positive("temperature", temperature)
+        check_rate("dropout", dropout)
+        self.units = as_units("units", units, minimum=0)
         self.use_bias = use_bias
-        self.activation = activation
+        self.normalization = normalization
+        self.normalization_epsilon = normalization_epsilon
+        self.activation = gate_activations.get(activation)
         self.top_k = top_k
+        self.gamma = gamma
+        self.entropy_weight = entropy_weight
+        self.unused_code_weight = unused_code_weight
         self.temperature = temperature
         self.dropout = dropout
+        self.seed = seed
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        if self.activation == "dselect_k":
+            check_replaced(normalization, temperature)
         self.mlp = None
-        if units:
-            self.mlp = StackedMLP(
-                self.num_gates,
-                units,
-                kernel_initializer=own_draws(self.kernel_initializer, 1),
-                kernel_regularizer=self.kernel_regularizer,
-                dtype=self.dtype_policy,
-                name="mlp",
-            )
         self.selectors = None
-        if activation == "dselect_k":
-            self.selectors = SelectorGates(
-                self.visible,
-                top_k,
-                gamma,
-                entropy_weight,
-                unused_code_weight,
-                seed=seed,
-                dtype=self.dtype_policy,
-                name="selectors",
-            )
         self._normalize = None
-        if normalization == "batch" and self.selectors is None:
-            self._normalize = keras.layers.BatchNormalization(
-                epsilon=normalization_epsilon,
-                dtype=self.dtype_policy,
-                name="normalization",
-            )
         self._seed_generator = None
         if dropout > 0:
             self._seed_generator = keras.random.SeedGenerator(seed)
-        # Where in the rows of the kernel each pair is; N where it is not.
-        pairs = self.visible.sum()
-        self._places = np.full(self.visible.shape, pairs, "int32")
-        self._places[self.visible] = np.arange(pairs)
-        self._pairs = np.flatnonzero(self.visible)
+        self.visible = None
+        self._is_told = visible is None
+        if visible is not None:
+            self.set_visible(visible)
+
+    def set_visible(self, visible):
+        """Takes a matrix `(gates, experts)`, once: which experts a gate sees.
+
+        Raises:
+            ValueError: If it was called before, or a gate sees no expert, or
+                fewer than `top_k`.
+        """
+        if self.visible is not None:
+            raise ValueError(
+                "`gates` must be those of one layer, without `visible`. "
+                f"Received: gates={self.name!r}, which know what they see"
+            )
+        pairs = VisiblePairs(visible, self.may_see_nothing)
+        if self.activation in ("top_k", "dselect_k"):
+            seen = min(pairs.per_gate)
+            check_int_up_to(
+                "top_k", self.top_k, "experts that each gate sees", seen
+            )
+        self._pairs = pairs
+        self.visible = pairs.visible
+        self.num_gates, self.num_experts = self.visible.shape
+        self._make_layers()
+
+    def _make_layers(self):
+        policy = self.dtype_policy
+        if self.units:
+            self.mlp = StackedMLP(
+                self.num_gates,
+                self.units,
+                kernel_initializer=own_draws(self.kernel_initializer, 1),
+                kernel_regularizer=self.kernel_regularizer,
+                dtype=policy,
+                name="mlp",
+            )
+        if self.activation == "dselect_k":
+            self.selectors = SelectorGates(
+                self.visible,
+                **{name: getattr(self, name) for name in _OF_SELECTORS},
+                dtype=policy,
+                name="selectors",
+            )
+        if self.normalization == "batch":
+            self._normalize = keras.layers.BatchNormalization(
+                epsilon=self.normalization_epsilon,
+                dtype=policy,
+                name="normalization",
+            )
 
     def build(self, input_shape):
+        if self.visible is None:
+            raise ValueError(
+                "TaskGates need `visible`, or a MultiGateMoE that they are the "
+                "`gates` of. Received: visible=None"
+            )
         if self.mlp is not None:
             self.mlp.build(input_shape)
             input_shape = self.mlp.compute_output_shape(input_shape)
         if self.selectors is not None:
             self.selectors.build(input_shape)
             return
-        pairs = len(self._pairs)
+        pairs = self._pairs.number
         self.kernel = self.add_weight(
             name="kernel",
             shape=(pairs, input_shape[-1]),
-            initializer=_PerGateInitializer(
+            initializer=PerGateInitializer(
                 own_draws(self.kernel_initializer, 0),
-                self.visible.sum(axis=-1).tolist(),
+                self._pairs.per_gate,
             ),
             regularizer=self.kernel_regularizer,
         )
@@ -128,17 +241,20 @@ class TaskGates(keras.layers.Layer):
             weights = self.selectors(x, training=training)
         else:
             logits = self._logits(x, training) / self.temperature
-            weights = gate_activations.gate_weights(
-                logits, self.visible, self.activation, self.top_k
-            )
+            weights = self._weights(logits)
         if training and self.dropout > 0:
             weights = gate_activations.drop_gates(
                 weights, self.dropout, self._seed_generator, self.activation
             )
         return weights
 
+    def _weights(self, logits):
+        return gate_activations.gate_weights(
+            logits, self.visible, self.activation, self.top_k
+        )
+
     def _logits(self, x, training):
-        kernel = self._spread(self.kernel)  # (G * E, D)
+        kernel = self._pairs.spread(self.kernel)  # (G * E, D)
         if len(x.shape) == 2:
             logits = ops.einsum("bd,nd->bn", x, kernel)
             logits = ops.reshape(logits, (-1, *self.visible.shape))
@@ -148,44 +264,37 @@ class TaskGates(keras.layers.Layer):
             logits = ops.einsum("bgd,ged->bge", x, kernel)
         if self.bias is not None:
             logits = logits + ops.reshape(
-                self._spread(self.bias), self.visible.shape
+                self._pairs.spread(self.bias), self.visible.shape
             )
         if self._normalize is None:
             return logits
         shape = (-1, self.num_gates * self.num_experts)
         logits = ops.reshape(logits, shape)
-        seen = self._normalize(
-            backend.take(logits, self._pairs, axis=1), training=training
-        )
-        logits = self._spread(seen, axis=1)
+        seen = self._normalize(self._pairs.gather(logits), training=training)
+        logits = self._pairs.spread(seen, axis=1)
         return ops.reshape(logits, (-1, *self.visible.shape))
-
-    def _spread(self, values, axis=0):
-        """From an axis of `N` pairs to one of `G * E`, zero for all others."""
-        if len(self._pairs) == self.visible.size:
-            return values
-        values = ops.convert_to_tensor(values)
-        zero = ops.zeros_like(values[:1] if axis == 0 else values[:, :1])
-        values = ops.concatenate([values, zero], axis=axis)
-        return backend.take(values, self._places.reshape(-1), axis=axis)
 
     def compute_output_shape(self, input_shape):
         return (input_shape[0], self.num_gates, self.num_experts)
 
+    def get_build_config(self):
+        # Alone they could not be built: the layer that they are part of will
+        # say who sees what.
+        return None if self._is_told else super().get_build_config()
 
-class _PerGateInitializer(PerExpertInitializer):
-    """Draws the kernel of each gate, `(D, experts it sees)`, on its own."""
-
-    def __init__(self, initializer, sizes):
-        super().__init__(initializer, stream=0)
-        self.sizes = sizes
-
-    def __call__(self, shape, dtype=None):
-        draws = self._draws(len(self.sizes))
-        return ops.concatenate(
-            [
-                ops.transpose(draw((shape[-1], size), dtype=dtype))
-                for draw, size in zip(draws, self.sizes, strict=True)
-                if size
-            ]
-        )
+    def get_config(self):
+        visible = None
+        if not self._is_told:
+            visible = self.visible.astype("int32").tolist()
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "activation": gate_activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "kernel_regularizer": keras.regularizers.serialize(
+                self.kernel_regularizer
+            ),
+            "visible": visible,
+        }

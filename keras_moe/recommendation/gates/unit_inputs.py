@@ -3,29 +3,152 @@
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import check_one_of
+from keras_moe.checks import is_int
 
-def expert_inputs(x, slots):
-    """Inputs in which networks in a row share a slot, if there are slots.
+GATE_INPUTS = ("slot", "slot_plus_shared")
+
+
+class UnitInputs:
+    """Hands the slots of an input to the experts and gates of its units.
+
+    An input is `(B, D)`, read by all, or `(B, S, D)`, with a slot for each unit
+    or, with `expert_slots`, whatever slots these name.
 
     Args:
-        x: `(B, D)` or `(B, S, D)`.
-        slots: List of `E` ints. The slot that each expert reads.
+        units: `ExpertUnits`.
+        expert_slots, gate_input: As for `MultiGateMoE`.
 
-    Returns:
-        `(B, D)`, `(B, S, D)` if each slot has as many experts, all in order, or
-        `(B, E, D)`.
+    Attributes:
+        slots: List of `E` ints. The slot that each expert reads.
     """
-    if len(x.shape) == 2:
-        return x
-    num_slots = int(x.shape[1])  # a tensor while PyTorch traces
-    each, rest = divmod(len(slots), num_slots)
-    if not rest and list(slots) == np.repeat(range(num_slots), each).tolist():
-        return x
-    return one_by_one(x, slots)
+
+    def __init__(self, units, expert_slots, gate_input):
+        check_one_of("gate_input", gate_input, GATE_INPUTS)
+        _check_expert_slots(expert_slots, units.num_experts)
+        self.expert_slots = expert_slots
+        self.gate_input = gate_input
+        self.num_tasks = units.num_tasks
+        self.num_gates = units.num_gates
+        self.adds_shared = gate_input == "slot_plus_shared"
+        self.slots = units.owners.tolist()
+        # Whether the slots are those of the units, and how many there are.
+        reads_shared = units.num_shared_experts > 0 or units.output_shared
+        self._num_slots = units.num_tasks + int(
+            reads_shared or self.adds_shared
+        )
+        if expert_slots is not None:
+            self.slots = list(expert_slots)
+
+    def get_config(self):
+        return {
+            "expert_slots": self.expert_slots,
+            "gate_input": self.gate_input,
+        }
+
+    def of_experts(self, x):
+        """What the experts read, where networks in a row may share a slot.
+
+        Args:
+            x: `(B, D)` or `(B, S, D)`.
+
+        Returns:
+            `(B, D)`; `(B, S, D)` if as many experts, one after the other, read
+            each slot; or `(B, E, D)`.
+        """
+        if len(x.shape) == 2:
+            return x
+        num_slots = int(x.shape[1])  # a tensor while PyTorch traces
+        each, rest = divmod(len(self.slots), num_slots)
+        in_order = np.repeat(range(num_slots), each).tolist()
+        if not rest and self.slots == in_order:
+            return x
+        return one_by_one(x, self.slots)
+
+    def of_gates(self, x, gate_inputs=None):
+        """What the gates read: `gate_inputs`, if given, or of the input.
+
+        Args:
+            x: `(B, D)` or `(B, S, D)`.
+            gate_inputs: `(B, D)`, `(B, G, D)` or `None`.
+
+        Returns:
+            `(B, D)` or `(B, G, D)`.
+        """
+        if gate_inputs is not None:
+            return ops.convert_to_tensor(gate_inputs)
+        if len(x.shape) == 2:
+            return x
+        if not self.adds_shared:
+            same = x.shape[1] == self.num_gates
+            return x if same else x[:, : self.num_gates]
+        shared = x[:, self.num_tasks : self.num_tasks + 1]
+        tasks = x[:, : self.num_tasks] + shared
+        if self.num_gates == self.num_tasks:
+            return tasks
+        return ops.concatenate([tasks, shared], axis=1)
+
+    def gate_shape(self, inputs_shape, gate_inputs_shape=None):
+        """Shape of what the gates read.
+
+        Raises:
+            ValueError: If the inputs are not of a shape that can be read.
+        """
+        shape = tuple(inputs_shape)
+        self._check_shape(shape, with_gate_inputs=gate_inputs_shape is not None)
+        if gate_inputs_shape is not None:
+            self._check_gate_inputs(tuple(gate_inputs_shape))
+            return tuple(gate_inputs_shape)
+        if len(shape) == 3:
+            return (shape[0], self.num_gates, shape[-1])
+        return shape
+
+    def _check_shape(self, shape, with_gate_inputs):
+        if len(shape) not in (2, 3) or None in shape[1:]:
+            raise ValueError(
+                "The input of MultiGateMoE must be of shape (batch, dim) or "
+                "(batch, slots, dim), static but for the batch. "
+                f"Received: inputs_shape={shape}"
+            )
+        if len(shape) == 2 and self.adds_shared:
+            raise ValueError(
+                "With gate_input='slot_plus_shared' the input must have slots, "
+                f"(batch, slots, dim). Received: inputs_shape={shape}"
+            )
+        needed = self._num_slots
+        if self.expert_slots is not None:
+            gates = self.num_tasks + 1 if self.adds_shared else self.num_gates
+            needed = max(self.slots) + 1
+            needed = needed if with_gate_inputs else max(needed, gates)
+        if len(shape) == 3 and shape[1] != needed:
+            raise ValueError(
+                f"The input must have {needed} slots, or none: one for each "
+                "task, and one for the shared unit if there are shared "
+                "experts, a shared output, or gates that read it; with "
+                "`expert_slots` those that these and the gates need. "
+                f"Received: inputs_shape={shape}"
+            )
+
+    def _check_gate_inputs(self, shape):
+        if self.adds_shared:
+            raise ValueError(
+                "`gate_inputs` can only be given with gate_input='slot'. "
+                "Received: gate_input='slot_plus_shared'"
+            )
+        if (
+            len(shape) not in (2, 3)
+            or None in shape[1:]
+            or (len(shape) == 3 and shape[1] != self.num_gates)
+        ):
+            raise ValueError(
+                "`gate_inputs` must be of shape (batch, dim) or (batch, gates, "
+                f"dim), with {self.num_gates} gates. "
+                f"Received: gate_inputs_shape={shape}"
+            )
 
 
 def one_by_one(x, slots):
-    """`(B, E, D)`, what each expert reads."""
+    """`(B, D)` or `(B, S, D)` -> `(B, E, D)`, what each expert reads."""
     if len(x.shape) == 2:
         return ops.repeat(ops.expand_dims(x, 1), len(slots), axis=1)
     # Slices rather than a gather, whose gradient is a scatter-add.
@@ -41,71 +164,13 @@ def one_by_one(x, slots):
     return ops.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def gate_slots(x, num_tasks, num_gates, plus_shared):
-    """`(B, D)` or `(B, S, D)` -> the same or `(B, G, D)`, for the gates."""
-    if len(x.shape) == 2:
-        return x
-    if not plus_shared:
-        return x if x.shape[1] == num_gates else x[:, :num_gates]
-    shared = x[:, num_tasks : num_tasks + 1]
-    tasks = x[:, :num_tasks] + shared
-    if num_gates == num_tasks:
-        return tasks
-    return ops.concatenate([tasks, shared], axis=1)
-
-
-def check_shapes(layer, inputs_shape, gate_inputs_shape):
-    """Raises unless a `MultiGateMoE` can read such inputs."""
-    shape = tuple(inputs_shape)
-    if len(shape) not in (2, 3) or None in shape[1:]:
-        raise ValueError(
-            "The input of MultiGateMoE must be of shape (batch, dim) or "
-            "(batch, slots, dim), static but for the batch. "
-            f"Received: inputs_shape={shape}"
-        )
-    if len(shape) == 2 and layer.gate_input == "slot_plus_shared":
-        raise ValueError(
-            "With gate_input='slot_plus_shared' the input must have slots, "
-            f"(batch, slots, dim). Received: inputs_shape={shape}"
-        )
-    if len(shape) == 3:
-        _check_slots(layer, shape, gate_inputs_shape)
-    if gate_inputs_shape is None:
-        return
-    if layer.gate_input != "slot":
-        raise ValueError(
-            "`gate_inputs` can only be given with gate_input='slot'. "
-            f"Received: gate_input={layer.gate_input!r}"
-        )
-    shape = tuple(gate_inputs_shape)
-    if (
-        len(shape) not in (2, 3)
-        or None in shape[1:]
-        or (len(shape) == 3 and shape[1] != layer.num_gates)
+def _check_expert_slots(slots, num_experts):
+    if slots is not None and (
+        not isinstance(slots, (list, tuple))
+        or len(slots) != num_experts
+        or not all(is_int(slot) and slot >= 0 for slot in slots)
     ):
         raise ValueError(
-            "`gate_inputs` must be of shape (batch, dim) or (batch, gates, "
-            f"dim), with {layer.num_gates} gates. "
-            f"Received: gate_inputs_shape={shape}"
-        )
-
-
-def _check_slots(layer, shape, gate_inputs_shape):
-    needed = layer.num_tasks + int(
-        layer.num_shared_experts > 0
-        or layer.output_shared
-        or layer.gate_input == "slot_plus_shared"
-    )
-    if layer.expert_slots is not None:
-        needed = max(layer.expert_slots) + 1
-        if gate_inputs_shape is None:
-            plus = layer.gate_input == "slot_plus_shared"
-            gates = layer.num_tasks + 1 if plus else layer.num_gates
-            needed = max(needed, gates)
-    if shape[1] != needed:
-        raise ValueError(
-            f"The input must have {needed} slots, or none: one for each task, "
-            "and one for the shared unit if there are shared experts, a "
-            "shared output, or gates that read it; with `expert_slots` those "
-            f"that these and the gates need. Received: inputs_shape={shape}"
+            f"`expert_slots` must be a list of {num_experts} ints of at "
+            f"least 0, one for each expert. Received: expert_slots={slots!r}"
         )

@@ -7,9 +7,12 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_several
 from keras_moe.checks import is_int
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
+from keras_moe.recommendation.gates.multi_gate_parts import SHORTHANDS
+from keras_moe.recommendation.gates.task_gates import TaskGates
 from keras_moe.recommendation.models.model_arguments import split_arguments
 from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.draws import own_seed
+from keras_moe.stacked.draws import with_seeds
 
 # What belongs to the trunk's structure is set by the model.
 _STRUCTURE = (
@@ -108,7 +111,9 @@ def split_level_arguments(kwargs, fixed=()):
         kwargs: Dict of arguments.
         fixed: Names of further arguments that the model itself sets.
     """
-    return split_arguments(MultiGateMoE, kwargs, (*_STRUCTURE, *fixed))
+    return split_arguments(
+        MultiGateMoE, kwargs, (*_STRUCTURE, *fixed), SHORTHANDS
+    )
 
 
 def units_of_levels(expert_units, num_levels):
@@ -128,7 +133,7 @@ def units_of_levels(expert_units, num_levels):
 
 
 def options_of_level(options, number):
-    """Options with seeds and initializers of their own for a level."""
+    """Options with parts, seeds and initializers of their own for a level."""
     options = dict(options)
     if "seed" in options:
         options["seed"] = own_seed(options["seed"], number)
@@ -136,7 +141,17 @@ def options_of_level(options, number):
         if name in options:
             initializer = keras.initializers.get(options[name])
             options[name] = own_draws(initializer, number)
+    for name in ("experts", "gates"):
+        part = options.get(name)
+        # Other experts are layers that each level copies itself.
+        if isinstance(part, TaskGates) or hasattr(part, "num_networks"):
+            options[name] = _copy(part, number)
     return options
+
+
+def _copy(part, number):
+    """The part as its config describes it, with seeds of its own."""
+    return type(part).from_config(with_seeds(part.get_config(), number))
 
 
 class OneGate:

@@ -6,19 +6,20 @@ from keras_moe.recommendation.tasks.task_spec import TaskSpec
 from keras_moe.recommendation.tasks.task_spec import check_tasks
 
 
-def split_arguments(layer_class, kwargs, fixed):
+def split_arguments(layer_class, kwargs, fixed, flat=()):
     """`(arguments of the layer, arguments of keras.Model)`.
 
     Args:
         layer_class: Class of a layer.
         kwargs: Dict of arguments.
         fixed: Names of arguments of the layer that the model itself sets.
+        flat: Names of arguments that the layer takes as `**kwargs`.
 
     Raises:
         ValueError: If an argument is of neither.
     """
     parameters = inspect.signature(layer_class.__init__).parameters
-    known = set(parameters) - {"self", "kwargs", "name", *fixed}
+    known = {*parameters, *flat} - {"self", "kwargs", "name", *fixed}
     wrong = sorted(set(kwargs) - known - {"name", "trainable"})
     if wrong:
         raise ValueError(

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.recommendation.layers.partitioned_normalization import (
     PartitionedNormalization,
 )
@@ -144,7 +145,7 @@ class StarTrunk:
             x = keras.layers.Dense(units, "relu", name=name)(x)
         return {
             task.name: keras.layers.Dense(
-                task.output_dim, name=f"{task.name}_auxiliary"
+                task.output_dim, name=layer_name(f"{task.name}_auxiliary")
             )(x)
             for task in self.tasks
         }

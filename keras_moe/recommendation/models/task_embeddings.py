@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.stacked.draws import with_seeds
 
 
@@ -42,7 +43,9 @@ class TaskEmbeddings:
 def copy(layer, name, number):
     """The layer as its config describes it, with seeds of its own."""
     config = with_seeds(layer.get_config(), number)
-    return type(layer).from_config({**config, "name": f"{layer.name}_{name}"})
+    return type(layer).from_config(
+        {**config, "name": layer_name(f"{layer.name}_{name}")}
+    )
 
 
 def _vector(outputs):

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_moe import backend
 from keras_moe.recommendation.metrics.binary_auc import BinaryAUC
 from keras_moe.recommendation.metrics.masked import Masked
 from keras_moe.recommendation.tasks.labels import check_labels
@@ -40,19 +41,13 @@ def check_compile(model, weighting, loss_weights):
             "The weight of a task is `TaskSpec.weight`; `loss_weights` is not "
             f"taken. Received: loss_weights={loss_weights!r}"
         )
-    replicas = num_replicas(model)
+    replicas = backend.num_replicas(model)
     if replicas > 1 and not isinstance(weighting, StaticWeighting):
         raise ValueError(
             "Under a TensorFlow strategy each replica would weigh the tasks by "
             "its own part of the batch. Use task_weighting='static'. Received: "
             f"task_weighting={weighting!r}, {replicas} replicas"
         )
-
-
-def num_replicas(model):
-    """Those of a strategy of TensorFlow; elsewhere there is none."""
-    strategy = getattr(model, "distribute_strategy", None)
-    return getattr(strategy, "num_replicas_in_sync", 1)
 
 
 def labels_by_task(y):

@@ -2,6 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.backend import jacobian
+from keras_moe.recommendation.features.feature import layer_name
 
 
 def gradient_products(model, *args):
@@ -56,7 +57,7 @@ def shared_variable_ids(model):
     """
     inputs, outputs = model._graph
     towers = tuple(
-        f"{task.name}_{part}"
+        layer_name(f"{task.name}_{part}")
         for task in model.tasks
         for part in ("tower_", "logits")
     )

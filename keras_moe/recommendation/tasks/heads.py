@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe.checks import check_at_least
 from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.recommendation.layers.aitm_transfer import AITMTransfer
 from keras_moe.recommendation.tasks.order_penalty import OrderPenalty
 
@@ -198,7 +199,7 @@ def _tower(task, x):
         x = keras.layers.Dense(
             units,
             activation=task.tower_activation,
-            name=f"{task.name}_tower_{i}",
+            name=layer_name(f"{task.name}_tower_{i}"),
         )(x)
         if task.tower_dropout:
             x = keras.layers.Dropout(
@@ -208,7 +209,9 @@ def _tower(task, x):
 
 
 def _prediction(task, x, name, logits=None):
-    x = keras.layers.Dense(task.output_dim, name=f"{task.name}_logits")(x)
+    x = keras.layers.Dense(
+        task.output_dim, name=layer_name(f"{task.name}_logits")
+    )(x)
     if logits is not None:
         x = keras.layers.Add(name=f"{task.name}_joint_logits")(
             [x, logits[task.name]]

@@ -1,8 +1,6 @@
 import contextlib
-import math
 
 import keras
-from keras import ops
 
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 from keras_moe.recommendation.tasks import labels as labels_lib
@@ -12,19 +10,17 @@ from keras_moe.recommendation.tasks.arguments import check_data
 from keras_moe.recommendation.tasks.arguments import check_graph
 from keras_moe.recommendation.tasks.arguments import labels_by_task
 from keras_moe.recommendation.tasks.arguments import masked_metrics
-from keras_moe.recommendation.tasks.arguments import num_replicas
-from keras_moe.recommendation.tasks.gradients import gradient_products
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
 from keras_moe.recommendation.tasks.task_spec import check_tasks
-from keras_moe.recommendation.tasks.training_parts import Value
-from keras_moe.recommendation.tasks.training_parts import with_end_of_epoch
+from keras_moe.recommendation.tasks.task_training import TaskTraining
+from keras_moe.recommendation.tasks.task_training import with_end_of_epoch
 from keras_moe.recommendation.tasks.weighting import (
     named_weightings as weightings,
 )
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MultiTaskModel(keras.Model):
+class MultiTaskModel(TaskTraining, keras.Model):
     """A functional model with one prediction for each of several tasks.
 
     A dict of features goes in, a dict of predictions `{task: (B, O)}` comes
@@ -244,88 +240,6 @@ class MultiTaskModel(keras.Model):
         """As `keras.Model.predict`; NumPy arrays are checked first."""
         check_data(self, x)
         return super().predict(x, *args, **kwargs)
-
-    def train_step(self, *args):
-        # `(state, data)` on JAX, `(data,)` elsewhere.
-        if not self.task_weighting.uses_gradients:
-            return super().train_step(*args)
-        self._gram = gradient_products(self, *args)
-        try:
-            return super().train_step(*args)
-        finally:
-            self._gram = None
-
-    def weighted_losses(self, y, y_pred, sample_weight=None):
-        """What the task weighting gets, and what it is made of.
-
-        Returns:
-            The losses times the weights of their tasks `(T,)`, a list of the
-            losses and a list of the numbers of labels.
-        """
-        given = (y, y_pred, sample_weight, self.entire_space)
-        losses, counts = labels_lib.task_losses(
-            self.tasks, self._losses_by_task, *given
-        )
-        weights = [task.weight for task in self.tasks]
-        weighted = ops.stack(losses) * ops.convert_to_tensor(weights, "float32")
-        return weighted, losses, counts
-
-    def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
-        weighted, losses, counts = self.weighted_losses(
-            y, y_pred, sample_weight
-        )
-        for task, loss, count in zip(self.tasks, losses, counts, strict=True):
-            self._task_losses[task.name].update_state(
-                ops.stop_gradient(loss), count
-            )
-        if training:
-            # A task of weight 0 is as good as one without labels.
-            present = [
-                ops.cast(count > 0, "float32") * float(task.weight > 0)
-                for task, count in zip(self.tasks, counts, strict=True)
-            ]
-            present = ops.stack(present)
-            total = self.task_weighting.combine(weighted, present, self._gram)
-        else:
-            total = ops.sum(weighted)
-        # A Keras loss is divided by the number of replicas where there are
-        # several, since these sum their gradients.
-        total = Value()(ops.zeros((1, 1)), ops.reshape(total, (1, 1)))
-        if self.losses:
-            added = super().compute_loss(x, y, y_pred, sample_weight, training)
-            added = ops.cast(added, "float32")
-            size = ops.shape(y_pred[self.tasks[0].name])[0]
-            self._added_loss.update_state(
-                ops.stop_gradient(added) * num_replicas(self),
-                ops.cast(size, "float32"),
-            )
-            total = total + added
-        return total
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        labels = labels_lib.labels_of(self.tasks, y, self.entire_space)
-        if sample_weight is not None:
-            sample_weight = labels_lib.weights_of(self.tasks, sample_weight)
-        return super().compute_metrics(x, labels, y_pred, sample_weight)
-
-    def get_metrics_result(self):
-        logs = super().get_metrics_result()
-        added = logs.pop(self._added_loss.name)
-        if self._is_evaluating:
-            # The mean over batches would count a task in those without labels.
-            counted = self._added_loss.count > 0
-            total, labels = ops.where(counted, added, 0.0), 0.0
-            for task in self.tasks:
-                count = ops.convert_to_tensor(
-                    self._task_losses[task.name].count
-                )
-                loss = task.weight * logs[f"{task.name}_loss"]
-                total = total + ops.where(count > 0, loss, 0.0)
-                labels = labels + count
-            logs["loss"] = ops.where(labels > 0, total, math.nan)
-        return logs
 
     def get_config(self):
         inputs, outputs = self._graph

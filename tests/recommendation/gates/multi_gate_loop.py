@@ -11,20 +11,23 @@ def loop(layer, inputs, gate_inputs=None):
         for variable in layer.weights
     }
     owners = _owners(layer)
+    config = layer.get_config()
     outputs, all_gates = [], []
     for b in range(len(inputs)):
         x = inputs[b]
         experts = []
         for e, owner in enumerate(owners):
             slot = (
-                owner if layer.expert_slots is None else layer.expert_slots[e]
+                owner
+                if config["expert_slots"] is None
+                else config["expert_slots"][e]
             )
             h = x if x.ndim == 1 else x[slot]
             if layer.feature_gate_rank is not None:
                 down = weights["feature_gates/down_kernel"][e]
                 up = weights["feature_gates/up_kernel"][e]
                 h = h * 2 * _sigmoid(h @ down @ up)
-            for n in range(len(layer.expert_units)):
+            for n in range(len(layer.experts.units)):
                 name = f"experts/dense_{n}"
                 h = h @ weights[f"{name}/kernel"][e]
                 h = np.maximum(h + weights[f"{name}/bias"][e], 0)
@@ -34,20 +37,27 @@ def loop(layer, inputs, gate_inputs=None):
         for g in range(layer.num_gates):
             source = x if gate_inputs is None else gate_inputs[b]
             h = source if source.ndim == 1 else source[g]
-            if layer.gate_input == "slot_plus_shared" and g < layer.num_tasks:
+            if (
+                config["gate_input"] == "slot_plus_shared"
+                and g < layer.num_tasks
+            ):
                 h = h + x[layer.num_tasks]
             own_input = h
-            for n in range(len(layer.gate_units)):
+            for n in range(len(layer.task_gates.units)):
                 name = f"gates/mlp/dense_{n}"
                 h = h @ weights[f"{name}/kernel"][g]
                 h = np.maximum(h + weights[f"{name}/bias"][g], 0)
             seen = [e for e in range(len(owners)) if _sees(layer, g, e, owners)]
             logits = []
             for _ in seen:
-                bias = weights["gates/bias"][row] if layer.gate_use_bias else 0
+                bias = (
+                    weights["gates/bias"][row]
+                    if layer.task_gates.use_bias
+                    else 0
+                )
                 logits.append(weights["gates/kernel"][row] @ h + bias)
                 row += 1
-            shares = _softmax(np.array(logits) / layer.gate_temperature)
+            shares = _softmax(np.array(logits) / layer.task_gates.temperature)
             rows.append(np.zeros(len(owners)))
             rows[-1][seen] = shares
             mixed = sum(rows[-1][e] * experts[e] for e in seen)
@@ -79,11 +89,11 @@ def loop(layer, inputs, gate_inputs=None):
 
 
 def _owners(layer):
-    numbers = layer.num_task_experts
+    numbers = layer.units.num_task_experts
     if isinstance(numbers, int):
         numbers = [numbers] * layer.num_tasks
     owners = []
-    for unit, number in enumerate([*numbers, layer.num_shared_experts]):
+    for unit, number in enumerate([*numbers, layer.units.num_shared_experts]):
         owners += [unit] * number
     return owners
 
@@ -93,7 +103,7 @@ def _sees(layer, gate, expert, owners):
         return layer.visibility[gate][expert] == 1
     is_shared = owners[expert] == layer.num_tasks
     if gate == layer.num_tasks:
-        return is_shared or layer.shared_sees == "all"
+        return is_shared or layer.units.shared_sees == "all"
     mine = owners[expert] == gate
     return layer.visibility == "all" or is_shared or mine
 

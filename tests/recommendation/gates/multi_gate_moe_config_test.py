@@ -205,7 +205,7 @@ class ConfigTest(TestCase):
         ({"gate_input": "raw"}, "`gate_input` must be one of.*'raw'"),
         ({"gate_units": [0]}, "`gate_units` must"),
         ({"gate_normalization": "layer"}, "`gate_normalization` must"),
-        ({"gate_activation": "best"}, "best"),
+        ({"gate_activation": "best"}, "`gate_activation` must .*=.best"),
         (
             {"gate_activation": "top_k", "gate_top_k": 4},
             "`gate_top_k` must be an int between 1 and .*gate_top_k=4",

@@ -141,6 +141,30 @@ class MetricsTest(TestCase):
         with self.assertRaisesRegex(ValueError, "`num_bins` must be"):
             metrics.BinaryAUC(num_bins=1)
 
+    def test_ties_across_groups_are_none(self):
+        # The largest prediction of `a` equals the smallest one of `b`.
+        found = metrics.group_auc(
+            [0, 1, 0, 1], [0.1, 0.5, 0.5, 0.9], list("aabb")
+        )
+        self.assertEqual(found, 1.0)
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            number = rng.integers(4, 12)
+            y = (rng.random(number) < 0.5).astype(float)
+            p = np.round(rng.random(number), 1)
+            groups = rng.integers(0, 3, number)
+            sizes, values = [], []
+            for group in range(3):
+                rows = groups == group
+                value = auc_of_pairs(y[rows], p[rows])
+                if not np.isnan(value):
+                    values.append(value)
+                    sizes.append(rows.sum())
+            wanted = np.average(values, weights=sizes) if sizes else np.nan
+            np.testing.assert_allclose(
+                metrics.group_auc(y, p, groups), wanted, atol=1e-12
+            )
+
     def test_group_auc(self):
         rng = np.random.default_rng(0)
         y = (rng.random(300) < 0.4).astype(float)

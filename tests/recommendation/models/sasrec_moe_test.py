@@ -57,6 +57,52 @@ class SASRecMoETest(TestCase):
         expected = -np.log(chosen[following > 0]).mean()
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
+    def test_loss_whatever_the_batches(self):
+        model = make_model(statistics=None, dropout=0.0)
+        ids, following = make_ids()
+        following = following.copy()
+        following[:3] = 0  # sequences without a label
+        model.compile(keras.optimizers.SGD(0.0))
+        logits = model.predict(ids, verbose=0).astype("float64")
+        p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(p, following[..., None], axis=-1)[..., 0]
+        known = following > 0
+        rng = np.random.default_rng(0)
+        for weight in (
+            None,
+            rng.random(6),
+            rng.random((6, 5)),
+            (rng.random((6, 5)) < 0.5).astype("float32"),
+        ):
+            factors = np.ones((6, 5)) if weight is None else weight
+            factors = factors.reshape(6, -1)
+            losses = -np.log(np.where(known, chosen, 1)) * factors
+            expected = losses.sum() / known.sum()
+            for size in (1, 4, 6):
+                loss = model.evaluate(
+                    ids,
+                    following,
+                    sample_weight=weight,
+                    batch_size=size,
+                    verbose=0,
+                )
+                np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        logs = model.fit(
+            ids,
+            following,
+            batch_size=4,
+            validation_data=(ids, following, weight),
+            validation_batch_size=4,
+            shuffle=False,
+            verbose=0,
+        ).history
+        np.testing.assert_allclose(logs["val_loss"], [expected], rtol=1e-4)
+        # In training the balancing losses are added, in mean over examples.
+        plain = -np.log(chosen[known]).mean()
+        self.assertBetween(logs["loss"][0] - plain, 1e-3, 0.1)
+        nothing = model.evaluate(ids, 0 * following, verbose=0)
+        self.assertTrue(np.isnan(nothing))
+
     def test_fit_and_save(self):
         model = make_model(dropout=0.1)
         ids, following = make_ids()

@@ -1,0 +1,73 @@
+"""Weights that gates have only for the experts they see."""
+
+import numpy as np
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.stacked.per_expert import PerExpertInitializer
+
+
+class VisiblePairs:
+    """The `N` pairs of a gate and an expert that it sees, gate by gate.
+
+    Args:
+        visible: Matrix of zeros and ones `(gates, experts)`.
+        may_be_blind: bool. Whether a gate may see no expert.
+
+    Attributes:
+        visible: `(G, E)` boolean array.
+        number: int. `N`.
+        per_gate: List of `G` ints. How many experts each gate sees.
+    """
+
+    def __init__(self, visible, may_be_blind=False):
+        given, visible = visible, np.array(visible)
+        if (
+            visible.ndim != 2
+            or not visible.size
+            or not np.isin(visible, (0, 1)).all()
+            or not (may_be_blind or visible.any(axis=-1).all())
+        ):
+            raise ValueError(
+                "`visible` must be a matrix of zeros and ones (gates, "
+                "experts), in which each gate sees an expert. "
+                f"Received: visible={given!r}"
+            )
+        self.visible = visible.astype("bool")
+        self.per_gate = self.visible.sum(axis=-1).tolist()
+        self.number = sum(self.per_gate)
+        # Where each pair is among the pairs; N where there is none.
+        self._places = np.full(self.visible.shape, self.number, "int32")
+        self._places[self.visible] = np.arange(self.number)
+        self._pairs = np.flatnonzero(self.visible)
+
+    def spread(self, values, axis=0):
+        """From an axis of `N` pairs to one of `G * E`, zero for all others."""
+        if self.number == self.visible.size:
+            return values
+        values = ops.convert_to_tensor(values)
+        zero = ops.zeros_like(values[:1] if axis == 0 else values[:, :1])
+        values = ops.concatenate([values, zero], axis=axis)
+        return backend.take(values, self._places.reshape(-1), axis=axis)
+
+    def gather(self, values):
+        """`(B, G * E)` -> `(B, N)`."""
+        return backend.take(values, self._pairs, axis=1)
+
+
+class PerGateInitializer(PerExpertInitializer):
+    """Draws the kernel of each gate, `(D, experts it sees)`, on its own."""
+
+    def __init__(self, initializer, sizes):
+        super().__init__(initializer, stream=0)
+        self.sizes = sizes
+
+    def __call__(self, shape, dtype=None):
+        draws = self._draws(len(self.sizes))
+        return ops.concatenate(
+            [
+                ops.transpose(draw((shape[-1], size), dtype=dtype))
+                for draw, size in zip(draws, self.sizes, strict=True)
+                if size
+            ]
+        )
