@@ -11,8 +11,8 @@ losses:
   one array does not do: `jnp.sum(losses)` takes no list, and
   `torch.sum(*model.losses)` takes the second loss for an axis.
 
-On JAX the losses come out of `stateless_call` with `return_losses=True`. A layer
-warns once where it sees that its losses are lost.
+On JAX the losses come out of `stateless_call` with `return_losses=True`. A
+layer warns once where it sees that its losses are lost.
 
 Here one model is trained in three ways, which end at the same weights. Run this
 file as it is, on any backend:

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from tests.readme_test import run_blocks
+
 GUIDES = pathlib.Path(__file__).parent.parent / "guides"
 
 
@@ -21,6 +23,13 @@ def load(name):
 
 
 class GuidesTest(unittest.TestCase):
+    def test_pages(self):
+        pages = sorted(GUIDES.glob("*.md"))
+        numbers = {page.stem: len(run_blocks(page)[0]) for page in pages}
+        self.assertEqual(
+            numbers, {"parts": 1, "recommendation": 1, "support": 0}
+        )
+
     def test_custom_router(self):
         module, text = load("custom_router")
         losses, indices, difference = module.main()
