@@ -1,4 +1,4 @@
-"""The tables of the README, from what the benchmarks wrote.
+"""The tables of `benchmarks/README.md`, from what the benchmarks wrote.
 
 python -m benchmarks.tables benchmarks/results
 """

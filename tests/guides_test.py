@@ -5,7 +5,11 @@ import pathlib
 import re
 import unittest
 
+import keras
 import numpy as np
+from keras import ops
+
+from tests.readme_test import run_blocks
 
 GUIDES = pathlib.Path(__file__).parent.parent / "guides"
 
@@ -19,6 +23,13 @@ def load(name):
 
 
 class GuidesTest(unittest.TestCase):
+    def test_pages(self):
+        pages = sorted(GUIDES.glob("*.md"))
+        numbers = {page.stem: len(run_blocks(page)[0]) for page in pages}
+        self.assertEqual(
+            numbers, {"parts": 1, "recommendation": 1, "support": 0}
+        )
+
     def test_custom_router(self):
         module, text = load("custom_router")
         losses, indices, difference = module.main()
@@ -43,3 +54,55 @@ class GuidesTest(unittest.TestCase):
         for weights in gates.values():
             np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
         self.assertLess(difference, 1e-6)
+
+    def test_custom_loops(self):
+        module, _ = load("custom_loops")
+        weights, loads = module.main()
+        self.assertEqual(set(weights), {"fit", "own loss", "own loop"})
+        for name in ("own loss", "own loop"):
+            for value, expected in zip(
+                weights[name], weights["fit"], strict=True
+            ):
+                np.testing.assert_allclose(value, expected, atol=1e-5)
+            np.testing.assert_allclose(loads[name], loads["fit"], atol=1e-6)
+        # Without the balancing losses the weights would be others.
+        model = module.make_model()
+        model.get_layer("moe").routing_losses.clear()
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        module.train_fit(model, optimizer, module.make_data())
+        kernel = [v.path for v in model.weights].index("moe/router/kernel")
+        other = model.get_weights()[kernel] - weights["fit"][kernel]
+        self.assertGreater(np.abs(other).max(), 1e-3)
+
+    def test_routing_of_examples(self):
+        module, _ = load("routing")
+        moe, images, outputs, routing = module.per_example()
+        self.assertEqual(tuple(routing.expert_indices.shape), (6, 2))
+        indices = ops.convert_to_numpy(routing.expert_indices)
+        weights = ops.convert_to_numpy(routing.expert_weights)
+        by_expert = [
+            ops.convert_to_numpy(layer(images)) for layer in moe.experts.layers
+        ]
+        expected = [
+            sum(
+                weight * by_expert[expert][image]
+                for expert, weight in zip(
+                    indices[image], weights[image], strict=True
+                )
+            )
+            for image in range(6)
+        ]
+        outputs = ops.convert_to_numpy(outputs)
+        np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+    def test_routing_of_tasks(self):
+        module, _ = load("routing")
+        for chosen, allowed in zip(
+            module.per_task(), module.ALLOWED, strict=True
+        ):
+            self.assertEqual(len(chosen), 6 * 2)
+            self.assertLessEqual(set(chosen), set(np.flatnonzero(allowed)))
+
+    def test_masks(self):
+        module, _ = load("routing")
+        self.assertEqual(module.masked(), 5)
