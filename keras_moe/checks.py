@@ -22,13 +22,6 @@ def is_number(value):
     return is_real and math.isfinite(value)
 
 
-def check_bool(name, value):
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"`{name}` must be True or False. Received: {name}={value!r}"
-        )
-
-
 def check_int(name, value, minimum):
     if not is_int(value) or value < minimum:
         raise ValueError(

@@ -72,7 +72,9 @@ class MegatronTest(TestCase):
         # they are full. Here places stay empty: the same weights.
         _, config, arrays = case
         layer = megatron.layer_from_case(config, arrays)
-        size = layer.capacity.of(config["N"], config["E"], config["k"], True)
+        size = layer.capacity.rows_per_expert(
+            config["N"], config["E"], config["k"], True
+        )
         for name in ("drop_probs", "drop_position"):
             filled = arrays[f"{name}_pad/map"]
             self.assertAllEqual(filled.sum(axis=0), [size] * config["E"])
