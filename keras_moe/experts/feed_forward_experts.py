@@ -5,6 +5,7 @@ from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_rate
+from keras_moe.checks import is_int
 from keras_moe.experts.experts import Experts
 from keras_moe.ops import activations
 from keras_moe.ops.fused_experts import fused_experts
@@ -31,8 +32,13 @@ class FeedForwardExperts(Experts):
     ):
         super().__init__(num_experts, **kwargs)
         check_int("intermediate_dim", intermediate_dim, 1)
-        if output_dim is not None:
-            check_int("output_dim", output_dim, 1)
+        if output_dim is not None and (
+            not is_int(output_dim) or output_dim < 1
+        ):
+            raise ValueError(
+                "`output_dim` must be a positive int or None. "
+                f"Received: output_dim={output_dim!r}"
+            )
         check_bool("use_bias", use_bias)
         check_rate("dropout", dropout)
         self.intermediate_dim = intermediate_dim

@@ -2,7 +2,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_number
-from keras_moe.checks import check_positive
+from keras_moe.checks import is_number
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 
 
@@ -92,7 +92,11 @@ class GLUExperts(FeedForwardExperts):
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
         if limit is not None and limit != float("inf"):
-            check_positive("limit", limit)
+            if not is_number(limit) or limit <= 0:
+                raise ValueError(
+                    "`limit` must be positive or None. "
+                    f"Received: limit={limit!r}"
+                )
         check_number("up_shift", up_shift)
         self.limit = limit
         self.up_shift = up_shift

@@ -2,8 +2,8 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_bool
-from keras_moe.checks import check_int
-from keras_moe.checks import check_positive
+from keras_moe.checks import is_int
+from keras_moe.checks import is_number
 from keras_moe.experts.experts import as_part_of_bank
 from keras_moe.experts.glu_experts import GLUExperts
 from keras_moe.experts.grouped_rows import clear_unused_rows
@@ -106,9 +106,14 @@ class LowRankExperts(GLUExperts):
         super().__init__(
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
-        check_int("rank", rank, 1)
-        if alpha is not None:
-            check_positive("alpha", alpha)
+        if not is_int(rank) or rank < 1:
+            raise ValueError(
+                f"`rank` must be a positive int. Received: rank={rank!r}"
+            )
+        if alpha is not None and (not is_number(alpha) or alpha <= 0):
+            raise ValueError(
+                f"`alpha` must be positive or None. Received: alpha={alpha!r}"
+            )
         check_bool("gated", gated)
         check_bool("freeze_shared", freeze_shared)
         if not gated and (self.limit is not None or self.up_shift):
