@@ -195,12 +195,14 @@ class SASRecMoE(keras.Model):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        if sample_weight is not None and len(sample_weight.shape) == 1:
-            # On PyTorch, Keras multiplies it in place with a mask (B, L).
-            sample_weight = ops.expand_dims(sample_weight, 1)
-            sample_weight = sample_weight * ops.ones_like(
-                y, dtype=sample_weight.dtype
-            )
+        if sample_weight is not None:
+            # Of whole sequences or of positions. On PyTorch, Keras multiplies
+            # it in place with a mask (B, L); on TensorFlow its rank may not be
+            # known.
+            size = ops.shape(y_pred)[0]
+            sample_weight = ops.reshape(sample_weight, (size, -1))
+            ones = ops.ones_like(y_pred[:, :, 0])
+            sample_weight = ones * ops.cast(sample_weight, ones.dtype)
         total = super().compute_loss(x, y, y_pred, sample_weight, training)
         if self._counts_labels:
             added = sum((ops.sum(loss) for loss in self.losses), 0.0)
