@@ -13,7 +13,8 @@ from keras_moe.losses import RoutingLoss
 from keras_moe.routers import Router
 
 _ROUTER_DECLARATIONS = (
-    *("uses_context", "looks_ahead", "allow_lookahead", "distinct_choices"),
+    *("uses_context", "needs_context", "looks_ahead", "allow_lookahead"),
+    "distinct_choices",
     *("choices_per_token", "per", "routing_class", "max_rows"),
 )
 _EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix")

@@ -176,6 +176,11 @@ class RoutedLayer(keras.layers.Layer):
         context=None,
         router_inputs=None,
     ):
+        if self.router.needs_context and context is None:
+            raise ValueError(
+                f"The router of {type(self).__name__} needs a `context`. "
+                f"Received: context=None, router={self.router!r}"
+            )
         outputs = keras.KerasTensor(
             self.compute_output_shape(inputs.shape), dtype=self.compute_dtype
         )

@@ -25,7 +25,8 @@ class RandomRouter(Router):
     serves benchmarks, as the loads differ by one token at most. The router has
     no weights and learns nothing. In inference `"uniform"` goes round robin
     too, so that the same input gives the same output; there the experts of a
-    token depend on its position among all tokens of the batch.
+    token depend on its position among all tokens of the batch, so that causal
+    layers refuse the router.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -58,6 +59,7 @@ class RandomRouter(Router):
     [[0, 1], [2, 3], [0, 1]]
     """
 
+    looks_ahead = True
     distinct_choices = True
     routing_class = Routing
 
@@ -79,7 +81,7 @@ class RandomRouter(Router):
     def choices_per_token(self):
         return self.top_k
 
-    def call(self, tokens, mask=None, training=None):
+    def call(self, tokens, mask=None, training=None, num_sequences=1):
         # From the shape alone: masked tokens may be NaN.
         logits = ops.zeros(
             (ops.shape(tokens)[0], self.num_experts), dtype=self.compute_dtype

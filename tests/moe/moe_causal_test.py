@@ -24,13 +24,14 @@ MORE = {
     "TaskRouter": {"num_tasks": 3},
 }
 LOOK_AHEAD = (
-    *("BASERouter", "ExpertChoiceRouter", "SinkhornRouter", "SoftRouter"),
+    *("BASERouter", "ExpertChoiceRouter", "RandomRouter", "SinkhornRouter"),
+    "SoftRouter",
 )
 
 
 def names():
     for name, value in sorted(vars(routers).items()):
-        base = name in ("Router", "LinearRouter")
+        base = name in ("Router", "LinearRouter", "RankingRouter")
         if inspect.isclass(value) and issubclass(value, routers.Router):
             if not base:
                 yield name

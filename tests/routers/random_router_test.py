@@ -72,7 +72,7 @@ class RandomRouterTest(RouterChecks, TestCase):
         self.assertAllEqual(model(self.tokens()), [[0, 1], [2, 3]] * 6)
 
     def test_config(self):
-        self.assertFalse(RandomRouter.looks_ahead)
+        self.assertTrue(RandomRouter.looks_ahead)
         self.run_class_serialization_test(RandomRouter(4, 3, seed=2))
         self.run_class_serialization_test(self.make())
 

@@ -38,13 +38,15 @@ def gradients(function, inputs, needed, d_out):
         for x, needs in zip(inputs, needed, strict=True)
     ]
     wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
+    out = function(*inputs)
+    if not out.requires_grad:  # an activation without a slope, say
+        return [
+            torch.zeros_like(x) if needs else None
+            for x, needs in zip(inputs, needed, strict=True)
+        ]
     found = iter(
         torch.autograd.grad(
-            function(*inputs),
-            wanted,
-            d_out,
-            create_graph=True,
-            materialize_grads=True,
+            out, wanted, d_out, create_graph=True, materialize_grads=True
         )
     )
     return [next(found) if needs else None for needs in needed]
