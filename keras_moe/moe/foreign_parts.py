@@ -65,6 +65,22 @@ def check_width(experts, rows_shape, returned_shape):
         )
 
 
+def check_routing(routing, num_tokens, router):
+    """Raises unless the routing is of all tokens, as far as that is known."""
+    shapes = [
+        tuple(x.shape) for x in (routing.expert_indices, routing.expert_weights)
+    ]
+    sizes = {shape[0] for shape in shapes} | {num_tokens}
+    known = {size for size in sizes if isinstance(size, int)}
+    if len(known) > 1 or shapes[0][-1] != shapes[1][-1]:
+        raise ValueError(
+            "`router` must return `expert_indices` and `expert_weights` of the "
+            f"shape (T, K) for T tokens. Received: T={num_tokens}, "
+            f"expert_indices.shape={shapes[0]}, "
+            f"expert_weights.shape={shapes[1]}, router={router!r}"
+        )
+
+
 class FunctionLoss(RoutingLoss):
     """A function `(routing, mask) -> scalar`, called like any other loss."""
 

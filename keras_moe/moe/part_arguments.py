@@ -137,13 +137,14 @@ def serialize_part(layer):
     if layer is None:
         return None
     config = keras.saving.serialize_keras_object(layer)
+    if len(_HOLDERS.get(layer, ())) > 1:
+        # While it saves a model, Keras marks an object that it meets again, so
+        # that it is one object after loading. The first mention needs the mark
+        # too.
+        config = keras.saving.serialize_keras_object(layer)
     # Otherwise the part would be built on its own as it is loaded, and its
     # variables would lose the name of this layer from their paths.
     config.pop("build_config", None)
-    if len(_HOLDERS.get(layer, ())) > 1:
-        # By this Keras makes one object of it again as it loads a model. It
-        # says so only from the second time on, which is too late for the first.
-        config["shared_object_id"] = id(layer)
     return config
 
 

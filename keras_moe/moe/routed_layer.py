@@ -8,6 +8,7 @@ from keras_moe.checks import check_one_of
 from keras_moe.moe import tokens as tokens_lib
 from keras_moe.moe.foreign_parts import as_loss
 from keras_moe.moe.foreign_parts import as_router
+from keras_moe.moe.foreign_parts import check_routing
 from keras_moe.moe.foreign_parts import serialize_loss
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.moe.routing_statistics import RoutingStatistics
@@ -108,9 +109,12 @@ class RoutedLayer(keras.layers.Layer):
             kwargs["context"] = tokens.context
         if self.router.looks_ahead:
             kwargs["num_sequences"] = tokens.positions[0]
-        return self.router(
-            tokens.router_inputs, mask=tokens.mask, training=training, **kwargs
+        seen = tokens.router_inputs
+        routing = self.router(
+            seen, mask=tokens.mask, training=training, **kwargs
         )
+        check_routing(routing, seen.shape[0], self.router)
+        return routing
 
     @property
     def metrics(self):

@@ -342,6 +342,14 @@ class OwnPartsTest(TestCase):
         values = [ops.convert_to_numpy(x) for x in layer.losses]
         self.assertAllClose(values, [36.0])
 
+    def test_routers_must_route_all_tokens(self):
+        class Short(RoundRobinRouter):
+            def call(self, tokens, mask=None, training=None):
+                return super().call(tokens[:-1], training=training)
+
+        with self.assertRaisesRegex(ValueError, "for T tokens. Received: T=12"):
+            MoE(router=Short(3), experts=PlainExperts(3))(inputs())
+
     def test_experts_must_keep_the_width(self):
         class Narrow(PlainExperts):
             def call(self, rows, group_sizes, training=None):
