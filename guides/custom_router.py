@@ -3,7 +3,7 @@
 A router is a Keras layer from tokens to a `Routing`: which experts each token
 goes to, and how much each of them counts. `MoE` does the rest: it sends only
 the chosen rows to each expert, brings them back, adds the balancing losses,
-honours masks and shows the load in the logs of `fit`.
+honours masks and shows in the logs of `fit` how balanced the experts are.
 
 Here we write one that the library does not have. Each expert has a prototype,
 a point in the space of the tokens, and a token goes to the experts whose
@@ -103,9 +103,9 @@ def main():
 
     # ## Looking at what it does
     #
-    # Each log of `fit` has the load of every expert, and `route` tells where
-    # given tokens go. (The tokens of this model reach the MoE through a Dense
-    # layer, so we ask a model that ends before it.)
+    # `statistics.result()` has the load of every expert in the last epoch, and
+    # `route` tells where given tokens go. (The tokens of this model reach the
+    # MoE through a Dense layer, so we ask a model that ends before it.)
     print("load of each expert:", moe.statistics.result()["expert_load"])
     before = keras.Model(model.input, moe.input)
     routing = moe.route(before(centres[None].astype("float32")))

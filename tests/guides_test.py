@@ -63,7 +63,7 @@ class GuidesTest(unittest.TestCase):
             for value, expected in zip(
                 weights[name], weights["fit"], strict=True
             ):
-                np.testing.assert_allclose(value, expected, atol=1e-5)
+                np.testing.assert_allclose(value, expected, atol=2e-6)
             np.testing.assert_allclose(loads[name], loads["fit"], atol=1e-6)
         # Without the balancing losses the weights would be others.
         model = module.make_model()
@@ -72,7 +72,7 @@ class GuidesTest(unittest.TestCase):
         module.train_fit(model, optimizer, module.make_data())
         kernel = [v.path for v in model.weights].index("moe/router/kernel")
         other = model.get_weights()[kernel] - weights["fit"][kernel]
-        self.assertGreater(np.abs(other).max(), 1e-3)
+        self.assertGreater(np.abs(other).max(), 2e-4)
 
     def test_routing_of_examples(self):
         module, _ = load("routing")
