@@ -31,18 +31,20 @@ def main():
     workers = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
     failed = []
     with tempfile.TemporaryDirectory() as compiled:
-        # What one worker, or an earlier file, has compiled on JAX.
-        cache = {
+        settings = {
+            # What one worker, or an earlier file, has compiled on JAX.
             "JAX_COMPILATION_CACHE_DIR": compiled,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            # A worker for each core leaves no core for threads.
+            "OMP_NUM_THREADS": "1",
         }
         for backend in backends:
             print(f"\n===== {backend} =====", flush=True)
             status = subprocess.run(
                 [sys.executable, "-m", "pytest", "-q"]
                 + [*workers, *pytest_arguments],
-                env={**cache, **os.environ, "KERAS_BACKEND": backend},
+                env={**settings, **os.environ, "KERAS_BACKEND": backend},
             ).returncode
             if status:  # 5, no test collected, too
                 failed.append(backend)
