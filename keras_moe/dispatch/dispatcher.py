@@ -66,7 +66,7 @@ class Dispatcher:
     Call arguments:
         tokens: `(T, ...)`, zero where masked.
         routing: A `keras_moe.routers.Routing` of these tokens.
-        experts: A `keras_moe.experts.Experts`.
+        experts: A `keras_moe.experts.Experts`, built.
         mask: `(T,)` bool, or `None`. `False` tokens take no expert's room, and
             give zero.
         training: bool. Which capacity holds, and whether experts apply dropout.
@@ -88,6 +88,7 @@ class Dispatcher:
     >>> router = keras_moe.routers.TopKRouter(num_experts=4, top_k=2)
     >>> experts = keras_moe.experts.GLUExperts(4, intermediate_dim=8)
     >>> tokens = keras.ops.ones((6, 3))
+    >>> experts.build(tokens.shape)
     >>> dispatcher = keras_moe.dispatch.Dispatcher()
     >>> outputs, group_sizes = dispatcher(tokens, router(tokens), experts)
     >>> tuple(outputs.shape), int(keras.ops.sum(group_sizes))

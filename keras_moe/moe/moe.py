@@ -182,8 +182,6 @@ class MoE(RoutedLayer):
             route_per,
             causal,
             return_routing,
-            statistics,
-            may_drop=sender.capacity.limits(training=True),
             name=name or parts.default_name(),
             **kwargs,
         )
@@ -200,6 +198,7 @@ class MoE(RoutedLayer):
         check_shared_experts(self.shared_experts, shared_experts_mode)
         self.pre_experts = parts.as_layer("pre_experts", pre_experts)
         self.post_experts = parts.as_layer("post_experts", post_experts)
+        self.add_statistics(statistics, self.capacity.limits(training=True))
         parts.hold(self)
 
     @property

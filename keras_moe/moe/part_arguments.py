@@ -221,7 +221,8 @@ def as_dispatcher(
         else:
             _refuse_beside("capacity", flat)
         dispatcher = Dispatcher(capacity, weights_on or "output")
-        if causal:
+        # A config says what happens in inference; an earlier version's dropped.
+        if causal and not isinstance(capacity, dict):
             dispatcher.capacity = dispatcher.capacity.dropless_in_inference()
         return dispatcher
     _refuse_beside(

@@ -18,27 +18,19 @@ from keras_moe.moe.training_watch import TrainingWatch
 class RoutedLayer(keras.layers.Layer):
     """Base of layers with a router: tokens, routing, losses and statistics.
 
-    A subclass reads its inputs with `to_tokens`, asks `routing_of` where they
-    go, and tells `count` what became of them.
+    A subclass calls `add_statistics` when it has its other parts. It reads its
+    inputs with `to_tokens`, asks `routing_of` where they go, and tells `count`
+    what became of them.
 
     Args:
         router: A router layer.
-        losses, route_per, causal, return_routing, statistics: As for
+        losses, route_per, causal, return_routing: As for
             `keras_moe.layers.MoE`.
-        may_drop: bool. Whether choices may be dropped in training.
         **kwargs: Arguments of `keras.layers.Layer`.
     """
 
     def __init__(
-        self,
-        router,
-        losses,
-        route_per,
-        causal,
-        return_routing,
-        statistics,
-        may_drop,
-        **kwargs,
+        self, router, losses, route_per, causal, return_routing, **kwargs
     ):
         # No autocast: it would round a context to half precision.
         super().__init__(autocast=False, **kwargs)
@@ -53,17 +45,25 @@ class RoutedLayer(keras.layers.Layer):
         self.route_per = route_per
         self.causal = causal
         self.return_routing = return_routing
+        self._watch = TrainingWatch()
+        self.supports_masking = True
+
+    def add_statistics(self, detail, may_drop):
+        """Makes the statistics, the last part in the order of variables.
+
+        Args:
+            detail: The argument `statistics` of `keras_moe.layers.MoE`.
+            may_drop: bool. Whether choices may be dropped in training.
+        """
         self.statistics = None
-        if statistics is not None:
+        if detail is not None:
             self.statistics = RoutingStatistics(
                 self.num_experts,
-                statistics,
+                detail,
                 may_drop,
                 label=self.name,
                 name="statistics",
             )
-        self._watch = TrainingWatch()
-        self.supports_masking = True
 
     def build_routing(self, inputs_shape, router_inputs_shape=None):
         """Builds the router and the statistics, and checks the input's rank."""

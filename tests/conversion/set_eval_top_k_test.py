@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from absl.testing import parameterized
 from keras import ops
 
@@ -81,6 +82,7 @@ class SetEvalTopKTest(TestCase):
             )
         self.assertEqual(layer.router.choices_per_token, 3)
 
+    @pytest.mark.filterwarnings("ignore:A MoE layer is trained without")
     def test_part_that_stays_in_inference_while_the_whole_trains(self):
         class Model(keras.Model):
             def __init__(self):

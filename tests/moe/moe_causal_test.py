@@ -92,6 +92,12 @@ class CausalTest(TestCase):
             self.assertEqual(layer.capacity.limits(training=False), expected)
             again = MoE.from_config(layer.get_config())
             self.assertEqual(again.capacity.limits(False), expected)
+        # One that an earlier version saved goes on as it did.
+        config = MoE(4, 8, causal=True, drop_policy="token").get_config()
+        config["capacity"] = keras.saving.serialize_keras_object(
+            Capacity(1.0, drop_policy="token")
+        )
+        self.assertTrue(MoE.from_config(config).capacity.limits(False))
         # A layer that is not causal does as it did in training.
         self.assertTrue(MoE(4, 8, capacity_factor=1.0).capacity.limits(False))
 
