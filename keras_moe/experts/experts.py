@@ -201,16 +201,6 @@ class Experts(keras.layers.Layer):
         }
 
 
-def as_part_of_bank(name, identifier):
-    """The initializer, regularizer or constraint, by the argument's name."""
-    get = {
-        "initializer": keras.initializers.get,
-        "regularizer": keras.regularizers.get,
-        "constraint": keras.constraints.get,
-    }[name.rpartition("_")[2]]
-    return as_keras_object(name, get, identifier)
-
-
 class PlainExperts(Experts):
     """Base of the banks without kernels: their only size is `num_experts`."""
 
@@ -224,3 +214,13 @@ class PlainExperts(Experts):
             **keras.layers.Layer.get_config(self),
             "num_experts": self.num_experts,
         }
+
+
+def as_part_of_bank(name, identifier):
+    """The initializer, regularizer or constraint, by the argument's name."""
+    get = {
+        "initializer": keras.initializers.get,
+        "regularizer": keras.regularizers.get,
+        "constraint": keras.constraints.get,
+    }[name.rpartition("_")[2]]
+    return as_keras_object(name, get, identifier)
