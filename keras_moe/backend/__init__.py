@@ -8,43 +8,42 @@ active Keras backend are re-exported here:
   the device or the execution mode are not for it.
 - `REMAT_SCOPE_TAKES_ARGUMENTS`: bool. Whether `keras.RematScope` calls a layer
   with `training` as it is.
-- `best_first(lhs)`: the names of those worth trying for the device of `lhs`.
-- `refusal(implementation, rhs_shape, dtype)`: why that grouped matmul takes no
-  such operands on any device, as a str, or `None`.
-- `FUSED_EXPERTS`: implementations, in the same manner, of a whole bank of
-  feed-forward experts from tokens to tokens, which copy no row and keep less
-  for the backward pass. Each takes what `ops.fused_experts` describes. There
-  may be none.
+- `best_first(lhs)`: the names to try on the device of `lhs`, best first.
+- `refusal(implementation, rhs_shape, dtype)`: why this grouped matmul never
+  takes these operands, on any device, as a str, or `None`.
+- `FUSED_EXPERTS`: implementations by name of a whole bank of feed-forward
+  experts, which copy no rows and keep less for the backward pass. Each takes
+  the arguments of `ops.fused_experts`. The dict may be empty.
 - `top_k_indices(scores, k)`: indices of the `k` largest entries of the last
   axis in descending order, ties to the lower index.
-- `take_chosen(x, indices)`: `take_along_axis` along the last axis, where the
-  others are the same in both.
-- `take(x, indices, axis=0)`: as in `keras.ops`, of a vector of indices that are
-  all in the range.
+- `take_chosen(x, indices)`: `take_along_axis` along the last axis; the other
+  axes are the same in both.
+- `take(x, indices, axis=0)`: as in `keras.ops`, for a vector of indices that
+  are all in range.
 - `stable_argsort(keys, num_keys)`: the order that sorts whole numbers from 0 to
-  `num_keys - 1`, `(N,)` int32, equal ones as they come.
-- `segment_sum(data, segment_ids, num_segments)`: as in `keras.ops`, of ids that
-  are all in the range.
+  `num_keys - 1`, `(N,)` int32, stable.
+- `segment_sum(data, segment_ids, num_segments)`: as in `keras.ops`, for ids
+  that are all in range.
 - `size_tensor(size)`: the size of an axis as an int32 scalar, also if it is
   symbolic.
 - `with_gradient(forward, backward, inputs, constants)`: `forward(*inputs,
   *constants)` with the gradients `backward(d_out, *inputs, *constants)`, one
   for each of the inputs.
 - `is_symbolic(tensor)`: whether the tensor has no value yet (it is traced).
-- `has_no_values(tensor)`: whether it has a shape and a dtype alone, and what is
-  computed from it is thrown away (torch's meta device).
+- `has_no_values(tensor)`: whether the tensor has only a shape and a dtype
+  (torch's meta device), so that results are discarded.
 - `jacobian(function, values)`: the gradients of each entry of
   `function(values)`, `(T,)`, as `T` lists with a gradient for each of `values`,
   a list of tensors; zeros where there is no dependence.
-- `all_reduce_sum(tensor)`: its sum over the replicas that train together.
-- `on_gradient(tensor, notice)`: the tensor; `notice()` is called as a gradient
-  is computed through it (where steps are compiled: as they are traced). `None`
-  where that cannot be seen.
+- `all_reduce_sum(tensor)`: the sum over the replicas that train together.
+- `on_gradient(tensor, notice)`: the tensor; `notice()` is called when a
+  gradient is computed through it (in compiled steps: when they are traced).
+  `None` if gradients cannot be observed.
 - `slice_bounds(group_sizes)`: where the rows of each group start and stop, as
-  a list of pairs that may be used in slices, of ints if they are known. `None`
-  where no slice may depend on data, since all shapes have to be static.
-- `num_replicas(model)`: by how many replicas of a model each batch is split,
-  whose gradients are summed.
+  a list of pairs for slices, ints if known. `None` if shapes must be static and
+  slices cannot depend on data.
+- `num_replicas(model)`: the number of replicas that share each batch and sum
+  their gradients.
 
 `reference.py` needs `keras.ops` alone and is always tried last.
 """

@@ -1,7 +1,7 @@
 """Grouped matmul on `keras.ops` alone: short, differentiable, memory-hungry.
 
-It gathers the weights of every row, `(N, D, F)` in all: the same products as
-the fast implementations, so right everywhere, and cheap only for few rows.
+It gathers the weights of every row, `(N, D, F)` in all: right on every device,
+and cheap only for few rows.
 """
 
 import keras
@@ -18,8 +18,8 @@ def grouped_matmul(lhs, rhs, group_sizes):
     group = ops.searchsorted(ends, row, side="right")
     in_a_group = ops.expand_dims(row < ends[-1], -1)  # (N, 1)
     group = ops.minimum(group, rhs.shape[0] - 1)
-    # Rows of no group are zeroed before as well as after the product, so that
-    # not even a NaN in one reaches the gradient of `rhs`.
+    # Unused rows are zeroed before and after the product, so that not even a
+    # NaN in one reaches the gradient of `rhs`.
     lhs = ops.where(in_a_group, lhs, ops.zeros_like(lhs))
     out = ops.einsum("nd,ndf->nf", lhs, ops.take(rhs, group, axis=0))
     out = ops.where(in_a_group, out, ops.zeros_like(out))

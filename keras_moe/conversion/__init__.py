@@ -1,3 +1,3 @@
-"""Functions that change models which are there already."""
+"""Functions that change existing models."""
 
 from keras_moe.conversion.set_eval_top_k import set_eval_top_k as set_eval_top_k

@@ -10,18 +10,18 @@ def set_eval_top_k(model, top_k):
 
     Every router in the model that has an `eval_top_k` gets it: `TopKRouter` and
     its subclasses, `SinkhornRouter`, `SparseMixerRouter`. Other routers stay as
-    they are. Training goes on with the `top_k` that the router was made with.
+    they are. Training still uses the `top_k` of the router.
     The number is saved with the model.
 
-    What `predict`, `evaluate` and `fit` have compiled is made anew. This is so
-    for `model` and for the models inside it: where a model stands in another
-    one, give the outer one. Functions that you have compiled yourself keep the
-    old number until they are traced again.
+    Compiled steps of `predict`, `evaluate` and `fit` are compiled again, in
+    `model` and the models inside it. If a model is part of another, pass the
+    outer one. Functions that you compiled yourself keep the old number until
+    they are traced again.
 
     Args:
         model: A `keras.Model`, or a layer such as `keras_moe.layers.MoE`.
         top_k: int, or `None` for the `top_k` of training. Experts per token,
-            besides those that are always on.
+            not counting experts that are always on.
 
     Raises:
         ValueError: If `model` is not a layer, has no such router, or one of its
@@ -64,7 +64,7 @@ def set_eval_top_k(model, top_k):
 
 
 def _recompile(model):
-    """Makes anew what Keras has compiled, which is traced at the next call."""
+    """Resets the compiled steps of Keras, which the next call traces again."""
     if model.train_function is not None:
         model.make_train_function(force=True)
     if model.test_function is not None:

@@ -1,4 +1,4 @@
-"""Who has room, and how rows reach their experts and come back."""
+"""Capacities of experts, and how rows reach them and come back."""
 
 from keras_moe.dispatch.capacity import Capacity as Capacity
 from keras_moe.dispatch.dispatcher import Dispatcher as Dispatcher

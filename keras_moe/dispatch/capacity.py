@@ -14,43 +14,43 @@ from keras_moe.ops.groups import group_size
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Capacity:
-    """How many rows each expert takes, and who is dropped beyond that.
+    """How many rows each expert takes, and which further choices are dropped.
 
     A dropped choice gives zero; the residual connection around the layer
-    carries the token. Who is dropped depends on what else is in the batch, or
-    in the group that `per` says: with a capacity in inference, one example may
-    give another output alone than in a batch.
+    carries the token. Dropping depends on the other tokens of the batch, or of
+    the group set by `per`: with a capacity in inference, an example alone may
+    give another output than in a batch.
 
     Args:
         capacity_factor: float, or `None` to drop nothing. The capacity as a
             multiple of the experts' fair share. Defaults to `None`.
-        eval_capacity_factor: float, or `None`. The same in inference, infinity
-            to drop nothing. `None` is as in training. Defaults to `None`.
+        eval_capacity_factor: float, or `None`. The same in inference; infinity
+            drops nothing, `None` keeps the limit of training. Defaults to
+            `None`.
         rule: How the factor becomes a whole number of rows; the table is in
             `keras_moe.ops.expert_capacity`. Defaults to `"ceil"`.
-        multiple_of: int. The capacity is raised to a multiple of it. Defaults
-            to `1`.
-        size: int, or `None`. The capacity itself, in the place of
+        multiple_of: int. The capacity is rounded up to a multiple of it.
+            Defaults to `1`.
+        size: int, or `None`. The capacity itself, instead of
             `capacity_factor`. Defaults to `None`.
-        drop_policy: Who stays when an expert has more choices than room.
-            - `"position"`: first choices before second ones and so on, among
-              them earlier tokens first (GShard, Switch, V-MoE).
+        drop_policy: Which choices are kept if an expert has too many.
+            - `"position"`: first choices before second choices and so on, then
+              earlier tokens first (GShard, Switch, V-MoE).
             - `"token"`: earlier tokens first, with all their choices
-              (MegaBlocks, MaxText). Alone among these with `top_k > 1` it
-              keeps a causal model causal.
-            - `"priority"`: as `"position"`, but tokens with the largest
+              (MegaBlocks, MaxText). With `top_k > 1`, only this policy keeps
+              a causal model causal.
+            - `"priority"`: like `"position"`, but tokens with the largest
               probability first (V-MoE's batch prioritized routing).
             - `"weight"`: the largest expert weights (Megatron's `probs`).
-            - `"random"`: in training in random order, otherwise `"position"`
+            - `"random"`: a random order in training, otherwise `"position"`
               (DeepSpeed's random token selection).
             Defaults to `"position"`.
         per: `"batch"` counts over all tokens of the batch, `"sequence"` within
-            each sequence, an int within groups of as many sequences, the last
-            of which may be smaller. Defaults to `"batch"`.
-        normalize_kept_weights: bool. Whether the weights of what is kept of a
-            token are divided by their sum, so that the survivor of two choices
-            gets weight 1 (GShard's later implementations). Defaults to
-            `False`: what is dropped is missing.
+            each sequence, an int within groups of that many sequences, of
+            which the last may be smaller. Defaults to `"batch"`.
+        normalize_kept_weights: bool. Whether the kept weights of a token are
+            divided by their sum, so that the one kept choice of two gets weight
+            1 (GShard's later implementations). Defaults to `False`.
         seed: int, or `None`. Seed of the policy `"random"`. Defaults to `None`.
 
     Raises:
@@ -115,25 +115,25 @@ class Capacity:
         return self.limits(training=True) or self.limits(training=False)
 
     def limits(self, training):
-        """Whether a choice may be dropped then."""
+        """Whether a choice may be dropped in training, or in inference."""
         size, factor = self._limit(training)
         return size is not None or factor not in (None, math.inf)
 
     def _limit(self, training):
-        """`(size, factor)` that holds then, one of them at most."""
+        """`(size, factor)` in training or inference, at most one set."""
         if training or self.eval_capacity_factor is None:
             return self.size, self.capacity_factor
         return None, self.eval_capacity_factor
 
     def dropless_in_inference(self):
-        """The same capacity, which drops nothing in inference by default."""
+        """The same capacity, but without a limit in inference by default."""
         if self.eval_capacity_factor is not None or not self.drops:
             return self
         config = {**self.get_config(), "eval_capacity_factor": math.inf}
         return type(self).from_config(config)
 
     def rows_per_expert(self, num_tokens, num_experts, top_k, training):
-        """Rows an expert takes of a group of tokens.
+        """The largest number of rows an expert takes from a group of tokens.
 
         Args:
             num_tokens: int or integer tensor. Tokens of the group.
@@ -152,7 +152,7 @@ class Capacity:
         )
 
     def group_size(self, num_tokens, num_sequences):
-        """Number of tokens that are counted together."""
+        """Number of tokens that share one capacity."""
         if self.per == "batch":
             return num_tokens
         length = group_size(num_tokens, num_sequences)

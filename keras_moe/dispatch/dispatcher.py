@@ -17,13 +17,13 @@ from keras_moe.ops.sizes import is_symbolic_size
 
 
 class SendingPlan(NamedTuple):
-    """Which row goes to which expert, and what its result counts.
+    """Which row goes to which expert, and with which weight.
 
     Fields:
-        weights: `(T, K)`. Weights of the experts' outputs, or inputs.
+        weights: `(T, K)`. Weights of the experts' outputs or inputs.
         rows: A `keras_moe.ops.DispatchPlan`, without positions where every
             choice has a row.
-        group_sizes: `(E,)` int32. Rows of each expert, dropped ones excluded.
+        group_sizes: `(E,)` int32. Rows of each expert, without dropped ones.
         max_group_size: int or scalar tensor that no group exceeds.
         is_compact: bool. Whether there are fewer rows than choices.
     """
@@ -37,25 +37,24 @@ class SendingPlan(NamedTuple):
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Dispatcher:
-    """Takes tokens to their experts and brings back what these make of them.
+    """Sends tokens to their experts and sums the results of each token.
 
     ```
     y[t] = sum over k of expert_weights[t, k]
                          * experts[expert_indices[t, k]](tokens[t])
     ```
 
-    over the choices for which there is room. A call plans (who has room, which
-    row carries out which choice), then computes in one of two ways, which give
-    the same:
+    over the kept choices. A call plans (which choices are kept, which row is
+    for which choice), then computes in one of two ways with the same result:
 
-    - Fused: `experts.mix` goes from tokens to tokens, and copies no row.
+    - Fused: `experts.mix` computes everything, and copies no rows.
     - Sent rows: each choice becomes a row, the rows are sorted by expert,
-      `exchange` takes them to their experts and back, and each token sums its
-      rows.
+      `exchange` sends them to their experts and back, and the rows of each
+      token are summed.
 
     A subclass that moves rows to the devices that own their experts overrides
-    `exchange`, and says so with the class attribute `moves_rows = True`: rows
-    are then always sent.
+    `exchange` and sets the class attribute `moves_rows = True`, so that rows
+    are always sent.
 
     Args:
         capacity: A `keras_moe.layers.Capacity`, or `None` to drop nothing.
@@ -67,21 +66,20 @@ class Dispatcher:
         tokens: `(T, ...)`, zero where masked.
         routing: A `keras_moe.routers.Routing` of these tokens.
         experts: A `keras_moe.experts.Experts`, built.
-        mask: `(T,)` bool, or `None`. `False` tokens take no expert's room, and
-            give zero.
-        training: bool. Which capacity holds, and whether experts apply dropout.
-        router: The `keras_moe.routers.Router`, or `None`. What it declares of
-            its choices (`distinct_choices`, `max_rows`) saves memory.
-        num_sequences: int or scalar tensor. The tokens are that many sequences
-            of equal length, one after the other. Defaults to `1`.
+        mask: `(T,)` bool, or `None`. `False` tokens take no capacity and give
+            zero. Defaults to `None`.
+        training: bool. Selects the capacity, and whether experts apply dropout.
+        router: The `keras_moe.routers.Router`, or `None`. Its declarations
+            `distinct_choices` and `max_rows` save memory. Defaults to `None`.
+        num_sequences: int or scalar tensor. Number of sequences of equal
+            length, one after the other, that the tokens form. Defaults to `1`.
 
     Returns:
         `(outputs, group_sizes)`: `(T, ...)`, summed in float32 and in the dtype
         of the experts' rows, and `(E,)` int32, the rows of each expert.
 
     Raises:
-        ValueError: If an argument is out of range, or the experts return rows
-            of another width than they say.
+        ValueError: If an argument is out of range.
 
     Example:
 
@@ -114,7 +112,7 @@ class Dispatcher:
         check_one_of("weights_on", weights_on, ("output", "input"))
         self.capacity = capacity
         self.weights_on = weights_on
-        # State that each call with random dropping advances. The layer that
+        # State that each call with random dropping changes. The layer that
         # uses this dispatcher tracks it.
         self.seed_generator = None
         if capacity.drop_policy == "random":
@@ -161,14 +159,14 @@ class Dispatcher:
         router=None,
         num_sequences=1,
     ):
-        """Decides which choice has room and which row carries it out.
+        """Decides which choices are kept, and which row is for which choice.
 
         Args:
             routing, mask, training, router, num_sequences: As for a call.
             num_experts: int.
 
         Returns:
-            A `SendingPlan`. No token is touched.
+            A `SendingPlan`. No token is moved.
         """
         capacity = self.capacity
         num_tokens, top_k = ops.shape(routing.expert_indices)
@@ -177,7 +175,7 @@ class Dispatcher:
             group_size, num_experts, top_k, training
         )
         max_rows = None
-        # Nothing says that so many rows are no more than a symbolic size.
+        # With a symbolic size, it is unknown whether `max_rows` exceeds it.
         if router is not None and not is_symbolic_size(num_tokens):
             max_rows = router.max_rows(num_tokens, num_sequences)
         group_sizes, rows = plan_dispatch(
@@ -205,10 +203,10 @@ class Dispatcher:
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
     ):
-        """Takes rows to their experts and brings back what these make of them.
+        """Sends rows to their experts and returns the results.
 
-        Here one device owns all experts. This is what a subclass overrides to
-        send rows to other devices and back.
+        Here one device owns all experts. A subclass overrides this to send rows
+        to other devices and back.
 
         Args:
             rows: `(N, ...)`, the rows of expert 0 first.
@@ -219,7 +217,7 @@ class Dispatcher:
                 `None`.
 
         Returns:
-            `(N, ...)`, what became of each row, in the same order.
+            `(N, ...)`, the result of each row, in the same order.
         """
         kwargs = {}
         if experts.uses_max_group_size:
@@ -227,7 +225,7 @@ class Dispatcher:
         return experts(rows, group_sizes, training=training, **kwargs)
 
     def _send(self, tokens, routing, experts, plan, training):
-        """The way of sent rows, `(T, ...)`."""
+        """Computes with sent rows, `(T, ...)`."""
         weights, rows_plan = plan.weights, plan.rows
         if not plan.is_compact:
             rows_plan = with_positions(rows_plan, routing)

@@ -1,4 +1,4 @@
-"""Experts: Keras layers from rows grouped by expert to rows."""
+"""Experts: Keras layers that compute rows grouped by expert."""
 
 from keras_moe.experts.constant_experts import (
     ConstantExperts as ConstantExperts,

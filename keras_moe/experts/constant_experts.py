@@ -16,7 +16,7 @@ class ConstantExperts(Experts):
     y      = a0 * x + a1 * constant[e]
     ```
 
-    for a row `x` of expert `e`. They cost next to nothing, and stand beside
+    for a row `x` of expert `e`. They cost almost nothing, and are combined with
     other experts in `MixedExperts`.
 
     Args:
@@ -27,8 +27,8 @@ class ConstantExperts(Experts):
             `None`.
         constant_constraint: Constraint of each expert's constant. Defaults to
             `None`.
-        **kwargs: Arguments of `keras_moe.experts.Experts`. Those of biases are
-            of no use here.
+        **kwargs: Arguments of `keras_moe.experts.Experts`. Arguments for biases
+            have no effect.
 
     Call arguments:
         rows: Tensor of shape `(N, D)`, the rows of expert 0 first.
@@ -87,16 +87,16 @@ class ConstantExperts(Experts):
 
     def call(self, rows, group_sizes, training=None):
         rows = clear_unused_rows(rows, group_sizes)
-        # Not by the forced implementation, whose rules two columns may break.
+        # Without `implementation`, which may not take two columns.
         logits = grouped_matmul(rows, self.kernel, group_sizes)  # (N, 2)
-        # The softmax of two.
+        # A softmax of two numbers is a sigmoid of their difference.
         difference = logits[:, :1] - logits[:, 1:]
         constants = grouped_matmul(
             ops.sigmoid(-difference),
             ops.expand_dims(self.constant, 1),
             group_sizes,
         )
-        # Without rows TensorFlow fails in the gradient of a broadcast sigmoid.
+        # Without rows, the gradient of a broadcast sigmoid fails on TensorFlow.
         share = ops.broadcast_to(ops.sigmoid(difference), ops.shape(rows))
         return share * rows + constants
 

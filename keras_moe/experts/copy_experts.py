@@ -8,9 +8,9 @@ from keras_moe.experts.grouped_rows import clear_unused_rows
 class CopyExperts(PlainExperts):
     """Experts that leave their token as it is: `y = x`.
 
-    They have no weights and compute nothing: a token that chooses one in the
-    place of another expert skips that one. They stand beside other experts in
-    `MixedExperts`. LongCat-Flash calls them identity experts.
+    They have no weights and compute nothing: a token that chooses one uses one
+    full expert less. They are combined with other experts in `MixedExperts`.
+    LongCat-Flash calls them identity experts.
 
     Args:
         num_experts: int. Number of experts in the bank.
@@ -24,7 +24,7 @@ class CopyExperts(PlainExperts):
         `(N, ...)`
 
     Output shape:
-        Same as the input. Rows of no expert give zero.
+        Same as the input. Unused rows give zero.
 
     Raises:
         ValueError: If `num_experts` is not a positive int.

@@ -15,27 +15,28 @@ class Experts(keras.layers.Layer):
     A subclass makes its weights in `build(rows_shape)`, with a first axis of
     `num_experts` (`add_bank` does that), and computes in
     `call(rows, group_sizes, training=None)`. The first `group_sizes[0]` rows
-    are those of expert 0, and so on; rows after the last group (masked and
-    dropped tokens) may give anything finite, it is not used.
+    belong to expert 0, and so on. Rows after the last group (masked and dropped
+    tokens) are not used, and may give any finite numbers.
 
     With the class attribute `uses_max_group_size = True`, `call` also takes
     `max_group_size`, an int or a scalar tensor that no group exceeds.
 
     Args:
         num_experts: int. Number of experts in the bank.
-        kernel_initializer: Initializer of each expert's kernels, each of them
-            drawn on its own as a matrix. One with a `seed` gets a seed of its
-            own for each expert; a function is called once for each, and should
-            not give the same twice. Defaults to `"glorot_uniform"`.
+        kernel_initializer: Initializer of each expert's kernels, each drawn
+            separately as a matrix. An initializer with a `seed` gets a
+            different seed for each expert. A function is called once per
+            expert, and should return different numbers each time. Defaults to
+            `"glorot_uniform"`.
         bias_initializer: Initializer of each expert's biases. Defaults to
             `"zeros"`.
         kernel_regularizer: Regularizer of each expert's kernels, summed over
             the experts. Defaults to `None`.
         bias_regularizer: Regularizer of each expert's biases. Defaults to
             `None`.
-        bank_regularizer: Regularizer of the kernels of all experts at once: it
-            is called with each whole bank, `(E, D, F)`, and can so keep experts
-            from being alike. Defaults to `None`.
+        bank_regularizer: Regularizer of the kernels of all experts at once. It
+            is called with each whole bank, `(E, D, F)`, for example to keep
+            experts different. Defaults to `None`.
         kernel_constraint: Constraint of each expert's kernels. Defaults to
             `None`.
         bias_constraint: Constraint of each expert's biases. Defaults to
@@ -79,8 +80,8 @@ class Experts(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         check_int("num_experts", num_experts, 1)
-        # A model may be loaded on another backend than it was made for, and
-        # be told another implementation before it runs.
+        # A model may be loaded on another backend, and get another
+        # implementation before it runs.
         check_implementation(implementation, backend.KNOWN_GROUPED_MATMULS)
         self.num_experts = num_experts
         for name, given in (
@@ -102,11 +103,12 @@ class Experts(keras.layers.Layer):
         Args:
             name: str. Name of the variable.
             shape: tuple. Shape of one expert's weights.
-            kind: `"kernel"` or `"bias"`. Whose initializer, regularizer and
-                constraint apply. A subclass may have more kinds: of `"a"` the
-                attribute `a_initializer`, and if there are any
-                `a_regularizer` and `a_constraint`. `bank_regularizer` applies
-                to all kinds but `"bias"`. Defaults to `"kernel"`.
+            kind: str. `"kernel"` uses `kernel_initializer`,
+                `kernel_regularizer` and `kernel_constraint`, `"bias"` the
+                same for biases. A subclass may add a kind `"a"` with an
+                attribute `a_initializer`, and optionally `a_regularizer` and
+                `a_constraint`. `bank_regularizer` applies to all kinds but
+                `"bias"`. Defaults to `"kernel"`.
 
         Returns:
             A variable of shape `(num_experts,) + shape`.
@@ -142,20 +144,20 @@ class Experts(keras.layers.Layer):
         """
         out = grouped_matmul(rows, kernel, group_sizes, self.implementation)
         if bias is not None:
-            # A product with ones rather than a gather of the bias: its
-            # gradient is a grouped sum, not a scatter-add.
+            # A product with ones, not a gather of the bias, so that the
+            # gradient is a grouped sum and not a scatter-add.
             ones = ops.ones((ops.shape(rows)[0], 1), rows.dtype)
-            # Not by the forced implementation, whose rules one column breaks.
+            # Without `implementation`, which may not take one column.
             out = out + grouped_matmul(
                 ones, ops.expand_dims(bias, 1), group_sizes
             )
         return out
 
     def mix(self, tokens, row_weights, choices, group_sizes, training=None):
-        """What the experts make of the tokens, weighted and summed, at once.
+        """Dispatches, computes and combines in one step, if possible.
 
-        It gives the same as `dispatch`, a call and `combine`, and is faster
-        where the backend has a kernel for these experts.
+        The result is the same as of `dispatch`, a call and `combine`. It is
+        faster if the backend has a kernel for these experts.
 
         Args:
             tokens: `(T, D)`.
@@ -165,7 +167,7 @@ class Experts(keras.layers.Layer):
             training: bool. Whether to apply dropout.
 
         Returns:
-            `(T, ...)`, or `None` where rows have to be sent, as here.
+            `(T, ...)`, or `None` if the rows must be dispatched, as here.
         """
         return None
 
@@ -201,18 +203,8 @@ class Experts(keras.layers.Layer):
         }
 
 
-def as_part_of_bank(name, identifier):
-    """The initializer, regularizer or constraint, by the argument's name."""
-    get = {
-        "initializer": keras.initializers.get,
-        "regularizer": keras.regularizers.get,
-        "constraint": keras.constraints.get,
-    }[name.rpartition("_")[2]]
-    return as_keras_object(name, get, identifier)
-
-
 class PlainExperts(Experts):
-    """Base of the banks without kernels: their only size is `num_experts`."""
+    """Base of banks without kernels, which need only `num_experts`."""
 
     def __init__(self, num_experts, *, name=None, dtype=None, trainable=True):
         super().__init__(
@@ -224,3 +216,13 @@ class PlainExperts(Experts):
             **keras.layers.Layer.get_config(self),
             "num_experts": self.num_experts,
         }
+
+
+def as_part_of_bank(name, identifier):
+    """The initializer, regularizer or constraint for an argument."""
+    get = {
+        "initializer": keras.initializers.get,
+        "regularizer": keras.regularizers.get,
+        "constraint": keras.constraints.get,
+    }[name.rpartition("_")[2]]
+    return as_keras_object(name, get, identifier)

@@ -13,10 +13,10 @@ from keras_moe.ops.grouped_matmul import check_operands_of
 
 
 class FeedForwardExperts(Experts):
-    """What `MLPExperts` and `GLUExperts` share.
+    """Base of `MLPExperts` and `GLUExperts`.
 
-    A subclass has `hidden_layers`, the names of the layers that see the rows,
-    and `join_hidden`.
+    A subclass defines `hidden_layers`, the names of the layers that take the
+    rows, and `join_hidden`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FeedForwardExperts(Experts):
         self.output_dim = output_dim
         self.dropout = dropout
         self.seed = seed
-        # A seed generator is state that every call advances: none without use.
+        # Only if used: a seed generator is state of the layer.
         if dropout > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -66,7 +66,7 @@ class FeedForwardExperts(Experts):
         )
 
     def add_dense(self, name, input_dim, output_dim):
-        """Makes `self.<name>_kernel` and, or `None`, `self.<name>_bias`."""
+        """Makes `self.<name>_kernel` and `self.<name>_bias`, or `None`."""
         check_operands_of(
             self.implementation,
             (self.num_experts, input_dim, output_dim),
@@ -80,7 +80,7 @@ class FeedForwardExperts(Experts):
         setattr(self, f"{name}_bias", bias)
 
     def dense(self, name, rows, group_sizes):
-        """The layer that `add_dense` made, for rows grouped by expert."""
+        """Applies the layer that `add_dense` made to rows grouped by expert."""
         return self.grouped_dense(
             rows,
             group_sizes,
@@ -89,7 +89,7 @@ class FeedForwardExperts(Experts):
         )
 
     def join_hidden(self, *products):
-        """The hidden layer, from what each of `hidden_layers` makes of it."""
+        """The hidden layer, from the outputs of each of `hidden_layers`."""
         raise NotImplementedError
 
     def call(self, rows, group_sizes, training=None):
@@ -127,7 +127,7 @@ class FeedForwardExperts(Experts):
         )
 
     def _can_mix(self, training):
-        # Where a subclass or the user wants something else, `call` knows it.
+        # Overridden methods and other options are only respected by `call`.
         own = all(
             getattr(type(self), name) is getattr(FeedForwardExperts, name)
             for name in ("call", "dense", "grouped_dense")

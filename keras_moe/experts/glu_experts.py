@@ -20,10 +20,10 @@ class GLUExperts(FeedForwardExperts):
 
     for a row `x` of expert `e`. Only the chosen expert is computed for a row.
 
-    The experts of gpt-oss are `activation="quick_gelu"`, `limit=7.0`,
-    `up_shift=1.0`, `use_bias=True`, those of DeepSeek-V4 have a `limit` alone.
-    Some models store gate and up in one matrix, side by side or with their
-    columns in turn. That is a matter of loading: here they are two variables.
+    gpt-oss has `activation="quick_gelu"`, `limit=7.0`, `up_shift=1.0` and
+    `use_bias=True`; DeepSeek-V4 has only a `limit`. Some models store gate and
+    up in one matrix, side by side or with alternating columns. Here they are
+    two variables.
 
     Args:
         num_experts: int. Number of experts in the bank.
@@ -32,9 +32,9 @@ class GLUExperts(FeedForwardExperts):
             Defaults to `"silu"`.
         use_bias: bool. Whether the three layers have a bias. Defaults to
             `False`.
-        limit: float, or `None`. What the gate is bounded by from above, and
-            the other factor from both sides. Defaults to `None`.
-        up_shift: float. Added to the other factor. Defaults to `0.0`.
+        limit: float, or `None`. Upper bound of `gate`, and bound of `up` on
+            both sides. Defaults to `None`.
+        up_shift: float. Added to `up`. Defaults to `0.0`.
         output_dim: int, or `None` for the width of the input. Defaults to
             `None`.
         dropout: float. Rate of the dropout of the hidden layer, in training.
@@ -57,7 +57,7 @@ class GLUExperts(FeedForwardExperts):
     Weights:
         `gate_kernel` and `up_kernel` `(E, D, F)`, `down_kernel` `(E, F, D)`,
         and with `use_bias` `gate_bias`, `up_bias` `(E, F)`, `down_bias`
-        `(E, D)`, the `down` ones with `output_dim` for `D`.
+        `(E, D)`. With `output_dim`, it replaces `D` in the `down` weights.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -103,7 +103,7 @@ class GLUExperts(FeedForwardExperts):
 
     def join_hidden(self, gate, up):
         if self.limit is not None:
-            # On torch, `ops.minimum` and `ops.clip` make float32 of float64.
+            # On torch, `ops.minimum` and `ops.clip` turn float64 into float32.
             limit = ops.full_like(gate, self.limit)
             gate = ops.where(gate > limit, limit, gate)
             up = ops.where(up > limit, limit, up)

@@ -4,17 +4,17 @@ from keras import ops
 
 
 def bounds(group_sizes):
-    """`(starts, ends)`, `(E,)` int32 each."""
+    """The first row of each expert and the row after its last, `(E,)` int32."""
     group_sizes = ops.cast(group_sizes, "int32")
     ends = ops.cast(ops.cumsum(group_sizes), "int32")
     return ends - group_sizes, ends
 
 
 def clear_unused_rows(rows, group_sizes):
-    """The rows, with zeros for the unused ones, after those of all experts.
+    """The rows, with zeros for unused rows, which come after all groups.
 
-    Applied to the input of a bank, so that nothing that unused rows hold, NaN
-    included, reaches a gradient.
+    Applied to the input of a bank, so that unused rows change no gradient, even
+    if they are NaN.
     """
     _, ends = bounds(group_sizes)
     row = ops.arange(ops.shape(rows)[0], dtype="int32")
@@ -23,5 +23,5 @@ def clear_unused_rows(rows, group_sizes):
 
 
 def spread(flags, rows):
-    """`(N,)` -> `(N, 1, ...)`, of the rank of the rows."""
+    """`(N,)` -> `(N, 1, ...)`, with the rank of the rows."""
     return ops.reshape(flags, (-1,) + (1,) * (len(rows.shape) - 1))

@@ -10,7 +10,7 @@ from keras_moe.stacked import layer_copies
 
 @keras.saving.register_keras_serializable("keras_moe")
 class LayerExperts(PlainExperts):
-    """Experts that are copies of any layer or model, or a list of such.
+    """Experts that are copies of a layer or model, or a list of them.
 
     ```
     y[rows of e] = layers[e](rows of e)
@@ -21,59 +21,58 @@ class LayerExperts(PlainExperts):
     convolutions. The layers run one after the other. For feed-forward experts
     `GLUExperts` and `MLPExperts` are faster.
 
-    What it costs depends on whether shapes may depend on data:
+    The cost depends on whether shapes may depend on data:
 
-    - On torch, and on TensorFlow outside of XLA, each layer gets exactly its
-      rows: the cost is that of `N` rows. Eagerly, a layer without rows does
-      not run. In a TensorFlow graph it runs on one row of zeros, which counts
-      nowhere but in a loss that it adds with `add_loss`.
-    - On JAX, and on TensorFlow under XLA, each layer gets `max_group_size`
-      rows, the rest of them zeros: the cost is that of
-      `num_experts * max_group_size` rows. With a capacity that is about
-      `capacity_factor * N`. Without one it is `num_experts * N`, as if every
-      token went through every expert.
+    - On torch, and on TensorFlow without XLA, each layer gets exactly its
+      rows: `N` rows are computed. Eagerly, a layer without rows does not run.
+      In a TensorFlow graph it runs on one row of zeros, which counts only in a
+      loss that it adds with `add_loss`.
+    - On JAX, and on TensorFlow with XLA, each layer gets `max_group_size` rows,
+      padded with zeros: `num_experts * max_group_size` rows are computed. With
+      a capacity these are about `capacity_factor * N`. Without one they are
+      `num_experts * N`, as if every token went through every expert.
 
-    The zeros change no result. They count in no activity regularizer (which
-    must not change for rows of zeros, as those of Keras). Layers with state
-    that training changes, like `BatchNormalization`, are given a `mask` of the
-    shape of the rows without their last axis if they take one; a `Sequential`
-    if all its layers down to that one hand the mask on. Other layers with such
-    state, and layers that call `add_loss`, are refused there.
+    The zeros change no result. They do not count in activity regularizers,
+    which must add nothing for rows of zeros, like the regularizers of Keras.
+    With static shapes, layers with state that training changes, like
+    `BatchNormalization`, get a `mask` of the shape of the rows without their
+    last axis, if they take one; in a `Sequential`, all layers before them must
+    pass the mask on. Other
+    layers with state, and layers that call `add_loss`, raise an error.
 
-    No row, no trace: an expert without rows has a gradient of zero, keeps its
-    state and adds no activity loss. As usual in Keras, activity losses are
-    divided by the number of rows that the layer got.
+    An expert without rows has a gradient of zero, keeps its state and adds no
+    activity loss. As usual in Keras, activity losses are divided by the number
+    of rows that the layer got.
 
     Args:
-        layer: A layer or model that takes one tensor and returns one, with a
-            row for each row, of which `num_experts` copies are made from its
-            config. Copies have weights of their own, not those of `layer`, and
-            where its config has a seed, in its initializers too, each gets
-            another. Or a list of layers and models, which are taken as they
-            are, weights included; they may differ but for the shape of their
-            output.
+        layer: A layer or model that takes one tensor and returns one with as
+            many rows. `num_experts` copies are made from its config. They do
+            not share its weights, and each seed in the config, initializers
+            included, is different in each copy. Or a list of layers and
+            models, which are used directly, with their weights; they must
+            return the same shape.
         num_experts: int. Number of copies. With a list, its length or `None`.
             Defaults to `None`.
         name, dtype, trainable: As for `keras.layers.Layer`. The layers keep
-            the dtype policy they have; their output is cast to this one's.
+            their own dtype policies; their output is cast to this dtype.
 
     Call arguments:
         rows: Tensor of shape `(N, ...)`, the rows of expert 0 first.
         group_sizes: int32 tensor of shape `(E,)`. Rows of each expert.
         training: bool. Passed on.
-        max_group_size: int, or `None` for `N`. No group has more rows: what
-            exceeds it is lost where shapes must be static.
+        max_group_size: int, or `None` for `N`. The largest number of rows
+            in a group. Where shapes must be static, further rows are lost.
 
     Input shape:
         `(N, ...)`
 
     Output shape:
-        `(N, ...)`, as the layers give it. Rows of no expert give zero.
+        `(N, ...)`, as the layers return it. Unused rows give zero.
 
     Raises:
         ValueError: If the arguments do not fit together, if the layers do not
-            give one tensor with a row for each row and of one shape, or if a
-            layer cannot run with static shapes where these are needed.
+            return one tensor each, with as many rows and of the same shape, or
+            if shapes must be static and a layer cannot run with them.
 
     Example:
 
@@ -129,7 +128,7 @@ class LayerExperts(PlainExperts):
             trainable=trainable,
         )
         template = None if given else layer_copies.config_of(layer)
-        # A function, since Keras would make the dict one of its own.
+        # A function, since Keras would wrap a dict attribute.
         self._template = lambda: template
         if given:
             self.layers = list(layers)
@@ -182,9 +181,9 @@ class LayerExperts(PlainExperts):
         return _with_zero_gradients(out, [rows, *skipped]) if skipped else out
 
     def _run_some(self, layer, rows, training):
-        """Runs on the rows, or on a row of zeros if there turns out to be none.
+        """Runs on the rows, or on a row of zeros if there are none.
 
-        In TensorFlow some operations fail or give wrong shapes without rows.
+        Some TensorFlow operations fail or return wrong shapes without rows.
         """
         size = ops.shape(rows)[0]
         number = ops.maximum(size, 1)
@@ -219,9 +218,9 @@ class LayerExperts(PlainExperts):
     def _run(self, layer, rows, training, kwargs, kept, any_rows):
         if layer_copies.takes(layer, "training"):
             kwargs = {**kwargs, "training": training}
-        # Not what mixed precision shows rounded: assigning would round it.
+        # Not variables that mixed precision casts: assigning would round them.
         kept = [v for v in kept if _dtype(v.value) == _dtype(v)]
-        # Copies: TensorFlow would read the variable when it has changed.
+        # Copies, since TensorFlow would read the changed variable later.
         before = [ops.copy(v.value) for v in kept]
         out = layer(rows, **kwargs)
         if any_rows is not True:
@@ -262,7 +261,7 @@ def _dtype(x):
 
 
 def _with_zero_gradients(out, others):
-    """`out`, with a gradient of zero, rather than none, for the others."""
+    """`out`, with zero gradients for the others, where they had none."""
 
     def forward(out, *others):
         return ops.copy(out)

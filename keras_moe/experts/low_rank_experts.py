@@ -15,22 +15,21 @@ from keras_moe.stacked import per_expert
 class LowRankExperts(GLUExperts):
     """One feed-forward network with a low-rank correction for each expert.
 
-    Each dense layer of the network, be it `gate`, `up` or `down`, is
+    Each dense layer of the network, `gate`, `up` or `down`, is
 
     ```
     x @ kernel + bias + alpha / rank * (x @ lora_a[e]) @ lora_b[e]
     ```
 
-    for a row `x` of expert `e`, and the network is that of `GLUExperts` or,
-    with `gated=False`, of `MLPExperts`. The kernels and biases are shared by
-    all experts. No full kernel of an expert is ever made: a row costs one
-    dense network and two thin products a layer.
+    for a row `x` of expert `e`, in a network like `GLUExperts` or, with
+    `gated=False`, like `MLPExperts`. All experts share the kernels and biases.
+    An expert's full kernel is never made: a row costs one dense network and two
+    thin products per layer.
 
-    This is the mixture of LoRA experts, with the correction inside of the
-    network and not added to its output, so that each expert is the shared
-    network fine-tuned with LoRA. To fine-tune a dense network so, assign its
-    weights to `gate_kernel`, `up_kernel` and `down_kernel` and set
-    `freeze_shared`. At the start `lora_b` is zero and every expert is the
+    Each expert is the shared network fine-tuned with LoRA: the correction is
+    inside the network, not added to its output. To fine-tune a dense network,
+    assign its weights to `gate_kernel`, `up_kernel` and `down_kernel` and set
+    `freeze_shared`. At the start `lora_b` is zero and every expert equals the
     shared network.
 
     Args:
@@ -43,7 +42,7 @@ class LowRankExperts(GLUExperts):
         activation: As for `GLUExperts`. Defaults to `"silu"`.
         use_bias: bool. Whether the shared layers have a bias. Defaults to
             `False`.
-        freeze_shared: bool. Whether the shared weights are not trained.
+        freeze_shared: bool. Whether the shared weights are frozen.
             Defaults to `False`.
         lora_a_initializer: Initializer of each expert's first matrices.
             Defaults to `"he_uniform"`.
@@ -51,8 +50,8 @@ class LowRankExperts(GLUExperts):
             Defaults to `"zeros"`.
         **kwargs: Arguments of `GLUExperts` (`limit` and `up_shift` need
             `gated`) and `keras_moe.experts.Experts`. Initializers,
-            regularizers and constraints of kernels and biases are those of the
-            shared ones; `bank_regularizer` is called with the corrections,
+            regularizers and constraints of kernels and biases apply to the
+            shared weights; `bank_regularizer` is called with the corrections,
             `(E, D, rank)` and `(E, rank, F)`.
 
     Call arguments:
@@ -138,7 +137,7 @@ class LowRankExperts(GLUExperts):
         return self.activation(*products)
 
     def call(self, rows, group_sizes, training=None):
-        # The shared products see all rows.
+        # The shared products read unused rows too.
         rows = clear_unused_rows(rows, group_sizes)
         return super().call(rows, group_sizes, training)
 
@@ -163,7 +162,7 @@ class LowRankExperts(GLUExperts):
 
     def _add_shared(self, name, shape, kind):
         self._num_banks += 1
-        # One expert's share of a bank: a seed of its own for each name.
+        # Like a bank of one expert, so that each name gets its own seed.
         draw = per_expert.PerExpertInitializer(
             getattr(self, f"{kind}_initializer"), stream=self._num_banks
         )

@@ -12,17 +12,17 @@ from keras_moe.experts.grouped_rows import spread
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MixedExperts(PlainExperts):
-    """Banks of different kinds as one bank, numbered one after the other.
+    """Banks of different kinds as one bank.
 
-    With banks of `n0`, `n1`, ... experts, experts `0` to `n0 - 1` are those of
-    the first bank, `n0` to `n0 + n1 - 1` those of the second, and so on. Each
-    bank computes its own rows only. Every bank is handed all rows, its own
-    first; on the way this costs two copies of the rows for a bank.
+    With banks of `n0`, `n1`, ... experts, experts `0` to `n0 - 1` belong to the
+    first bank, `n0` to `n0 + n1 - 1` to the second, and so on. Every bank gets
+    all rows, its own first, and computes only its own. This costs two copies of
+    the rows per bank.
 
     Args:
         banks: list of layers with `num_experts` that are called as
             `bank(rows, group_sizes)`: the other classes of
-            `keras_moe.experts`, or one's own.
+            `keras_moe.experts`, or your own.
         name, dtype, trainable: As for `keras.layers.Layer`.
 
     Call arguments:
@@ -32,19 +32,19 @@ class MixedExperts(PlainExperts):
         max_group_size: int, or `None`. Passed on to the banks that use it.
 
     Input shape:
-        What the banks take.
+        `(N, ...)`, as the banks take it.
 
     Output shape:
-        What the banks give: it must be the same for all. Rows of no expert
-        give zero.
+        `(N, ...)`, as the banks return it, the same for all. Unused rows give
+        zero.
 
     Raises:
-        ValueError: If `banks` are not layers with `num_experts`, or do not
-            agree on their output shape.
+        ValueError: If `banks` are not layers with `num_experts`, or their
+            output shapes differ.
 
     Example:
 
-    Two full experts, one that skips and one that discards its tokens.
+    Two full experts, one that copies and one that discards its tokens:
 
     >>> experts = keras_moe.experts.MixedExperts(
     ...     [
@@ -150,9 +150,9 @@ class MixedExperts(PlainExperts):
 
 
 def _roll(rows, by):
-    """Row `i` is what row `(i + by) mod N` was.
+    """Shifts the rows: row `(i + by) mod N` becomes row `i`.
 
-    The gradient is the same in the other direction, again a gather.
+    The gradient shifts back, again with a gather.
     """
 
     def gather(rows, by):

@@ -41,7 +41,7 @@ class MLPExperts(FeedForwardExperts):
 
     Weights:
         `up_kernel` `(E, D, F)`, `up_bias` `(E, F)`, `down_kernel` `(E, F, D)`,
-        `down_bias` `(E, D)`, the last two with `output_dim` for `D`.
+        `down_bias` `(E, D)`. `output_dim` replaces `D` in the last two.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.

@@ -9,13 +9,13 @@ _NAMED = {"glu": GLUExperts, "mlp": MLPExperts}
 
 
 def get(identifier, **kwargs):
-    """Experts from their name, their config or themselves.
+    """Returns the experts of a name or config, or the given experts.
 
     Args:
         identifier: `"glu"` for `GLUExperts`, `"mlp"` for `MLPExperts`, a config
             dict of `keras.saving.serialize_keras_object`, or a layer, which is
-            returned as it is.
-        **kwargs: For a name: arguments of the experts.
+            returned unchanged.
+        **kwargs: Arguments of the experts, if `identifier` is a name.
 
     Returns:
         A layer.
@@ -29,7 +29,7 @@ def get(identifier, **kwargs):
     True
     """
     if isinstance(identifier, str):
-        return _NAMED[_check_name(identifier)](**kwargs)
+        return _NAMED[_as_name(identifier)](**kwargs)
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
     return identifier
@@ -37,7 +37,7 @@ def get(identifier, **kwargs):
 
 def arguments_of(name):
     """The names of the arguments of the experts that `get(name)` makes."""
-    make = _NAMED[_check_name(name)]
+    make = _NAMED[_as_name(name)]
     return {
         argument
         for parent in make.__mro__
@@ -46,7 +46,7 @@ def arguments_of(name):
     } - {"self", "kwargs"}
 
 
-def _check_name(name):
+def _as_name(name):
     if name not in _NAMED:
         raise ValueError(
             f"`experts` must be one of {tuple(_NAMED)} or a layer. "

@@ -1,7 +1,7 @@
 """Running layers on the rows of their experts where shapes must be static.
 
-Each layer gets a buffer of as many rows as a group may have. What is left over
-is zero, and must count nowhere: not in the state of a layer, not in its losses.
+Each layer gets a buffer with room for the largest group, padded with zeros. The
+padding must not change the state or the losses of a layer.
 """
 
 import keras
@@ -14,7 +14,7 @@ from keras_moe.stacked import layer_copies
 
 
 def to_buffers(rows, group_sizes, size):
-    """Yields a buffer of `size` rows, and which of them are real, a group."""
+    """Yields `(buffer, real)` for each group: `(size, ...)`, `(size,)` bool."""
     num_rows = ops.shape(rows)[0]
     # A row of zeros, for the index `num_rows`.
     rows = ops.concatenate(
@@ -29,7 +29,7 @@ def to_buffers(rows, group_sizes, size):
 
 
 def from_buffers(buffers, group_sizes, size, num_rows):
-    """The rows of the buffers in their order, zero for unused rows."""
+    """The rows of the buffers in their old order, zero for unused rows."""
     starts, ends = bounds(group_sizes)
     num_groups = len(buffers)
     row = ops.arange(num_rows, dtype="int32")
@@ -46,10 +46,10 @@ def from_buffers(buffers, group_sizes, size, num_rows):
 
 
 def run(layer, buffer, real, training, call, static=True):
-    """`call(layer, buffer, ...)`, with the left over rows out of account.
+    """`call(layer, buffer, ...)`, without any effect of the padding.
 
-    Without `static`, there is one only if no row is real, and `call` restores
-    the state then.
+    Without `static`, there is padding only if no row is real, and then `call`
+    restores the state.
     """
     kept = layer_copies.state(layer) if training else []
     kwargs = {}
@@ -61,7 +61,7 @@ def run(layer, buffer, real, training, call, static=True):
     before = len(layer.losses)
     supports_masking = layer.supports_masking
     try:
-        if "mask" in kwargs:  # else Keras warns that the mask ends here
+        if "mask" in kwargs:  # else Keras warns about the mask
             layer.supports_masking = True
         for part, regularizer in zip(regularized, wrapped, strict=True):
             part.activity_regularizer = regularizer
@@ -98,9 +98,9 @@ def _mask(layer, buffer, real):
 
 
 class _OfRealRows(keras.regularizers.Regularizer):
-    """What the regularizer makes of the real rows.
+    """A regularizer of the real rows only.
 
-    Keras divides by the number of rows, here the size of the buffer.
+    Keras divides by the size of the buffer, this class by the real rows.
     """
 
     def __init__(self, regularizer, real):

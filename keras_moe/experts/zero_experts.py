@@ -8,8 +8,8 @@ from keras_moe.experts.experts import PlainExperts
 class ZeroExperts(PlainExperts):
     """Experts that discard their token: `y = 0`.
 
-    They have no weights and compute nothing, so that a router that offers them
-    beside others, in `MixedExperts`, can spend less on easy tokens.
+    They have no weights and compute nothing. Combined with other experts in
+    `MixedExperts`, they let a router spend less on easy tokens.
 
     Args:
         num_experts: int. Number of experts in the bank.

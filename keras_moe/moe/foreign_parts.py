@@ -1,7 +1,7 @@
-"""Parts of other classes than ours, told what our base classes declare.
+"""Gives parts of foreign classes the declarations of our base classes.
 
-A router or a bank of experts may be any Keras layer, a loss any function. Each
-is adapted once, where a layer takes it in; from there on all parts are alike.
+A router or a bank of experts may be any Keras layer, a loss any function. A
+layer adapts each part once; after that, all parts have the same interface.
 """
 
 import types
@@ -21,12 +21,12 @@ _EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix")
 
 
 def as_router(layer):
-    """The router, which now declares all that `Router` does."""
+    """The router, with all declarations of `Router`."""
     return _declaring(layer, Router, _ROUTER_DECLARATIONS)
 
 
 def as_experts(layer):
-    """The experts, which now declare all that `Experts` does."""
+    """The experts, with all declarations of `Experts`."""
     return _declaring(layer, Experts, _EXPERTS_DECLARATIONS)
 
 
@@ -42,7 +42,7 @@ def _declaring(layer, base, names):
 
 
 def output_shape_of(layer, shape):
-    """Output shape of a part; experts that do not tell keep the shape."""
+    """Output shape of a part; by default, experts keep the shape."""
     if layer is None:
         return tuple(shape)
     is_silent = (
@@ -55,7 +55,7 @@ def output_shape_of(layer, shape):
 
 
 def check_width(experts, rows_shape, returned_shape):
-    """Raises unless experts returned rows of the width that they say."""
+    """Raises unless the returned rows have the width of the output shape."""
     width = output_shape_of(experts, rows_shape)[-1]
     if returned_shape[-1] != width:
         raise ValueError(

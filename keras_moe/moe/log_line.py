@@ -1,10 +1,10 @@
-"""What all routed layers of a model together put into one line of logs.
+"""The entries of all routed layers of a model in one line of logs.
 
-Keras lists a model's metrics, asks one after the other for its results, and
-joins their dicts; of entries with the same name the last one stays. Each layer
-therefore answers for itself and for those asked before it in the same line, so
-that the last answer is that of the whole model. A new line begins when metrics
-have been listed since, or when a layer is asked a second time.
+Keras lists a model's metrics, asks each for its results, and joins their dicts;
+later entries replace earlier ones of the same name. So each layer answers for
+itself and all layers before it in the line, and the last answer is for the
+whole model. A new line begins when Keras lists the metrics again, or asks a
+layer a second time.
 """
 
 import re
@@ -25,20 +25,20 @@ class LogLine(threading.local):
         self._members, self._labels, self._summaries = [], [], []
 
     def list(self):
-        """Says that Keras lists metrics, so that what follows is a new line."""
+        """Notes that Keras lists metrics, so that a new line follows."""
         self._listed = True
 
     def add(self, member, label, summary):
         """Adds a layer's figures to the line.
 
         Args:
-            member: Who is asked.
-            label: str. What its own entries are called by.
+            member: The layer that is asked.
+            label: str. Prefix of the entries of this layer.
             summary: A `Summary`.
 
         Returns:
-            `(name, entries)`: the label, numbered where an earlier layer of the
-            line has the same, and the entries for all layers so far.
+            `(name, entries)`: the label, numbered if an earlier layer of the
+            line has the same one, and the entries for all layers so far.
         """
         if self._listed or any(other is member for other in self._members):
             self._begin()
@@ -77,7 +77,7 @@ class Summary:
     Attributes:
         load: `(E,)`. Each expert's share of all choices; they sum to 1.
         max_violation: Largest load over the mean load, minus 1: 0 at perfect
-            balance, `E - 1` if all choices are of one expert. MaxVio of Wang
+            balance, `E - 1` if one expert gets all choices. MaxVio of Wang
             et al., 2024 (https://arxiv.org/abs/2408.15664), section 4.1.
         dropped_fraction: Share of the choices dropped for lack of capacity.
         entropy: Mean entropy of the tokens' probabilities, in nats.
@@ -95,12 +95,12 @@ class Summary:
         self.max_violation = lib.max(self.load) * num_experts - 1.0
         self.dropped_fraction = dropped_count / choices
         self.entropy = entropy_sum / lib.maximum(token_count, 1.0)
-        # Comparing this way gives NaN for NaN.
+        # Computed like this, NaN stays NaN.
         self.dead_experts = lib.sum(1.0 - lib.minimum(expert_counts, 1.0))
         self.may_drop = may_drop
 
     def own_entries(self, detail):
-        """The entries of the layer itself, by what comes after its name."""
+        """The entries of this layer, without its name as a prefix."""
         if detail == "auto":
             return {}
         lib = np if isinstance(self.load, np.ndarray) else ops
@@ -130,9 +130,9 @@ def _largest(values):
 
 
 def label_of(name):
-    """What the entries of a layer are called by: not Keras' running number.
+    """The prefix of a layer's entries, without the running number of Keras.
 
-    Names that are given stay; automatic ones (`moe_7`) depend on how many
-    layers the process has made before.
+    Names that users chose stay. Automatic names (`moe_7`) depend on how many
+    layers the process made before.
     """
     return "moe" if re.fullmatch(r"moe(_\d+)?", name) else name

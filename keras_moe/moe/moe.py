@@ -14,7 +14,7 @@ from keras_moe.ops.masking import zero_masked
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MoE(RoutedLayer):
-    """A sparse mixture of experts in the place of a feed-forward block.
+    """A sparse mixture of experts that replaces a feed-forward block.
 
     ```
     routing = router(tokens)
@@ -23,14 +23,14 @@ class MoE(RoutedLayer):
     y       = y + shared_experts(tokens)
     ```
 
-    Only the chosen experts are computed: the cost is that of `top_k` experts
-    per token, however many there are. In training, and only then, the balancing
-    losses are added to the model's loss, and the routing is counted and shown
-    in the logs of `fit`. A frozen layer (`trainable=False`) still adds its
-    losses, whose gradient reaches the layers before it, and still counts.
+    Only the chosen experts are computed: each token costs `top_k` experts, for
+    any number of experts. Only in training, the balancing losses are added to
+    the model's loss, and the routing is counted and shown in the logs of `fit`.
+    A frozen layer (`trainable=False`) still counts and adds its losses, whose
+    gradient reaches the layers before it.
 
-    Masked tokens give zero. They reach no expert, take no capacity and count
-    in no loss and no statistic.
+    Masked tokens give zero. They go to no expert, take no capacity and do not
+    count in losses and statistics.
 
     Args:
         num_experts: int. Number of experts. Required unless `router` or
@@ -38,9 +38,9 @@ class MoE(RoutedLayer):
         intermediate_dim: int. Width of each expert's hidden layer. Required if
             `experts` is a name.
         top_k: int. Experts per token, if `router` is a name. Defaults to the
-            router's, 2 for `"top_k"`.
+            router's default, 2 for `"top_k"`.
         activation: Activation of the experts, if `experts` is a name. Defaults
-            to theirs, `"silu"` for `"glu"`.
+            to the experts' default, `"silu"` for `"glu"`.
         router: A name of `keras_moe.routers.get` or a router layer. Defaults
             to `"top_k"`.
         experts: A name of `keras_moe.experts.get` or a layer with
@@ -56,30 +56,30 @@ class MoE(RoutedLayer):
             `None`, a loss, or a list of losses. Defaults to `"default"`.
         capacity_factor, eval_capacity_factor, drop_policy: As for
             `keras_moe.layers.Capacity`: how many tokens an expert takes, in
-            training and in inference, and who stays. A dropped choice gives
-            zero, and depends on what else is in the batch. By default nothing
-            is dropped.
-        capacity: A `Capacity`, in the place of these three. Defaults to `None`.
+            training and in inference, and which are kept. A dropped choice
+            gives zero. Dropping depends on the rest of the batch. By default
+            nothing is dropped.
+        capacity: A `Capacity`, instead of these three. Defaults to `None`.
         weights_on: `"output"` multiplies the experts' outputs by the weights,
             `"input"` their inputs (Llama 4). Defaults to `"output"`.
-        pre_experts: A layer between the tokens and the experts alone, as a
+        pre_experts: A layer before the routed experts only, such as a
             projection to fewer dimensions (latent experts). Defaults to `None`.
         post_experts: A layer on the sum of the experts' outputs, such as the
             projection back. Defaults to `None`.
         route_per: `"token"`, or `"example"` to send whole examples to
             `keras_moe.experts.LayerExperts`. The router then sees the mean over
-            positions not masked, experts zeros at the others. Defaults to
+            unmasked positions, the experts zeros at masked ones. Defaults to
             `"token"`.
-        causal: bool. Whether no token may depend on later ones: what looks
-            ahead is refused, and inference drops nothing unless
+        causal: bool. Whether no token may depend on later ones: parts that look
+            ahead raise an error, and inference drops nothing unless
             `eval_capacity_factor` is given. Defaults to `False`.
         return_routing: bool. Whether a call returns `(outputs, routing)`.
         statistics: `"auto"` counts into a few entries of the logs, which sum
             up all layers of the model (`routing_max_violation`, ...);
             `"summary"` adds this layer's smallest and largest load,
             `"per_expert"` all; `None` counts nothing. Defaults to `"auto"`.
-        dispatcher: A `keras_moe.dispatch.Dispatcher`, in the place of the
-            capacity and of `weights_on`. Defaults to `None`.
+        dispatcher: A `keras_moe.dispatch.Dispatcher`, instead of the capacity
+            and `weights_on`. Defaults to `None`.
         **kwargs: Arguments of the experts, if `experts` is a name (`dropout`,
             `use_bias`, `kernel_initializer`, ...), and of
             `keras.layers.Layer`.
@@ -89,15 +89,15 @@ class MoE(RoutedLayer):
         mask: Boolean tensor of shape `(batch, ...)`, or of its first axes;
             `False` where masked.
         training: bool. Whether to add losses, count, apply noise and dropout.
-        context: What some routers take besides: ids (of tokens, of tasks) of
+        context: Additional input of some routers: ids (of tokens, of tasks) of
             shape `(batch, ...)` or of its first axes, or numbers with one more
             axis. Defaults to `None`.
         router_inputs: Tensor `(batch, ..., router_dim)` that the router sees
             instead of the inputs. Defaults to `None`.
 
     Output shape:
-        Same as the input, with the width of the experts' outputs; with
-        `route_per="example"` that of the experts.
+        Same as the input, with the width of the experts' outputs. With
+        `route_per="example"`, the output shape of the experts.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -108,7 +108,7 @@ class MoE(RoutedLayer):
     >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)
 
-    Own parts, and latent experts, with rows of half the width:
+    With your own parts, and latent experts of half the width:
 
     >>> layer = keras_moe.layers.MoE(
     ...     router=keras_moe.routers.TopKRouter(8, top_k=1, jitter=0.01),

@@ -1,4 +1,4 @@
-"""How layers of experts get their parts from their arguments, and save them."""
+"""Makes the parts of a layer from its arguments, and saves them."""
 
 import weakref
 
@@ -10,7 +10,7 @@ from keras_moe.dispatch import Capacity
 from keras_moe.dispatch import Dispatcher
 from keras_moe.experts.named_experts import arguments_of
 
-# What `keras.layers.Layer` takes and these layers hand on to it.
+# Arguments that are passed on to `keras.layers.Layer`.
 _LAYER_ARGUMENTS = ("activity_regularizer", "dtype", "trainable")
 
 
@@ -26,10 +26,10 @@ def router_and_experts(
     """`(router, experts)`, each from a name, a config or an object.
 
     Args:
-        router, experts, num_experts: As given to the layer.
-        dtype: Its dtype policy, for parts made from names, or `None`.
+        router, experts, num_experts: Arguments of the layer.
+        dtype: The layer's dtype policy, for parts made from names, or `None`.
         of_router, of_experts: dicts of arguments for parts made from names.
-        get_router: In the place of `routers.get`. Defaults to `None`.
+        get_router: Used instead of `routers.get`. Defaults to `None`.
 
     Raises:
         ValueError: If a part cannot be made, or they do not agree on the number
@@ -57,7 +57,7 @@ def router_and_experts(
 
 
 def num_experts_of(num_experts, router, experts):
-    """`num_experts`, or what a part handed in as an object says."""
+    """`num_experts`, or the number of a part given as an object."""
     for part in (router, experts):
         if num_experts is None and not isinstance(part, (str, dict)):
             num_experts = getattr(part, "num_experts", None)
@@ -78,9 +78,9 @@ def resolve_part(get, name, identifier, defaults, choices):
     Args:
         get: `routers.get` or `experts.get`.
         name: str. Name of the argument, for errors.
-        identifier: What was given for it.
+        identifier: Value of the argument.
         defaults: dict. Arguments for a part made from a name.
-        choices: dict. More of them, that the user may not give with an object.
+        choices: dict. More arguments, which are an error beside an object.
     """
     given = {k: v for k, v in choices.items() if v is not None}
     if isinstance(identifier, str):
@@ -100,7 +100,7 @@ def resolve_part(get, name, identifier, defaults, choices):
 
 
 def check_agreement(num_experts, router, experts):
-    """Raises unless all say the same number of experts."""
+    """Raises unless all have the same number of experts."""
     for name, part in (("router", router), ("experts", experts)):
         if getattr(part, "num_experts", None) is None:
             raise ValueError(
@@ -119,7 +119,7 @@ def check_agreement(num_experts, router, experts):
         )
 
 
-# The layers that hold a part. One part may be in several, and so share weights.
+# The layers that hold a part. Several layers may share one part.
 _HOLDERS = weakref.WeakKeyDictionary()
 _PARTS = ("router", "experts", "shared_experts", "pre_experts", "post_experts")
 
@@ -142,8 +142,8 @@ def serialize_part(layer):
         # that it is one object after loading. The first mention needs the mark
         # too.
         config = keras.saving.serialize_keras_object(layer)
-    # Otherwise the part would be built on its own as it is loaded, and its
-    # variables would lose the name of this layer from their paths.
+    # Otherwise loading would build the part on its own, and the paths of its
+    # variables would lack the name of this layer.
     config.pop("build_config", None)
     return config
 
@@ -209,7 +209,7 @@ def as_dispatcher(
     weights_on,
     causal,
 ):
-    """A `Dispatcher`, from itself, its config or the arguments in its place."""
+    """A `Dispatcher`, from itself, its config or the flat arguments."""
     flat = {
         "capacity_factor": capacity_factor,
         "eval_capacity_factor": eval_capacity_factor,
@@ -261,7 +261,7 @@ def _refuse_beside(name, arguments):
 
 
 def check_kept_weights(capacity, router):
-    """Of one choice the survivor's share is always one."""
+    """Raises if normalizing would make every kept weight one."""
     if capacity.normalize_kept_weights and router.choices_per_token == 1:
         raise ValueError(
             "With one expert a token, `normalize_kept_weights` makes its "
@@ -274,8 +274,8 @@ def check_causal(router, capacity, route_per):
     """Raises if a token's output could depend on later tokens."""
     if router.allow_lookahead:
         return
-    # Where a token has more choices, its later ones stand behind the first
-    # choices of later tokens.
+    # With several choices per token, first choices of later tokens come before
+    # second choices of earlier tokens.
     one = router.choices_per_token == 1
     in_order = ("token", "position") if one else ("token",)
     looks_ahead = None

@@ -18,9 +18,9 @@ from keras_moe.moe.training_watch import TrainingWatch
 class RoutedLayer(keras.layers.Layer):
     """Base of layers with a router: tokens, routing, losses and statistics.
 
-    A subclass calls `add_statistics` when it has its other parts. It reads its
-    inputs with `to_tokens`, asks `routing_of` where they go, and tells `count`
-    what became of them.
+    A subclass calls `add_statistics` once it has its other parts. It reads its
+    inputs with `to_tokens`, gets their routing from `routing_of`, and reports
+    the result to `count`.
 
     Args:
         router: A router layer.
@@ -118,17 +118,17 @@ class RoutedLayer(keras.layers.Layer):
 
     @property
     def metrics(self):
-        """The metrics of the parts, but for that of the statistics.
+        """The metrics of the parts, without the metric of the statistics.
 
-        Keras asks each layer of a model and, once more, what it is in: the
-        metric would be listed twice.
+        Keras asks both the statistics layer and this layer: the metric would be
+        listed twice.
         """
         self._watch.begin()
         own = self.statistics and self.statistics.metric
         return [metric for metric in super().metrics if metric is not own]
 
     def count(self, routing, tokens, group_sizes):
-        """Adds the losses of a training step, and counts what was routed."""
+        """Adds the losses of a training step, and counts the routing."""
         values = [
             # In half precision TensorFlow cannot add it to the others.
             ops.cast(
@@ -154,8 +154,8 @@ class RoutedLayer(keras.layers.Layer):
 
         Args:
             inputs, mask, context, router_inputs: As for a call.
-            training: bool. Whether the router does what it does in training:
-                noise, and steps of what it keeps for balance.
+            training: bool. Whether the router acts as in training: it applies
+                noise and updates its balancing state.
 
         Returns:
             A `keras_moe.routers.Routing` of the `T` tokens in the order of
@@ -196,7 +196,7 @@ class RoutedLayer(keras.layers.Layer):
         )
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
-        """What `keras.RematScope` calls in the place of `call`."""
+        """The function that `keras.RematScope` calls instead of `call`."""
         recomputed = super().rematerialized_call(layer_call, *args, **kwargs)
         if recomputed is layer_call:
             return layer_call  # the scope is about other layers

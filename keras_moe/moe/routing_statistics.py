@@ -26,7 +26,7 @@ class RoutingStatistics(keras.layers.Layer):
 
     - `routing_max_violation`: largest load of an expert over the mean load,
       minus 1, averaged over the layers; 0 at perfect balance.
-    - `routing_max_violation_worst`: that of the worst layer, if there are
+    - `routing_max_violation_worst`: the same of the worst layer, if there are
       several.
     - `routing_dropped_fraction` and `routing_dropped_fraction_worst`: share of
       the choices dropped for lack of capacity, if there is a capacity.
@@ -57,8 +57,8 @@ class RoutingStatistics(keras.layers.Layer):
         self.metric = _RoutingMetric(
             self._log_entries, self.reset, name=f"{label}_routing"
         )
-        # Whether a step since the last reset did record: one that ran, or one
-        # that was traced, which later steps repeat.
+        # Whether a step since the last reset recorded counts: by running, or by
+        # being traced, which later steps repeat.
         self._recorded = False
         self._was_traced = False
         self._last_counts = None
@@ -134,7 +134,7 @@ class RoutingStatistics(keras.layers.Layer):
         return [self.metric] if self._is_shown() else []
 
     def result(self):
-        """What has been counted since the start of the epoch.
+        """The figures since the start of the epoch.
 
         After `fit`, the last epoch; `evaluate` and the validation of `fit`
         leave it as it is.
@@ -194,8 +194,8 @@ class RoutingStatistics(keras.layers.Layer):
         return {**entries, **{f"{name}_{key}": x for key, x in own.items()}}
 
     def _visible_counts(self):
-        # While it runs, the JAX trainer takes the values out of the variables:
-        # its steps show NaN, and the end of the epoch the right numbers.
+        # While the JAX trainer runs, it takes the values out of the variables:
+        # steps show NaN, and the end of the epoch the right numbers.
         if not self._readable():
             return [
                 np.full(counter.shape, np.nan, "float32")
@@ -219,10 +219,10 @@ class RoutingStatistics(keras.layers.Layer):
 
 
 class _RoutingMetric(keras.metrics.Metric):
-    """Shows what a layer counts as a metric, without variables of its own.
+    """Shows the counts of a layer as a metric, without its own variables.
 
-    Metric variables cannot be written in `call` on JAX. The two functions
-    stand for the layer, which Keras would otherwise save as a part of its part.
+    Metric variables cannot be written in `call` on JAX. The metric gets two
+    functions, not the layer, which Keras would save as a part of the metric.
     """
 
     def __init__(self, result, reset, name):
@@ -238,7 +238,7 @@ class _RoutingMetric(keras.metrics.Metric):
         self._reset()
 
     def update_state(self, *args, **kwargs):
-        """Nothing: the layer has recorded as it routed.
+        """Does nothing: the layer recorded the counts in its call.
 
         Training loops that hand labels and predictions to all metrics call it.
         """

@@ -1,4 +1,4 @@
-"""What shared experts make of all tokens, and how it joins the routed part."""
+"""The output of shared experts, and how it joins the routed output."""
 
 import keras
 from keras import ops
@@ -34,8 +34,8 @@ def join(routed, shared, mode, features=None, gate_kernel=None):
         routed: `(T, ...)`.
         shared: The same shape, zero where masked.
         mode: One of `SHARED_EXPERTS_MODES`.
-        features, gate_kernel: `(T, D)` and `(D, GATE_WIDTHS[mode])`, of which
-            the gate of a mode that has one is made.
+        features, gate_kernel: `(T, D)` and `(D, GATE_WIDTHS[mode])`, for
+            modes with a gate.
     """
     if len(shared.shape) != len(routed.shape) or (
         shared.shape[-1] != routed.shape[-1]

@@ -15,7 +15,7 @@ from keras_moe.routers.soft_router import SoftRouter
 class SoftMoE(keras.layers.Layer):
     """A mixture of experts that mixes tokens instead of choosing experts.
 
-    It stands in the place of a feed-forward block, and all of it has gradients.
+    It replaces a feed-forward block, and all of it has gradients.
 
     ```
     dispatch, combine = router(tokens of an example)
@@ -23,16 +23,16 @@ class SoftMoE(keras.layers.Layer):
     y[l]        = sum over e, p of combine[l, e, p] * experts[e](slots[e, p])
     ```
 
-    Each expert computes `slots_per_expert` rows for each example, whatever the
-    number of tokens: the cost is that of `num_experts * slots_per_expert`
-    tokens an example. No token is dropped, no expert starves and no balancing
-    loss is needed. The choice of the paper is about as many slots as tokens.
+    Each expert computes `slots_per_expert` rows for each example, for any
+    number of tokens: an example costs as much as `num_experts *
+    slots_per_expert` tokens. No token is dropped, no expert stays unused and no
+    balancing loss is needed. The paper uses about as many slots as tokens.
 
-    Each output depends on all tokens of its example, later ones among them: it
-    is for vision and for encoders, not for a model that predicts the next
-    token. The examples of a batch do not touch each other.
+    Each output depends on all tokens of its example, also later ones. Use it
+    for vision and encoders, not for a model that predicts the next token.
+    Examples of a batch do not affect each other.
 
-    Masked tokens give zero, and change nothing for the others.
+    Masked tokens give zero, and do not affect the others.
 
     Args:
         num_experts: int. Number of experts. Required unless `router` or

@@ -1,4 +1,4 @@
-"""What a layer is called with, as one row a token, and its shapes."""
+"""The inputs of a layer as one row per token, and their shapes."""
 
 import inspect
 import math
@@ -12,15 +12,15 @@ from keras_moe.ops.masking import zero_masked
 
 
 class Tokens(NamedTuple):
-    """The inputs of one call, by token. Per example, a token is an example.
+    """The inputs of one call by token, or by example if routed per example.
 
     Fields:
-        rows: `(T, D)`, or `(T, ..., D)` per example. What is sent to experts.
+        rows: `(T, D)`, or `(T, ..., D)` per example. Inputs of the experts.
         features: `(T, D)`. Each token as one vector.
-        router_inputs: `(T, D)`, or of another width. What the router sees.
+        router_inputs: `(T, D)`, or of another width. Inputs of the router.
         mask: `(T,)` bool, or `None`.
         context: `(T,)` or `(T, C)`, or `None`.
-        positions: Shape of what is routed: the first axes of the inputs.
+        positions: The first axes of the inputs, whose entries are routed.
     """
 
     rows: Any
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
 
 
 def to_tokens(inputs, mask, route_per, context=None, router_inputs=None):
-    """The `Tokens` of what a layer is called with.
+    """The `Tokens` of the inputs of a layer.
 
     Args:
         inputs: `(batch, ..., D)`, in the layer's compute dtype.
@@ -64,9 +64,9 @@ def to_tokens(inputs, mask, route_per, context=None, router_inputs=None):
 
 
 def _by_token(inputs, mask, route_per):
-    """`(rows, features)`: what is sent, and a vector of each token.
+    """`(rows, features)`: the experts' inputs, and one vector per token.
 
-    Per example the vector is the mean over the positions not masked.
+    Per example, the vector is the mean over the unmasked positions.
     """
     *positions, dim = ops.shape(inputs)
     flat = ops.reshape(inputs, (math.prod(positions), dim))
@@ -97,7 +97,7 @@ def _check_router_inputs(router_inputs, inputs):
 
 
 def _may_be(shape, other):
-    """Whether the sizes of two shapes of one rank agree where known."""
+    """Whether two shapes of the same rank agree in all known sizes."""
     return all(
         a == b
         for a, b in zip(shape, other, strict=True)
@@ -121,10 +121,10 @@ def flatten_mask(mask, positions):
 
 
 def flatten_context(context, positions):
-    """A context as one row a token.
+    """A context as one row per token.
 
     Whole numbers are ids, of the shape of the positions or of their first axes:
-    `(T,)`. Other numbers have an axis of features behind that: `(T, C)`.
+    `(T,)`. Other numbers have one more axis, of features: `(T, C)`.
     """
     if context is None:
         return None
@@ -165,8 +165,8 @@ def _spread(x, positions, *features):
 def call_masked(layer, tokens, mask):
     """A layer on tokens `(T, ...)`, with their mask if it takes one.
 
-    Keras hands `training` on by itself. A mask of examples says nothing to a
-    layer that looks at their positions: then what is masked is just zero.
+    Keras passes `training` on by itself. Layers that read the positions of
+    examples get no mask of examples; masked examples are just zero.
     """
     takes_mask = "mask" in inspect.signature(layer.call).parameters
     if mask is None or not takes_mask or len(tokens.shape) > 2:
@@ -180,7 +180,7 @@ def routing_spec(router, shape, route_per, training, context):
     num_tokens = None if None in positions else math.prod(positions)
     num_sequences = positions[0]
     if num_tokens is None:
-        # Any number of tokens will do that makes whole groups.
+        # Any number of tokens that makes whole groups.
         num_sequences = router.per if isinstance(router.per, int) else 2
     known = 2 * num_sequences if num_tokens is None else num_tokens
     kwargs = {}
@@ -189,7 +189,7 @@ def routing_spec(router, shape, route_per, training, context):
     if router.looks_ahead:
         kwargs["num_sequences"] = num_sequences
     tokens = keras.KerasTensor((known, shape[-1]), dtype=router.compute_dtype)
-    # Called, not asked for its specification: it has a dtype of its own.
+    # A call, not `compute_output_spec`, since the router has its own dtype.
     routing = router(tokens, training=training, **kwargs)
     return keras.tree.map_structure(
         lambda x: keras.KerasTensor((num_tokens, *x.shape[1:]), dtype=x.dtype),
@@ -198,7 +198,7 @@ def routing_spec(router, shape, route_per, training, context):
 
 
 def _context_spec(context, num_tokens, dtype):
-    """What `flatten_context` will make of a symbolic context."""
+    """The result of `flatten_context` for a symbolic context."""
     if context is None:
         return None
     if _is_ids(context.dtype):

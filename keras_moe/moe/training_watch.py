@@ -1,4 +1,4 @@
-"""Notices training in which a layer's losses are lost, and says so once."""
+"""Warns once if training loses the losses of a layer."""
 
 import warnings
 
@@ -6,13 +6,12 @@ from keras_moe import backend
 
 
 class TrainingWatch:
-    """Follows the gradients of one layer until it is clear that all is well.
+    """Follows the gradients of one layer until its losses have one.
 
-    Two mistakes leave a mixture without its balancing losses, and nothing else
-    shows them: a model that is trained without `training=True` reaching the
-    layer, and a training step that leaves out the model's added losses. Once a
-    gradient has come through the layer's losses there is nothing to follow any
-    more, and nothing is done.
+    Two mistakes silently disable the balancing losses: `training=True` does not
+    reach the layer, or a training step leaves out the model's added losses.
+    After the first gradient through the layer's losses, this class does
+    nothing.
     """
 
     def __init__(self):
@@ -22,12 +21,12 @@ class TrainingWatch:
         self._losses_learn = False
 
     def begin(self):
-        """Says that Keras lists metrics, as in `fit` and `evaluate`."""
+        """Notes that Keras lists metrics, as in `fit` and `evaluate`."""
         self._in_a_loop = True
         self._report()
 
     def routing(self, routing, training):
-        """The routing, whose weights are followed as long as need be."""
+        """The routing, with its weights followed while needed."""
         if self._losses_learn:
             return routing
         self._report()
@@ -42,12 +41,12 @@ class TrainingWatch:
         return routing._replace(expert_weights=weights)
 
     def losses(self, values):
-        """The losses of a training step, followed as long as need be."""
+        """The losses of a training step, followed while needed."""
         if self._losses_learn:
             return values
         followed = [backend.on_gradient(v, self._notice_losses) for v in values]
         if all(value is None for value in followed):
-            self._notice_losses()  # there is none, or nothing can be seen
+            self._notice_losses()  # no losses, or no way to follow them
         return [
             value if other is None else other
             for value, other in zip(values, followed, strict=True)

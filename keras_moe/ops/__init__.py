@@ -6,7 +6,7 @@ Axis letters, the same in every file of this library:
     D model dim, F intermediate dim, E experts, K top_k, C capacity,
     N routed rows (T * K), G groups.
 
-They stand in trailing comments, `# (T, E)`.
+Trailing comments use them, as in `# (T, E)`.
 """
 
 from keras_moe.ops.balanced_assignment import (

@@ -1,4 +1,4 @@
-"""Activations that experts of published models use and Keras does not have."""
+"""Activations of published experts that Keras does not have."""
 
 import keras
 from keras import ops
@@ -8,11 +8,12 @@ from keras import ops
 class Swish:
     """`x * sigmoid(alpha * x)`.
 
-    With `alpha=1.702` it is the approximation of GELU that gpt-oss uses, for
-    which `activation="quick_gelu"` is short.
+    With `alpha=1.702` it approximates GELU, as in gpt-oss. The name
+    `"quick_gelu"` stands for this.
 
     Args:
-        alpha: float. Defaults to `1.0`, which is `"silu"`.
+        alpha: float. Factor inside the sigmoid. Defaults to `1.0`, the same as
+            `"silu"`.
 
     Example:
 
@@ -48,7 +49,7 @@ _NAMED = {"quick_gelu": Swish(1.702), "relu_squared": relu_squared}
 
 
 def get(identifier):
-    """`"quick_gelu"`, `"relu_squared"`, or what Keras makes of it."""
+    """The activation of a name here, or what Keras finds for it."""
     if isinstance(identifier, str) and identifier in _NAMED:
         return _NAMED[identifier]
     return keras.activations.get(identifier)
@@ -62,7 +63,7 @@ def serialize(activation):
 
 
 def is_pure(activation):
-    """Whether it surely has no weights: it is Keras' own or one of these."""
+    """Whether the activation is known to have no weights."""
     name = getattr(activation, "__name__", "")
     return (
         type(activation) is Swish

@@ -1,13 +1,13 @@
 """The step of `balanced_assignment`: moving tokens along a chain of experts.
 
 In a chain, each expert passes one token on to the next. Scores are `(G, S, E)`
-for `G` groups of `S` tokens; the expert of each token is `(G, S)` int32, `E`
-for a token without one.
+for `G` groups of `S` tokens; experts are `(G, S)` int32, `E` for a token
+without an expert.
 """
 
 from keras import ops
 
-LOWEST = -1e30  # instead of -inf, of which differences make NaN
+LOWEST = -1e30  # not -inf: a difference of two would be NaN
 TIE = 1e-5  # scores this close to each other count as equal
 
 
@@ -24,8 +24,9 @@ def move_along_best_chain(scores, experts, sources, sinks, least_gain):
         scores: `(G, S, E)`.
         experts: `(G, S)` int32.
         sources: `(G, E)` bool. The experts that a chain may begin with.
-        sinks: `(G, E)` bool. Those that it may end with; other ones.
-        least_gain: `(G, 1)`. A chain that gains less stays undone.
+        sinks: `(G, E)` bool. The experts that a chain may end with, disjoint
+            from the sources.
+        least_gain: `(G, 1)`. A chain that does not gain more is not used.
 
     Returns:
         `(experts, moved)`, `moved` `(G, 1)` bool.
@@ -69,8 +70,8 @@ def best_chains(moves, sinks):
         sinks: `(G, E)` bool.
 
     Returns:
-        `(following, gain)`: the next expert of the chain, which for the last
-        one is itself, `(G, E)` int32, and the gain, `(G, E)`.
+        `(following, gain)`: the next expert of the chain, `(G, E)` int32, where
+        the last expert follows itself, and the gain, `(G, E)`.
     """
     num_experts = moves.shape[-1]
     itself = ops.arange(num_experts, dtype="int32")
@@ -99,7 +100,7 @@ def best_chains(moves, sinks):
 def follow(following, start, moves, sinks):
     """The experts of the chain from `start`, without the last one.
 
-    Should rounding errors have bent a chain into a circle, it becomes the move
+    If rounding errors made a circle of the chain, it is replaced by the move
     from its start to the best sink.
 
     Args:
@@ -146,7 +147,7 @@ def follow(following, start, moves, sinks):
 
 
 def _move(gains, held, experts, following, on_chain):
-    """From each expert on the chain its best token moves on."""
+    """Moves the best token of each expert on the chain to the next expert."""
     to = ops.broadcast_to(ops.expand_dims(following, 1), ops.shape(gains))
     gain = ops.take_along_axis(gains, to, axis=-1)  # token s, from expert e
     gain = ops.where(held, gain, ops.full_like(gain, 2 * LOWEST))

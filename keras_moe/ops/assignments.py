@@ -1,4 +1,4 @@
-"""What a balancing loss reads off a `Routing`: who chose whom, and scores."""
+"""What a balancing loss reads from a `Routing`: choices and scores."""
 
 from keras import ops
 
@@ -12,13 +12,13 @@ SCORES = ("router", "softmax", "raw")
 
 
 def assigned_experts(routing, assignments="all"):
-    """The choices of each token that count.
+    """The experts of each token that a loss counts.
 
     Args:
         routing: A `Routing`.
-        assignments: `"all"` for those of the router, `"first"` for the first
-            of them alone, `"logits"` for the `K` largest logits, without what
-            else the router's choice depends on, such as a selection bias.
+        assignments: `"all"` takes all choices of the router, `"first"` only
+            the first one, `"logits"` the `K` largest logits, which ignores a
+            selection bias. Defaults to `"all"`.
 
     Returns:
         `(T, K)` int32, `num_experts` for a choice that does not exist.
@@ -33,16 +33,18 @@ def assigned_experts(routing, assignments="all"):
 
 
 def expert_scores(routing, scores="router", mask=None):
-    """The scores of all experts that a loss is about.
+    """The scores of all experts that a loss uses.
 
     Args:
         routing: A `Routing`.
-        scores: `"router"` for its `probs`, divided by their sum, `"softmax"`
-            for the softmax of its logits, `"raw"` for its `probs` as they are.
-        mask: `(T,)` bool, or `None`. What masked tokens hold reaches nothing.
+        scores: `"router"` takes `probs` divided by their sum, `"softmax"` the
+            softmax of the logits, `"raw"` the `probs` unchanged. Defaults to
+            `"router"`.
+        mask: `(T,)` bool, or `None`. Values of `False` tokens are not read.
+            Defaults to `None`.
 
     Returns:
-        `(T, E)` float32. Of masked tokens any numbers.
+        `(T, E)` float32, undefined for masked tokens.
     """
     if scores == "softmax":
         logits = zero_masked(ops.cast(routing.logits, "float32"), mask)
@@ -51,17 +53,17 @@ def expert_scores(routing, scores="router", mask=None):
     if scores == "raw":
         return probs
     total = ops.sum(probs, axis=-1, keepdims=True)
-    # Its square, in the gradient, must not vanish.
+    # The gradient divides by the square, which must not underflow.
     return probs / ops.maximum(total, 1e-12)
 
 
 def sums_by_expert(values, experts, num_experts, mask, groups):
-    """Sums what belongs to each expert, in each group of tokens.
+    """Sums the values of each expert, in each group of tokens.
 
     Args:
         values: `(T, K)` float32.
-        experts: `(T, K)` int32, the expert of each value. `num_experts` stands
-            for none.
+        experts: `(T, K)` int32, the expert of each value, `num_experts` for a
+            choice that does not exist.
         num_experts: int.
         mask: `(T,)` bool, or `None`. `False` tokens do not count.
         groups: `G`, an int or an integer tensor.
@@ -93,7 +95,7 @@ def counts_by_expert(experts, num_experts, mask, groups):
     """Number of choices of each expert, in each group of tokens.
 
     Args:
-        experts: `(T, K)` int32. `num_experts` stands for none.
+        experts: `(T, K)` int32, `num_experts` for a choice that does not exist.
         num_experts: int.
         mask: `(T,)` bool, or `None`. `False` tokens do not count.
         groups: `G`, an int or an integer tensor.

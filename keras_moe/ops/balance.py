@@ -10,7 +10,7 @@ def entropy(probs):
         probs: `(..., E)`, not negative.
 
     Returns:
-        `(...)`. The gradient of entries that are 0 is 0.
+        `(...)`. Entries of 0 get a gradient of 0.
     """
     positive = probs > 0
     logs = ops.log(ops.where(positive, probs, ops.ones_like(probs)))
@@ -25,7 +25,7 @@ def squared_variation(values, ddof=0):
         ddof: `0` for the population variance, `1` for the sample variance.
 
     Returns:
-        `(...)`. 0 where all values are 0, and of a single value.
+        `(...)`. 0 where all values are 0, or where there is one value.
     """
     num_values = values.shape[-1]
     total = ops.sum(values, axis=-1, keepdims=True)

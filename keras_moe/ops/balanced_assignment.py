@@ -1,11 +1,11 @@
 """Balanced assignment of tokens to experts with the largest total score.
 
-Any prices of the experts give an assignment, each token to the expert with
-the largest `score - price`, that is the best of all with its loads. Some
-steps of Sinkhorn's algorithm find prices with nearly equal loads. What is
-missing to equal loads is then moved one token a step along the chain of moves,
-from one expert to the next, that costs least: thus the assignment stays the
-best with its loads (successive shortest paths), until these are equal.
+Each expert has a price, and each token takes the expert with the largest
+`score - price`. For any prices, this is the best assignment with these loads.
+Steps of Sinkhorn's algorithm find prices with nearly equal loads. Then each
+step moves one token along the cheapest chain of moves from expert to expert,
+which keeps the assignment the best with its loads (successive shortest paths),
+until the loads are equal.
 """
 
 from keras import ops
@@ -20,25 +20,24 @@ _PRICE_STEPS = 40
 
 
 def balanced_assignment(scores, mask=None):
-    """Assigns tokens to experts, equally many to each, at the best total.
+    """Assigns equally many tokens to each expert, with the best total score.
 
     ```
     maximize    sum over t of scores[t, expert[t]]
     subject to  floor(T / E) <= tokens of each expert <= ceil(T / E)
     ```
 
-    The loads are exact. The total is the largest possible one up to about
-    1e-5 standard deviations of the scores a token: so close together, scores
-    count as equal, and tokens that are alike are spread by their position. A
-    score that is not finite counts as the smallest finite one.
+    The loads are exact. The total is the largest possible up to about 1e-5
+    standard deviations of the scores per token: scores closer than this count
+    as equal, and equal tokens are spread by their position. A score that is
+    not finite counts as the smallest finite one.
 
-    The time grows with how unbalanced the scores are: one step of `T * E`
-    operations for each token that the prices leave on a full expert. The steps
-    are a `while` loop, compiled where the backend compiles; there is no
-    gradient.
+    Unbalanced scores take longer: one step of `T * E` operations for each token
+    that the prices leave on a full expert. The steps are a `while` loop. There
+    is no gradient.
 
     Args:
-        scores: `(T, E)`, or `(G, T, E)` for groups on their own.
+        scores: `(T, E)`, or `(G, T, E)` for `G` separate groups.
         mask: `(T,)` or `(G, T)` bool, or `None`. `False` tokens are not
             assigned, and `T` is the number of the others. Defaults to `None`.
 
@@ -67,8 +66,8 @@ def balanced_assignment(scores, mask=None):
         mask = None if mask is None else ops.expand_dims(mask, 0)
     scores = ops.cast(scores, "float32")
     like_tokens = ops.zeros_like(scores[..., 0], dtype="int32")  # (G, S)
-    # A loop until something holds needs values, which a meta tensor has not;
-    # neither can one look for the best of no tokens.
+    # A while loop needs values, which a meta tensor does not have. An argmax
+    # needs at least one token.
     if backend.has_no_values(scores) or scores.shape[1] == 0:
         return like_tokens if grouped else like_tokens[0]
     keep = ops.equal(like_tokens, 0)
@@ -134,7 +133,7 @@ def _balance(scores, experts, count):
     num_experts = scores.shape[-1]
     floor, rest = count // num_experts, ops.mod(count, num_experts)
     ceil = floor + ops.cast(rest > 0, "int32")  # (G, 1)
-    # One step a token is enough; the rest is for rounding errors.
+    # One step per token is enough; the rest allows for rounding errors.
     most_steps = 2 * ops.shape(experts)[1] + num_experts
 
     def unfinished(experts, active, steps):
@@ -145,8 +144,8 @@ def _balance(scores, experts, count):
         too_full = ops.any(loads > ceil, axis=1, keepdims=True)
         too_empty = ops.any(loads < floor, axis=1, keepdims=True)
         must = ops.logical_or(too_full, too_empty)
-        # First to no load above the bounds, then to none below them. At last,
-        # if some experts have one token more, it should be the best ones.
+        # First empty the experts above the bounds, then fill those below. Last,
+        # choose the best experts to have one token more.
         sources = ops.where(too_full, loads > ceil, loads > floor)
         filling = ops.logical_and(too_empty, ops.logical_not(too_full))
         sinks = ops.where(filling, loads < floor, loads < ceil)

@@ -1,4 +1,4 @@
-"""How many rows an expert takes at most."""
+"""The largest number of rows that an expert takes."""
 
 import math
 from fractions import Fraction
@@ -13,7 +13,7 @@ from keras_moe.ops.sizes import smaller
 def expert_capacity(
     num_tokens, num_experts, top_k, capacity_factor, rule="ceil", multiple_of=1
 ):
-    """Number of rows each expert takes at most.
+    """The largest number of rows that each expert takes.
 
     With `N` tokens, `E` experts, `K = top_k` and the factor `c`:
 
@@ -30,25 +30,28 @@ def expert_capacity(
     | `"maxtext"` | `floor(max(c ceil(N K / E), c))` | MaxText |
     | `"fastmoe"` | `floor(ceil(c N) K / E)` | FastMoE |
 
-    Three of them leave `K` out; `round` takes halves to the even number.
+    Three rules leave `K` out. `round` rounds halves to the even number.
 
     `capacity_factor=1` is the share of a perfectly balanced routing where the
-    rule includes `K`. Everything is computed in whole numbers, with the
-    fraction that the factor stands for: in binary `100 * 1.1 / 10` is a little
-    over 11 and would give 12.
+    rule includes `K`. The factor is taken as a fraction and everything is
+    computed in whole numbers: in floats, `100 * 1.1 / 10` is a little over 11
+    and `"ceil"` would give 12.
 
     Args:
-        num_tokens: int, or an integer tensor where it is not known statically.
-            Masked tokens count: it is the size of the batch, padding included.
+        num_tokens: int, or an integer tensor if it is not known statically.
+            Masked tokens count.
         num_experts: int.
         top_k: int. Experts per token.
-        capacity_factor: float, or `None` or infinity for no limit.
+        capacity_factor: float. `None` or infinity means no limit.
         rule: str. One of the rules above. Defaults to `"ceil"`.
-        multiple_of: int. The result is raised to a multiple of it. Defaults to
-            `1`.
+        multiple_of: int. The result is rounded up to a multiple of it. Defaults
+            to `1`.
 
     Returns:
         int, an int32 tensor if `num_tokens` is one, or `None` for no limit.
+
+    Raises:
+        ValueError: If `rule` is not one of the rules.
 
     Example:
 
@@ -95,7 +98,7 @@ def _ceil(n, fraction):
 
 
 def _round(n, fraction):
-    """To the nearest, halves to the even one."""
+    """Rounds to the nearest int, halves to the even one."""
     twice = 2 * n * fraction.numerator + fraction.denominator
     up = twice // (2 * fraction.denominator)
     is_half = _equal(twice, up * 2 * fraction.denominator)

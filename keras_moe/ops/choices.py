@@ -1,4 +1,4 @@
-"""Choices that may not exist: tokens with fewer experts than `K`."""
+"""Choices of tokens that have fewer than `K` experts."""
 
 from keras import ops
 
@@ -7,18 +7,18 @@ from keras_moe.ops.selection import top_k_indices
 
 
 def positive_choices(scores, weights, k):
-    """The experts of positive weight, at most the best `k` of each token.
+    """The best experts of each token that have a positive weight, at most `k`.
 
     Args:
-        scores: `(T, E)`. What is best: the order, and who is among the `k`.
+        scores: `(T, E)`. The `k` largest are chosen, and sort the choices.
             Ties go to the lower index.
-        weights: `(T, E)`, not negative, larger where the score is larger.
+        weights: `(T, E)`, not negative, in the same order as the scores.
         k: int, at most `E`.
 
     Returns:
-        `(expert_indices, expert_weights)`, `(T, k)` each, best first. What
-        comes after the experts of positive weight has the index `E` and the
-        weight 0: these choices do not exist. A weight that is NaN stays one.
+        `(expert_indices, expert_weights)`, `(T, k)` each, best first. A
+        choice without a positive weight does not exist: it has the index `E`
+        and the weight 0. A NaN weight stays NaN.
     """
     indices = top_k_indices(scores, k)
     weights_of_choices = take_chosen(weights, indices)
@@ -28,7 +28,7 @@ def positive_choices(scores, weights, k):
 
 
 def existing_choices(indices, weights, missing, num_experts):
-    """Gives choices `(T, K)` that do not exist the index `E` and weight 0."""
+    """Sets the index `E` and the weight 0 where choices are missing."""
     return (
         ops.where(missing, ops.full_like(indices, num_experts), indices),
         ops.where(missing, ops.zeros_like(weights), weights),

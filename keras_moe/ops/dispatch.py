@@ -1,9 +1,9 @@
 """Sending tokens to their experts and bringing the results back.
 
 Both directions are gathers along a permutation, and so are their gradients:
-no scatter-add, hence no order of summation that changes from run to run. Only
-where a router has far fewer choices than places for them (`max_rows`: expert
-choice) the way back is a segment sum, since gathering would take `(T, E, D)`.
+without a scatter-add, the order of summation is the same in every run. Expert
+choice has few rows for many possible choices (`max_rows`). There `combine` is a
+segment sum, since a gather would need `(T, E, D)`.
 """
 
 import math
@@ -31,29 +31,51 @@ def dispatch(
     max_rows=None,
     seed=None,
 ):
-    """Sorts copies of the tokens by expert.
+    """Copies each token once per choice, and sorts the copies by expert.
 
     Args:
         tokens: `(T, ...)`.
         routing: A `Routing`.
         num_experts: int.
-        mask: `(T,)` bool, or `None`. `False` tokens take no expert's capacity.
-        capacity: int or int32 scalar, or `None`. Rows an expert takes at most
-            of each group. `None` drops nothing.
-        drop_policy: Who stays when an expert has more than `capacity` tokens,
-            as in `keras_moe.layers.Capacity`. Defaults to `"position"`.
-        group_size: int or int32 scalar, or `None`. Every so many tokens are a
-            group, the last of which may be smaller. `None` makes the batch one.
+        mask: `(T,)` bool, or `None`. `False` tokens go to no expert and take
+            no capacity. Defaults to `None`.
+        capacity: int or int32 scalar, or `None`. The largest number of rows
+            that an expert takes from each group. `None` drops nothing.
             Defaults to `None`.
-        max_rows: int or int32 scalar, or `None`. Makes `N` as small as that;
-            for routings which have no more choices that exist. `None` is
+        drop_policy: Which tokens an expert keeps if it has more than
+            `capacity`, as in `keras_moe.layers.Capacity`. Defaults to
+            `"position"`.
+        group_size: int or int32 scalar, or `None`. Number of consecutive
+            tokens in a group; the last group may be smaller. `None` makes the
+            batch one group. Defaults to `None`.
+        max_rows: int or int32 scalar, or `None`. The number of rows `N`, for a
+            routing with at most so many choices that exist. `None` means
             `T * K`. Defaults to `None`.
-        seed: `keras.random.SeedGenerator` for the policy `"random"`. `None`
-            makes it `"position"`. Defaults to `None`.
+        seed: `keras.random.SeedGenerator` for the policy `"random"`, which
+            without one is `"position"`. Defaults to `None`.
 
     Returns:
-        `(rows, group_sizes, plan)`: `rows` `(N, ...)` with those of expert 0
-        first, `group_sizes` `(E,)` int32 and a `DispatchPlan`.
+        `(rows, group_sizes, plan)`: `(N, ...)`, the rows of expert 0 first,
+        `(E,)` int32, the rows of each expert, and a `DispatchPlan`. Unused
+        rows come last.
+
+    Raises:
+        ValueError: If `drop_policy` is not known.
+
+    Example:
+
+    >>> routing = keras_moe.routers.Routing(
+    ...     logits=keras.ops.zeros((2, 2)),
+    ...     probs=keras.ops.ones((2, 2)) / 2,
+    ...     expert_indices=keras.ops.array([[1, 0], [0, 1]], "int32"),
+    ...     expert_weights=keras.ops.array([[0.75, 0.25], [0.5, 0.5]]),
+    ... )
+    >>> tokens = keras.ops.array([[1.0], [2.0]])
+    >>> rows, sizes, plan = keras_moe.ops.dispatch(tokens, routing, 2)
+    >>> keras.ops.convert_to_numpy(rows)[:, 0].tolist()
+    [2.0, 1.0, 1.0, 2.0]
+    >>> keras.ops.convert_to_numpy(sizes).tolist()
+    [2, 2]
     """
     group_sizes, plan = plan_dispatch(
         routing,
@@ -71,23 +93,37 @@ def dispatch(
 
 
 def to_rows(tokens, plan):
-    """A copy of its token for each row: `(T, ...)` -> `(N, ...)`."""
+    """The token of each row: `(T, ...)` -> `(N, ...)`."""
     return backend.with_gradient(
         _to_rows, _to_rows_gradient, (tokens,), (plan,)
     )
 
 
 def combine(rows, plan, expert_weights):
-    """Brings the rows back to their tokens, weighted and summed in float32.
+    """Sums the weighted rows of each token, in float32.
 
     Args:
-        rows: `(N, ...)`. What the experts made of the rows of `dispatch`.
+        rows: `(N, ...)`. The experts' outputs for the rows of `dispatch`.
         plan: The `DispatchPlan` of `dispatch`.
         expert_weights: `(T, K)` float32.
 
     Returns:
-        `(T, ...)`, in the dtype of `rows`. Tokens of which nothing was kept
-        give zero.
+        `(T, ...)`, in the dtype of `rows`. Tokens without a kept choice give
+        zero.
+
+    Example:
+
+    >>> routing = keras_moe.routers.Routing(
+    ...     logits=keras.ops.zeros((2, 2)),
+    ...     probs=keras.ops.ones((2, 2)) / 2,
+    ...     expert_indices=keras.ops.array([[1, 0], [0, 1]], "int32"),
+    ...     expert_weights=keras.ops.array([[0.75, 0.25], [0.5, 0.5]]),
+    ... )
+    >>> tokens = keras.ops.array([[1.0], [2.0]])
+    >>> rows, sizes, plan = keras_moe.ops.dispatch(tokens, routing, 2)
+    >>> out = keras_moe.ops.combine(10 * rows, plan, routing.expert_weights)
+    >>> keras.ops.convert_to_numpy(out)[:, 0].tolist()
+    [10.0, 20.0]
     """
     num_rows, *shape = ops.shape(rows)
     outputs = backend.with_gradient(
@@ -124,7 +160,7 @@ def _weighted_sum_gradients(d_out, rows, weights, plan):
         )
         d_weights = by_token(d_weights, num_tokens, top_k)
     else:
-        # Gathered anew: (T, K, D) is too much to keep for the backward pass.
+        # Gathered again: (T, K, D) is too large to keep for the backward pass.
         gathered = ops.cast(_at_positions(rows, plan), dtype)
         d_weights = ops.einsum("td,tkd->tk", d_out, gathered)
     d_weights = ops.cast(d_weights, weights.dtype)
@@ -162,8 +198,8 @@ def _clear_unused_rows(rows, plan):
 
 
 def _at_positions(rows, plan):
-    """`(N, ...)` -> `(T, K, ...)`, zero where a choice has not been kept."""
-    # Flat, since JAX's `take` gets the shape wrong where there is no row.
+    """`(N, ...)` -> `(T, K, ...)`, zero where a choice was dropped."""
+    # Flat, since JAX's `take` returns a wrong shape if there are no rows.
     gathered = ops.take(rows, ops.reshape(plan.positions, (-1,)), axis=0)
     gathered = ops.reshape(
         gathered, (*ops.shape(plan.positions), *ops.shape(rows)[1:])

@@ -1,4 +1,4 @@
-"""Which row carries out which choice: the plan of sending tokens to experts."""
+"""The dispatch plan: which row is for which choice of which token."""
 
 from typing import Any
 from typing import NamedTuple
@@ -19,13 +19,13 @@ class DispatchPlan(NamedTuple):
     """How rows and tokens correspond.
 
     Fields:
-        choices: `(N,)` int32. The choice that each row carries out, counted
-            with the first choices of all tokens first: `k * T + t`.
-        positions: `(T, K)` int32. The row of each choice; `None` with
-            `max_rows`, where not every choice has one.
-        kept: `(T, K)` bool, or `None` if every choice exists and nothing was
-            masked or dropped. The rows of other choices come after those of
-            all experts.
+        choices: `(N,)` int32. The choice of each row: `k * T + t` for choice
+            `k` of token `t`.
+        positions: `(T, K)` int32. The row of each choice. `None` with
+            `max_rows`, where some choices have no row.
+        kept: `(T, K)` bool, `False` for choices that were masked or dropped or
+            do not exist; their rows come after all others. `None` if nothing
+            was masked or dropped.
     """
 
     choices: Any
@@ -43,9 +43,9 @@ def plan_dispatch(
     max_rows=None,
     seed=None,
 ):
-    """Decides which row carries out which choice, without moving a token.
+    """Decides which row is for which choice, without moving tokens.
 
-    Args: As of `dispatch`.
+    Args: As for `dispatch`.
 
     Returns:
         `(group_sizes, plan)`, the plan without `positions`.
@@ -81,7 +81,7 @@ def plan_dispatch(
 
 
 def with_positions(plan, routing):
-    """The plan, told where each choice has its row."""
+    """The plan with `positions`, the row of each choice."""
     num_choices = ops.shape(plan.choices)[0]
     positions = backend.stable_argsort(plan.choices, num_choices)
     return plan._replace(
@@ -98,6 +98,24 @@ def row_weights(plan, expert_weights):
 
     Returns:
         `(N,)`.
+
+    Example:
+
+    The expert has room for one of two tokens.
+
+    >>> routing = keras_moe.routers.Routing(
+    ...     logits=keras.ops.zeros((2, 2)),
+    ...     probs=keras.ops.ones((2, 2)) / 2,
+    ...     expert_indices=keras.ops.array([[0], [0]], "int32"),
+    ...     expert_weights=keras.ops.array([[0.5], [0.25]]),
+    ... )
+    >>> tokens = keras.ops.array([[1.0], [2.0]])
+    >>> rows, sizes, plan = keras_moe.ops.dispatch(
+    ...     tokens, routing, 2, capacity=1
+    ... )
+    >>> weights = keras_moe.ops.row_weights(plan, routing.expert_weights)
+    >>> keras.ops.convert_to_numpy(weights).tolist()
+    [0.5, 0.0]
     """
     if plan.kept is not None:
         expert_weights = ops.where(
@@ -107,14 +125,34 @@ def row_weights(plan, expert_weights):
 
 
 def normalize_kept_weights(plan, expert_weights):
-    """The weights, divided by the sum of the kept ones of each token.
+    """Divides the weights of each token by the sum of its kept weights.
 
     Args:
         plan: The `DispatchPlan` of `dispatch`.
         expert_weights: `(T, K)`, not negative.
 
     Returns:
-        `(T, K)`, zero for what was not kept.
+        `(T, K)`, zero for choices that were not kept.
+
+    Example:
+
+    The expert has room for one of two tokens.
+
+    >>> routing = keras_moe.routers.Routing(
+    ...     logits=keras.ops.zeros((2, 2)),
+    ...     probs=keras.ops.ones((2, 2)) / 2,
+    ...     expert_indices=keras.ops.array([[0], [0]], "int32"),
+    ...     expert_weights=keras.ops.array([[0.5], [0.25]]),
+    ... )
+    >>> tokens = keras.ops.array([[1.0], [2.0]])
+    >>> rows, sizes, plan = keras_moe.ops.dispatch(
+    ...     tokens, routing, 2, capacity=1
+    ... )
+    >>> weights = keras_moe.ops.normalize_kept_weights(
+    ...     plan, routing.expert_weights
+    ... )
+    >>> keras.ops.convert_to_numpy(weights)[:, 0].tolist()
+    [1.0, 0.0]
     """
     if plan.kept is not None:
         expert_weights = ops.where(
@@ -141,7 +179,7 @@ def _count(experts, num_experts):
 
 
 def _priority(routing, drop_policy, seed):
-    """The order in which choices are asked, `(N,)`; `None` for as they are."""
+    """Indices that sort choices by priority, `(N,)`; `None` keeps the order."""
     num_tokens, top_k = ops.shape(routing.expert_indices)
     if drop_policy == "token":
         number = ops.arange(num_tokens * top_k, dtype="int32")
@@ -154,7 +192,7 @@ def _priority(routing, drop_policy, seed):
         return ops.argsort(draws)
     if drop_policy == "priority":
         probs = ops.stop_gradient(routing.probs)
-        # Not by `ops.max`, which on torch gives a scalar for no tokens.
+        # Not `ops.max`, which on torch gives a scalar if there are no tokens.
         largest = take_chosen(probs, top_k_indices(probs, 1))[:, 0]
         order = ops.argsort(-largest)  # (T,)
         first = ops.expand_dims(ops.arange(top_k) * num_tokens, -1)
@@ -164,14 +202,14 @@ def _priority(routing, drop_policy, seed):
 
 
 def _rank_among_equals(keys, order):
-    """How many equal keys come before each in the given order, `(N,)`."""
+    """Number of equal keys before each key in the given order, `(N,)`."""
     if order is not None:
         keys = backend.take(keys, order)
     num_choices = ops.shape(keys)[0]
     number = ops.arange(num_choices, dtype="int32")
     by_key = ops.argsort(keys)  # stable
     ordered = backend.take(keys, by_key)
-    if is_symbolic_size(num_choices):  # JAX's `searchsorted` refuses it
+    if is_symbolic_size(num_choices):  # which JAX's `searchsorted` refuses
         starts = _starts(ordered, number, num_choices)
     else:
         starts = ops.searchsorted(ordered, ordered, side="left")
@@ -182,7 +220,7 @@ def _rank_among_equals(keys, order):
 
 
 def _starts(ordered, number, size):
-    """Where the first of the entries equal to each is."""
+    """Index of the first entry that equals each entry."""
     before = ops.concatenate([ordered[:1] - 1, ordered])[:size]
     differs = ordered != before
     run = ops.cumsum(ops.cast(differs, "int32")) - 1

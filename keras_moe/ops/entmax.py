@@ -15,8 +15,8 @@ def sparsemax(x, axis=-1):
     p = max(x - tau, 0)        tau such that p sums to one
     ```
 
-    It is `entmax` with `alpha=2`, computed by sorting. Everything said there
-    holds here.
+    It is `entmax` with `alpha=2`, computed by sorting. Infinities, NaN and half
+    precision are treated as in `entmax`.
 
     Args:
         x: Tensor, such as logits `(T, E)`.
@@ -46,7 +46,8 @@ def entmax15(x, axis=-1):
     p = max(x / 2 - tau, 0) ** 2        tau such that p sums to one
     ```
 
-    It is computed by sorting. Everything said of `entmax` holds here.
+    It is computed by sorting. Infinities, NaN and half precision are treated as
+    in `entmax`.
 
     Args:
         x: Tensor, such as logits `(T, E)`.
@@ -75,27 +76,27 @@ def entmax(x, alpha, axis=-1):
     p = max((alpha - 1) * x - tau, 0) ** (1 / (alpha - 1))
     ```
 
-    with `tau` such that `p` sums to one. The larger `alpha`, the more zeros;
-    towards 1 it becomes softmax. `tau` is found by bisection, and for the
-    floats 1.5 and 2 by sorting.
+    where `tau` makes `p` sum to one. A larger `alpha` gives more zeros; as
+    `alpha` goes to 1, the result goes to softmax. `tau` is found by bisection,
+    and for the floats 1.5 and 2 by sorting.
 
-    The gradient is the closed form, which can be differentiated again. An
-    entry of minus infinity gives zero and gets no gradient; a row of nothing
-    else gives zeros. A NaN makes its whole row NaN. Half precision is computed
-    in float32.
+    The gradient has a closed form, which can be differentiated again. An entry
+    of minus infinity gives zero and gets no gradient; if all entries are minus
+    infinity, all results are zero. A NaN makes its whole row NaN. Half
+    precision is computed in float32.
 
     Args:
         x: Tensor, such as logits `(T, E)`.
-        alpha: float above 1, or a tensor of such, which then gets a gradient
-            too: a scalar, or of the shape of `x` with size 1 at `axis`.
+        alpha: float above 1, or a tensor, which gets a gradient too: a scalar,
+            or of the shape of `x` with size 1 at `axis`.
         axis: int. The axis that sums to one. Defaults to `-1`.
 
     Returns:
         Tensor of the shape and dtype of `x`.
 
     Raises:
-        ValueError: If a float `alpha` is not above 1, or the size of a tensor
-            `alpha` at `axis` is not 1.
+        ValueError: If a float `alpha` is not above 1 and finite, or a tensor
+            `alpha` does not have size 1 at `axis`.
 
     Example:
 
@@ -122,7 +123,7 @@ def entmax(x, alpha, axis=-1):
 
 def _map(x, alpha, axis, solve):
     x = ops.convert_to_tensor(x)
-    if 0 in x.shape:  # of which torch computes no maximum
+    if 0 in x.shape:  # torch has no maximum of nothing
         return x
     dtype = keras.backend.standardize_dtype(x.dtype)
     compute_dtype = "float64" if dtype == "float64" else "float32"
@@ -165,8 +166,8 @@ def _at_least(x, number):
 
 
 def _descending(x):
-    # What is 1 below the highest gives zero; left as it is, it would cost the
-    # cumulative sums their precision.
+    # Entries more than 1 below the highest give zero. Large negative ones would
+    # cost the cumulative sums their precision.
     return ops.flip(ops.sort(_at_least(x, -1.0), axis=-1), axis=-1)
 
 
@@ -175,7 +176,7 @@ def _sparsemax(x, alpha):
     rank = ops.arange(1, x.shape[-1] + 1, dtype=x.dtype)
     inside = 1 + rank * descending > ops.cumsum(descending, axis=-1)
     tau = _threshold(descending, inside)
-    # Once more, since on torch `cumsum` is never better than float32.
+    # Once more, since `cumsum` on torch has at most float32 precision.
     return ops.relu(x - _threshold(x, x > tau))
 
 
@@ -197,8 +198,8 @@ def _entmax15(x, alpha):
     size = ops.sum(inside, axis=-1, keepdims=True)
     at_size = ops.cast(ops.equal(rank, size), x.dtype)
     tau = ops.sum(tau * at_size, axis=-1, keepdims=True)
-    # The difference of squares has cost digits: two steps of Newton's method,
-    # which converges from anywhere, as the sum is convex in tau.
+    # The difference of squares loses digits. Two steps of Newton's method get
+    # them back; it converges from anywhere, since the sum is convex in tau.
     for _ in range(2):
         kept = ops.relu(x - tau)
         excess = ops.sum(ops.square(kept), axis=-1, keepdims=True) - 1
@@ -208,15 +209,15 @@ def _entmax15(x, alpha):
 
 
 def _bisect(x, alpha):
-    if x.shape[-1] == 1:  # XLA cannot compile what follows for it
+    if x.shape[-1] == 1:  # XLA cannot compile the loop for size 1
         return _sparsemax(x, alpha)
     rate = alpha - 1
     x = rate * x
-    # In terms of 1 + tau, which stays precise where alpha is close to 1.
+    # Bisects 1 + tau, which stays precise if alpha is close to 1.
     low = ops.zeros_like(ops.max(x, axis=-1, keepdims=True))
     high = low - ops.expm1(-rate * math.log(x.shape[-1]))
     float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
-    # A loop, which compiles faster than its steps one by one.
+    # A loop compiles faster than unrolled steps.
     state = (low, high, x, rate + low)
     low = ops.fori_loop(0, 60 if float64 else 30, _halve, state)[0]
     p = _above(low, x, rate)
@@ -238,13 +239,13 @@ def _halve(step, state):
 
 def _value(*arguments):
     p, _, _ = arguments[-3:]
-    # torch must not make the constant itself a part of the graph.
+    # On torch, the constant itself must not become part of the graph.
     return ops.copy(p)
 
 
 def _gradients(d_p, *arguments):
     *inputs, p, highest, alpha = arguments
-    # Not the constants: the gradients can be differentiated again.
+    # From the inputs, so that the gradients can be differentiated again.
     p = backend.with_gradient(
         _value, _gradients, tuple(inputs), (p, highest, alpha)
     )

@@ -1,4 +1,4 @@
-"""Fused kernels for a whole bank of experts."""
+"""A whole bank of feed-forward experts as one operation."""
 
 from keras_moe import backend
 
@@ -6,7 +6,7 @@ from keras_moe import backend
 def fused_experts(
     tokens, row_weights, choices, group_sizes, kernels, biases, join_hidden
 ):
-    """A whole bank of feed-forward experts, from tokens to tokens.
+    """Dispatch, feed-forward experts and combine in one operation.
 
     ```
     x      = tokens[choices[n] % T]
@@ -15,25 +15,27 @@ def fused_experts(
     out[t] = sum over the rows n of t of row_weights[n] * y[n]
     ```
 
-    for each row `n` of a group `g`. It is what `dispatch`, a grouped matmul for
-    each kernel, and `combine` give. But no row is copied, and what is kept for
-    the gradient are the products with all kernels but the last.
+    for each row `n` of a group `g`. The result is the same as of `dispatch`, a
+    grouped matmul for each kernel, and `combine`. But rows are not copied, and
+    only the products with all kernels but the last are kept for the gradient.
 
     Args:
         tokens: `(T, D)`.
         row_weights: `(N,)` float32 or float64.
         choices: `(N,)` int32, a permutation of `range(N)`, `N = T * K`.
         group_sizes: `(E,)` int32, with a sum of at most `N`. Rows after the
-            last group count for nothing.
+            last group are not used.
         kernels: tuple of tensors `(E, D, F)` and a last one `(E, F, O)`, of the
             dtype of the tokens.
-        biases: tuple as long, of tensors `(E, F)` and `(E, O)`, or `None`.
-        join_hidden: Makes the hidden layer `(n, F)` of its products with the
-            kernels, each row by itself, in `keras.ops`, without variables.
+        biases: tuple of the same length, of tensors `(E, F)` and `(E, O)`, or
+            `None`.
+        join_hidden: Function from the products with the hidden kernels to the
+            hidden layer `(n, F)`, row by row, in `keras.ops`, without
+            variables.
 
     Returns:
-        `(T, O)`, in the dtype of the tokens; summed in float32. `None` where
-        no implementation can run.
+        `(T, O)`, summed in float32, in the dtype of the tokens. `None` if no
+        implementation can run.
     """
     for candidate in backend.FUSED_EXPERTS.values():
         try:

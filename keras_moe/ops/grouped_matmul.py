@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of their group."""
+"""Grouped matmul, its checks, and a batched matmul that keeps float64."""
 
 import keras
 from keras import ops
@@ -6,55 +6,21 @@ from keras import ops
 from keras_moe import backend
 
 
-def grouped_matmul_implementations():
-    """Names that `implementation=` takes on this backend."""
-    return tuple(backend.GROUPED_MATMUL)
-
-
-def check_implementation(implementation, names):
-    """Raises if `implementation` is neither `None` nor one of the names."""
-    if implementation is not None and implementation not in names:
-        raise ValueError(
-            "`implementation` must be None or, on this backend, one of "
-            f"{grouped_matmul_implementations()}. "
-            f"Received: implementation={implementation!r}"
-        )
-
-
-def check_operands_of(implementation, rhs_shape, dtype):
-    """Raises if a forced implementation never takes such operands.
-
-    Args:
-        implementation: str, or `None` for any.
-        rhs_shape: `(E, D, F)`.
-        dtype: str.
-    """
-    reason = backend.refusal(implementation, rhs_shape, dtype)
-    if reason:
-        raise ValueError(
-            f"`implementation` cannot compute these experts: {reason}. "
-            f"Received: implementation={implementation!r}, a bank of shape "
-            f"{tuple(rhs_shape)}, dtype={dtype}"
-        )
-
-
 def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     """Matrix product of rows sorted by group with one matrix per group.
 
     `out[i] = lhs[i] @ rhs[g]` where `g` is the group of row `i`: the first
     `group_sizes[0]` rows belong to group 0, the next `group_sizes[1]` to group
-    1 and so on. Groups may be empty. Rows after the last group give zero, and
-    neither they nor a NaN in one group touch another group's result or
-    gradient. Gradients are defined for `lhs` and `rhs`.
+    1 and so on. Groups may be empty. Rows after the last group give zero. No
+    row, not even a NaN, changes the result or gradient of another group.
+    Gradients are defined for `lhs` and `rhs`.
 
     Args:
         lhs: `(N, D)`, float32, bfloat16, float16 or float64.
         rhs: `(E, D, F)`, same dtype. `E`, `D` and `F` must be static.
         group_sizes: `(E,)` int32, with a sum of at most `N` (not checked).
-        implementation: `None` takes the first of
-            `grouped_matmul_implementations()` that is worth it on the device
-            and can run here. A name forces that one, and raises
-            `NotImplementedError` where it cannot.
+        implementation: One of `grouped_matmul_implementations()`, or `None` for
+            the first that suits the device and can run. Defaults to `None`.
 
     Returns:
         `(N, F)`, in the dtype of `lhs`.
@@ -62,8 +28,8 @@ def grouped_matmul(lhs, rhs, group_sizes, implementation=None):
     Raises:
         ValueError: If shapes or dtypes do not fit, or `implementation` is not
             known on this backend.
-        NotImplementedError: If no implementation, or not the one asked for,
-            can run: with the reason of each.
+        NotImplementedError: If no implementation, or not the given one, can
+            run here. The message gives each reason.
 
     Example:
 
@@ -121,11 +87,52 @@ def _check_operands(lhs, rhs, group_sizes):
         )
 
 
+def grouped_matmul_implementations():
+    """Names that `implementation` takes on this backend, best first.
+
+    Returns:
+        tuple of str.
+
+    Example:
+
+    >>> "reference" in keras_moe.ops.grouped_matmul_implementations()
+    True
+    """
+    return tuple(backend.GROUPED_MATMUL)
+
+
+def check_implementation(implementation, names):
+    """Raises unless `implementation` is `None` or one of the names."""
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            "`implementation` must be None or, on this backend, one of "
+            f"{grouped_matmul_implementations()}. "
+            f"Received: implementation={implementation!r}"
+        )
+
+
+def check_operands_of(implementation, rhs_shape, dtype):
+    """Raises if an implementation can never take these operands.
+
+    Args:
+        implementation: str, or `None` for any.
+        rhs_shape: `(E, D, F)`.
+        dtype: str.
+    """
+    reason = backend.refusal(implementation, rhs_shape, dtype)
+    if reason:
+        raise ValueError(
+            f"`implementation` cannot compute these experts: {reason}. "
+            f"Received: implementation={implementation!r}, a bank of shape "
+            f"{tuple(rhs_shape)}, dtype={dtype}"
+        )
+
+
 def batch_matmul(x, y):
     """`(B, N, K)` times `(B, K, M)`, in the dtype of both.
 
-    `ops.matmul` is faster than `ops.einsum` on TensorFlow, with gradients, but
-    makes float32 of float64 on torch.
+    On TensorFlow `ops.matmul` and its gradient are faster than `ops.einsum`,
+    but on torch it turns float64 into float32.
     """
     if keras.backend.standardize_dtype(x.dtype) == "float64":
         return ops.einsum("bnk,bkm->bnm", x, y)

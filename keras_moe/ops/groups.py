@@ -1,4 +1,4 @@
-"""Groups of tokens, next to each other."""
+"""Groups of consecutive tokens."""
 
 from keras import ops
 
@@ -15,22 +15,22 @@ def check_per(per):
 
 
 def num_groups(per, num_sequences):
-    """Number of groups that tokens are looked at in.
+    """Number of groups of a batch.
 
     The `T` tokens of a batch are `num_sequences` sequences of equal length, one
-    after the other; a group is some of them, next to each other.
+    after the other. A group is one or more consecutive sequences.
 
     Args:
-        per: `"batch"` for one group, `"sequence"` for one a sequence, or an
-            int, the number of sequences in a group.
+        per: `"batch"` for one group, `"sequence"` for one group per sequence,
+            or an int, the number of sequences in a group.
         num_sequences: int, or an integer tensor.
 
     Returns:
         `G`, an int or an int32 tensor.
 
     Raises:
-        ValueError: If the sequences do not make up whole groups, where their
-            number is known.
+        ValueError: If `per` is not valid, or the int `num_sequences` is not a
+            multiple of `per`.
 
     Example:
 
@@ -49,14 +49,14 @@ def num_groups(per, num_sequences):
         )
     groups = num_sequences // per
     if ops.is_tensor(num_sequences):
-        # No group at all makes `to_groups` fail, rather than mix sequences.
+        # With 0 groups `to_groups` fails; otherwise it would mix sequences.
         whole = ops.equal(num_sequences % per, 0)
         groups = groups * ops.cast(whole, groups.dtype)
     return groups
 
 
 def to_groups(x, groups):
-    """`(T, ...)` -> `(G, T / G, ...)`.
+    """Splits the first axis into groups: `(T, ...)` -> `(G, T / G, ...)`.
 
     Args:
         x: `(T, ...)`.
@@ -64,6 +64,12 @@ def to_groups(x, groups):
 
     Returns:
         `(G, T / G, ...)`.
+
+    Example:
+
+    >>> x = keras_moe.ops.to_groups(keras.ops.array([1, 2, 3, 4]), 2)
+    >>> keras.ops.convert_to_numpy(x).tolist()
+    [[1, 2], [3, 4]]
     """
     num_tokens, *shape = ops.shape(x)
     size = group_size(num_tokens, groups)
@@ -71,7 +77,7 @@ def to_groups(x, groups):
 
 
 def group_size(num_tokens, groups):
-    """Tokens of each group; 0 where there is no group."""
+    """Number of tokens in each group; all tokens if there are 0 groups."""
     if ops.is_tensor(groups):
         groups = ops.maximum(groups, 1)
     elif isinstance(groups, int):  # not a symbolic size of JAX

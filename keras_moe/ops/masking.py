@@ -1,4 +1,4 @@
-"""Reductions over the tokens that are not masked."""
+"""Zeros for masked tokens, and sums and means over the others."""
 
 from keras import ops
 
@@ -6,15 +6,22 @@ from keras_moe.ops.groups import to_groups
 
 
 def masked_mean(values, mask=None):
-    """Mean over the first axis, the tokens; 0 where there is no token.
+    """Mean over the tokens, the first axis; 0 if there are none.
 
     Args:
         values: `(T, ...)`.
-        mask: `(T,)` bool, or `None`. `False` tokens do not count, whatever
-            their values, NaN included.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count, even if they
+            are NaN. Defaults to `None`.
 
     Returns:
         `(...)`, in the dtype of `values`.
+
+    Example:
+
+    >>> values = keras.ops.array([1.0, 3.0, 8.0])
+    >>> mask = keras.ops.array([True, True, False])
+    >>> float(keras_moe.ops.masked_mean(values, mask))
+    2.0
     """
     if mask is None:
         count = ops.cast(ops.shape(values)[0], values.dtype)
@@ -27,8 +34,8 @@ def masked_mean(values, mask=None):
 def zero_masked(values, mask=None):
     """`values` with zeros for the masked tokens.
 
-    To be applied to the input of a computation: a NaN that is only cut from
-    its output comes back in the gradient.
+    Apply it to the input of a computation. A NaN that is only removed from the
+    output comes back in the gradient.
 
     Args:
         values: `(T, ...)`.
@@ -57,11 +64,12 @@ def token_counts(mask, groups):
 
 
 def group_means(values, mask, groups):
-    """Mean over the tokens of each group; 0 where there is no token.
+    """Mean over the tokens of each group; 0 for a group without tokens.
 
     Args:
         values: `(T, ...)` float32.
-        mask: `(T,)` bool, or `None`. `False` tokens do not count, NaN included.
+        mask: `(T,)` bool, or `None`. `False` tokens do not count, even if
+            they are NaN.
         groups: `G`, an int or an integer tensor.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Noise on logits: its draws, and the loads it makes likely."""
+"""Noise on logits: Gumbel and normal draws, and the load they lead to."""
 
 import math
 
@@ -14,30 +14,31 @@ THRESHOLDS = ("exact", "shared")
 def gumbel(shape, dtype, seed):
     """Draws from the standard Gumbel distribution.
 
-    The largest of `logits + gumbel` is a sample from their softmax, the `k`
-    largest are one without replacement.
+    The largest entry of `logits + gumbel` is a sample from the softmax of the
+    logits; the `k` largest are a sample of `k` without replacement.
 
     Args:
         shape: Shape of the draws.
-        dtype: Their dtype.
+        dtype: Dtype of the draws.
         seed: A `keras.random.SeedGenerator`.
 
     Returns:
-        Tensor of that shape, finite.
+        Tensor of this shape, finite.
     """
     draws = keras.random.uniform(shape, dtype=dtype, seed=seed)
-    # Neither end of (0, 1) has a finite logarithm of its logarithm.
+    # At 0 and 1 the result would be infinite.
     draws = ops.clip(draws, 1e-20, 1 - 2**-24)
     return -ops.log(-ops.log(draws))
 
 
 def with_noise(logits, noise_stddev, gumbel_noise, seed):
-    """Logits plus normal noise plus Gumbel noise; 0 leaves a kind out.
+    """Logits plus normal noise plus Gumbel noise.
 
     Args:
         logits: Tensor.
-        noise_stddev: float. Standard deviation of the normal noise.
-        gumbel_noise: float. Factor of the standard Gumbel noise.
+        noise_stddev: float. Standard deviation of the normal noise. 0 adds
+            none.
+        gumbel_noise: float. Factor of the standard Gumbel noise. 0 adds none.
         seed: A `keras.random.SeedGenerator`, or `None` if both are 0.
 
     Returns:
@@ -56,33 +57,38 @@ def with_noise(logits, noise_stddev, gumbel_noise, seed):
 def expected_load(
     clean_logits, noisy_logits, noise_stddev, top_k, threshold="exact"
 ):
-    """Probability of each expert to be chosen if its noise were drawn anew.
+    """Probability that an expert is chosen if its noise is drawn again.
 
     ```
     noisy_logits = clean_logits + noise_stddev * normal
     load         = normal_cdf((clean_logits - thresholds) / noise_stddev)
     ```
 
-    The threshold of an expert is what it must exceed to be among the `top_k`.
-    Summed over the tokens this is a load that, unlike the counts, has a
-    gradient, through logits, threshold and standard deviation.
+    An expert is among the `top_k` if its logit exceeds its threshold. The sum
+    over the tokens is a load which, unlike the counts, has a gradient: through
+    logits, thresholds and standard deviation.
 
-    Where the standard deviation is 0 (at most `1e-10`), nothing depends on a
-    draw: the load is 1 for the chosen experts and 0 for the others, without a
-    gradient. With `top_k = E` it is 1 everywhere.
+    Where the standard deviation is 0 (at most `1e-10`), the load is 1 for the
+    chosen experts and 0 for the others, without a gradient. With `top_k = E`
+    the load is 1.
 
     Args:
         clean_logits: `(T, E)`.
-        noisy_logits: `(T, E)`. What the experts were chosen by.
-        noise_stddev: `(T, E)`, or a float.
+        noisy_logits: `(T, E)`. The logits that the experts were chosen by.
+        noise_stddev: `(T, E)`, or a float. Standard deviation of the noise.
         top_k: int, at most `E`.
-        threshold: `"exact"`: the `top_k`-th largest noisy logit of the other
-            experts (Shazeer et al.), the sum over the experts of a token is
-            `top_k` on average. `"shared"`: the `top_k`-th largest of all (V-MoE
-            and Tutel), which asks more of the chosen experts.
+        threshold: `"exact"` is the `top_k`-th largest noisy logit of the other
+            experts (Shazeer et al.); the load of a token then sums to `top_k`
+            on average. `"shared"` is the `top_k`-th largest of all (V-MoE and
+            Tutel), which is higher for the chosen experts. Defaults to
+            `"exact"`.
 
     Returns:
         `(T, E)`, float32, or float64 if the logits are.
+
+    Raises:
+        ValueError: If `threshold` is not known, or `top_k` is not between 1
+            and `E`.
 
     Example:
 
@@ -125,7 +131,7 @@ def expected_load(
     if threshold == "exact":
         thresholds = ops.where(chosen, values[:, top_k:], thresholds)
     stddev = ops.cast(noise_stddev, dtype) + ops.zeros_like(clean_logits)
-    # Below, the division would overflow in the gradient.
+    # For a smaller one the gradient of the division would overflow.
     noisy = stddev > 1e-10
     stddev = ops.where(noisy, stddev, ops.ones_like(stddev))
     # Beyond 10 the probability is 0 or 1 in float32.

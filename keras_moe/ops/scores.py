@@ -10,11 +10,21 @@ def score(logits, activation):
 
     Args:
         logits: `(T, E)`.
-        activation: `"softmax"`, over the experts, or for each expert on its own
-            `"sigmoid"` or `"sqrt_softplus"`, `sqrt(log(1 + exp(logits)))`.
+        activation: `"softmax"` over the experts, or, for each expert on its
+            own, `"sigmoid"` or `"sqrt_softplus"`, which is
+            `sqrt(log(1 + exp(logits)))`.
 
     Returns:
         `(T, E)`, not negative.
+
+    Raises:
+        ValueError: If `activation` is not known.
+
+    Example:
+
+    >>> scores = keras_moe.ops.score(keras.ops.zeros((1, 4)), "softmax")
+    >>> keras.ops.convert_to_numpy(scores).tolist()
+    [[0.25, 0.25, 0.25, 0.25]]
     """
     if activation == "softmax":
         return softmax(logits)
@@ -32,37 +42,44 @@ def score(logits, activation):
 
 
 def softmax(x, axis=-1):
-    """`ops.softmax`, without the warning that over one number it is one."""
+    """`ops.softmax`, without the warning of Keras for an axis of size 1."""
     if x.shape[axis] == 1:
         return ops.ones_like(x)
     return ops.softmax(x, axis=axis)
 
 
 def rankable(scores):
-    """The scores, with no NaN and nothing below -1e30.
+    """The scores, with -1e30 for NaN and anything smaller.
 
-    In a choice where minus infinity stands for what is out of the question, all
-    else then comes first.
+    So that experts excluded by minus infinity always come last.
     """
     lowest = ops.full_like(scores, -1e30)
     return ops.where(scores > lowest, scores, lowest)
 
 
 def normalize_weights(weights, epsilon=1e-20, order=1):
-    """`weights / (order-norm of each token's weights + epsilon)`.
+    """Divides the weights of each token by their norm, plus `epsilon`.
 
     Args:
         weights: `(T, K)`, not negative.
-        epsilon: float. Added to the norm. Tokens whose weights are all 0 keep
-            them, whatever it is.
-        order: float, at least 1. Order of the norm; 1 is the sum.
+        epsilon: float. Added to the norm. Weights that are all 0 stay 0, even
+            if `epsilon` is 0. Defaults to `1e-20`.
+        order: float, at least 1. Order of the norm; 1 is the sum. Defaults to
+            `1`.
 
     Returns:
         `(T, K)`.
+
+    Example:
+
+    >>> weights = keras.ops.array([[3.0, 1.0], [0.0, 0.0]])
+    >>> weights = keras_moe.ops.normalize_weights(weights)
+    >>> keras.ops.convert_to_numpy(weights).tolist()
+    [[0.75, 0.25], [0.0, 0.0]]
     """
-    # Over their sum first, so that neither a power nor, in the gradient, the
-    # square of the norm underflows. (The largest would do as well, but a
-    # maximum of no token, or on the meta device of torch, is an error.)
+    # Divided by the sum first, so that no power underflows, nor the square of
+    # the norm in the gradient. (Not by the maximum, which is an error without
+    # tokens and on the meta device of torch.)
     total = ops.stop_gradient(ops.sum(weights, axis=-1, keepdims=True))
     vanish = total < 1e-30
     total = ops.where(vanish, ops.ones_like(total), total)

@@ -1,4 +1,4 @@
-"""Sinkhorn's algorithm."""
+"""Sinkhorn's algorithm, which balances a matrix of scores."""
 
 import math
 
@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_moe.checks import check_int
 
-# Stands for minus infinity, where that would make NaN of a difference.
+# Not minus infinity: a difference of two would be NaN.
 LOWEST = -1e30
 
 
@@ -21,15 +21,15 @@ def sinkhorn(logits, num_iterations=20, mask=None):
         matrix = matrix / (sum over tokens * E)
     ```
 
-    The result has a mass of 1. Its columns sum to `1 / E`, its rows to about
-    `1 / T`, the closer the more iterations. It is computed with logarithms in
-    float32, so that no logit is too large, and the loop is unrolled.
+    The result sums to 1. Its columns sum to `1 / E`, its rows to about `1 / T`,
+    closer with more iterations. It is computed with logarithms, so that no
+    logit is too large, and the loop is unrolled.
 
     Args:
         logits: `(..., T, E)`. Each matrix is scaled on its own.
         num_iterations: int. Defaults to `20`.
         mask: `(..., T)` bool, or `None`. The rows of `False` tokens are zero,
-            and `T` is the number of the others. Defaults to `None`.
+            and `T` counts the other tokens. Defaults to `None`.
 
     Returns:
         `(..., T, E)` float32, or float64 if `logits` are.
@@ -61,7 +61,7 @@ def sinkhorn(logits, num_iterations=20, mask=None):
         keep = ops.expand_dims(ops.cast(mask, "bool"), -1)  # (..., T, 1)
         logits = ops.where(keep, logits, ops.zeros_like(logits))
         num_tokens = ops.sum(ops.cast(keep, logits.dtype), -2, keepdims=True)
-        # Not `ops.maximum`, which makes float32 of float64 on torch.
+        # Not `ops.maximum`, which turns float64 into float32 on torch.
         none = ops.equal(num_tokens, 0)
         log_tokens = ops.log(
             ops.where(none, ops.ones_like(num_tokens), num_tokens)

@@ -1,8 +1,8 @@
 """Arithmetic with sizes of axes: ints, tensors, or symbolic sizes.
 
-JAX has symbolic sizes while a model is exported, and while Keras infers shapes;
-PyTorch while one is exported. A Python comparison of one is an error, or makes
-it a constant.
+Sizes are symbolic on JAX while Keras infers shapes or a model is exported, and
+on PyTorch while a model is exported. Comparing a symbolic size in Python is an
+error, or makes it a constant.
 """
 
 from keras import ops

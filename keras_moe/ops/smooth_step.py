@@ -1,10 +1,10 @@
-"""A polynomial step function."""
+"""A smooth step function, exactly 0 and 1 outside an interval."""
 
 from keras import ops
 
 
 def smooth_step(x, gamma=1.0):
-    """A step from 0 to 1 that is a cubic in between, and exact outside.
+    """A step from 0 to 1: a cubic inside an interval, exact outside.
 
     ```
     0                                           if x <= -gamma / 2
@@ -12,7 +12,7 @@ def smooth_step(x, gamma=1.0):
     1/2 + 3 x / (2 gamma) - 2 x^3 / gamma^3     in between
     ```
 
-    Unlike a sigmoid it reaches 0 and 1, where its gradient is zero.
+    Unlike a sigmoid, it reaches 0 and 1, and its gradient is zero there.
     `smooth_step(-x)` is `1 - smooth_step(x)`.
 
     Args:
@@ -32,6 +32,6 @@ def smooth_step(x, gamma=1.0):
 
     - [Hazimeh et al., 2020](https://arxiv.org/abs/2002.07772), section 3
     """
-    # The same cubic in a form that rounding cannot take below 0 or above 1.
+    # The same cubic in a form that rounding keeps between 0 and 1.
     v = ops.clip(x / gamma + 0.5, 0.0, 1.0)
     return v * v * (3 - 2 * v)

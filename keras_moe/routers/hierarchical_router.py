@@ -107,7 +107,7 @@ class HierarchicalRouter(LinearRouter):
                 "`use_bias` must be False: HierarchicalRouter has no bias. "
                 "Received: use_bias=True"
             )
-        self.normalize_group_weights = _check_level(
+        self.normalize_group_weights = _as_level(
             "top_k_groups",
             top_k_groups,
             "num_groups",
@@ -115,7 +115,7 @@ class HierarchicalRouter(LinearRouter):
             "normalize_group_weights",
             normalize_group_weights,
         )
-        self.normalize_weights = _check_level(
+        self.normalize_weights = _as_level(
             "top_k",
             top_k,
             "experts_per_group",
@@ -224,7 +224,7 @@ class HierarchicalRouter(LinearRouter):
         }
 
 
-def _check_level(name, top_k, size_name, size, normalize_name, normalize):
+def _as_level(name, top_k, size_name, size, normalize_name, normalize):
     """Checks the choices on one level; whether to normalize their weights."""
     check_int_up_to(name, top_k, size_name, size)
     return as_normalize_weights(

@@ -1,1 +1,1 @@
-"""Many networks held in one variable: layers, draws, seeds and copies."""
+"""Layers that hold many networks, and copies and seeds for their parts."""

@@ -1,4 +1,4 @@
-"""Seeds and initializers of their own for the parts of a layer."""
+"""Different seeds and initializers for the parts of a layer."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from keras_moe.checks import is_int
 
 
 def with_seeds(config, stream):
-    """The config with another int for every int under the name `seed`.
+    """The config with every int `seed` replaced by another int.
 
-    And without the ids by which Keras knows an object again as it loads a
-    model: copies would be one and the same.
+    Ids of shared objects are removed, since Keras would load all copies as one
+    object.
     """
     if isinstance(config, dict):
         return {
@@ -30,15 +30,15 @@ def _seed(seed, stream):
 
 
 def own_seed(seed, number):
-    """A seed for part `number` of a layer that was given one."""
+    """The seed of part `number`, from the seed of the layer."""
     return with_seeds({"seed": seed}, number)["seed"]
 
 
 def own_draws(initializer, number):
-    """The initializer with a seed of its own for part `number`."""
+    """The initializer with another seed for part `number`."""
     if not is_int(getattr(initializer, "seed", None)):
         return initializer
-    # Not by `keras.initializers.serialize`, which imports TensorFlow, if it is
-    # installed, on every backend.
+    # Not `keras.initializers.serialize`, which imports TensorFlow on every
+    # backend if it is installed.
     config = with_seeds(initializer.get_config(), number)
     return type(initializer).from_config(config)

@@ -1,4 +1,4 @@
-"""Copies of a layer, and what has to be known of one to run it on rows."""
+"""Copies of a layer, and facts about a layer that runs on rows."""
 
 import inspect
 
@@ -8,22 +8,22 @@ from keras_moe.stacked.draws import with_seeds
 
 
 def config_of(layer):
-    """The serialized layer, without what would build it as it is loaded."""
+    """The serialized layer, without the config that builds it on loading."""
     config = keras.saving.serialize_keras_object(layer)
     config.pop("build_config", None)
     return config
 
 
 def make_copies(layer, number, scope):
-    """New layers from a layer's config, with names and seeds of their own."""
+    """New layers from a layer's config, each with its own name and seeds."""
     config = config_of(layer)
     copies = []
-    # Its classes are at hand, whether they are registered or not.
+    # So that classes are found even if they are not registered.
     with keras.saving.custom_object_scope(_classes(layer)):
         for e in range(number):
             own = with_seeds(config, e)
             own["config"]["name"] = f"expert_{e}"
-            # For the paths of what a model makes at once.
+            # For the paths of variables that a model makes in its constructor.
             with keras.name_scope(scope), keras.name_scope(f"expert_{e}"):
                 copies.append(keras.saving.deserialize_keras_object(own))
     return copies
@@ -37,7 +37,7 @@ def _classes(layer):
 
 
 def build(layer, rows_shape, dtype):
-    """Builds the layer as a call with such rows would."""
+    """Builds the layer as a call with rows of this shape would."""
     if layer.built:
         return
     if type(layer).build is keras.layers.Layer.build:
@@ -47,7 +47,7 @@ def build(layer, rows_shape, dtype):
 
 
 def output_shape(layer, rows_shape, dtype):
-    """Shape of what the layer makes of rows."""
+    """Output shape of the layer for rows of a shape."""
     output = layer.compute_output_spec(keras.KerasTensor(rows_shape, dtype))
     if not isinstance(output, keras.KerasTensor):
         raise ValueError(
@@ -68,7 +68,7 @@ def takes(layer, argument):
 
 
 def state(layer):
-    """Variables that a call in training may change, seeds excepted."""
+    """Variables, except seeds, that a call in training may change."""
     if not layer.trainable:
         return []
     return [
@@ -79,11 +79,11 @@ def state(layer):
 
 
 def hands_on_mask(layer):
-    """Whether a mask given to the layer reaches wherever it keeps state."""
+    """Whether a mask given to the layer reaches all its state."""
     if not isinstance(layer, keras.Model):
         return takes(layer, "mask")
     if not isinstance(layer, keras.Sequential):
-        # One made of tensors takes a mask whatever becomes of it.
+        # A functional model takes a mask, but may not pass it on.
         return not hasattr(layer, "operations") and takes(layer, "mask")
     mask = True
     for part in layer.layers:
@@ -97,7 +97,7 @@ def hands_on_mask(layer):
 
 
 def with_activity_regularizer(layer):
-    """The layer and the layers of a model in it that have one."""
+    """The layer and its inner layers that have an activity regularizer."""
     found = [layer] if layer.activity_regularizer is not None else []
     for part in getattr(layer, "layers", ()):
         found += with_activity_regularizer(part)

@@ -1,9 +1,9 @@
 """Initializers, regularizers and constraints for banks of expert weights.
 
 A bank holds the weights of all experts in one variable, `(E, ...)`. Keras would
-take its first axis for a part of the kernel: fans would be too large by a
-factor of `E`, norms would run over several experts, and two draws of one
-seeded initializer would be equal.
+treat its first axis as part of the kernel: fans would be too large by a factor
+of `E`, norms would run over several experts, and two draws of one seeded
+initializer would be equal.
 """
 
 import keras
@@ -12,7 +12,7 @@ from keras import ops
 
 
 class PerExpertInitializer(keras.initializers.Initializer):
-    """Draws each expert's weights on their own, from a seed of their own."""
+    """Draws each expert's weights separately, with a different seed."""
 
     def __init__(self, initializer, stream):
         self.initializer = initializer
@@ -27,7 +27,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
     def _draws(self, num_experts):
         seed = getattr(self.initializer, "seed", None)
         if not isinstance(seed, int):
-            # Without a seed, or with a generator that advances by itself.
+            # No seed, or a generator that gives new draws by itself.
             return [self.initializer] * num_experts
         config = self.initializer.get_config()
         if "seed" not in config:
@@ -43,7 +43,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
 
 class PerExpertRegularizer(keras.regularizers.Regularizer):
-    """A regularizer's value for each expert, summed, plus another's for all."""
+    """The sum of a regularizer over the experts, plus one of the bank."""
 
     def __init__(self, regularizer, of_bank=None):
         self.regularizer = regularizer
@@ -57,7 +57,7 @@ class PerExpertRegularizer(keras.regularizers.Regularizer):
 
 
 class PerExpertConstraint(keras.constraints.Constraint):
-    """Constrains each expert's weights on their own."""
+    """Constrains each expert's weights separately."""
 
     def __init__(self, constraint):
         self.constraint = constraint

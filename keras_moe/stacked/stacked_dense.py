@@ -21,19 +21,19 @@ class StackedDense(keras.layers.Layer):
     y[:, n] = dropout(activation(normalization(x[:, n] @ kernel[n] + bias[n])))
     ```
 
-    It is what a list of `num_networks` dense layers computes, with one variable
-    for all their kernels: it compiles and trains faster, and each network is
-    initialised, normalized and regularized on its own.
+    It computes the same as a list of `num_networks` dense layers, with one
+    variable for all kernels, which compiles and trains faster. Each network is
+    initialized, normalized and regularized separately.
 
     Args:
         num_networks: int. Number of dense layers.
-        units: int. Width of the output of each.
+        units: int. Output width of each layer.
         activation: Any Keras activation. Defaults to `None`.
         use_bias: bool. Defaults to `True`.
-        normalization: `None`, `"batch"` or `"layer"`: of each network's output
-            on its own, with a scale and an offset. Batch normalization runs
-            over the examples, layer normalization over the `units`. Defaults
-            to `None`.
+        normalization: `None`, `"batch"` or `"layer"`, applied to each network's
+            output separately, with a scale and an offset. Batch
+            normalization runs over the examples, layer normalization over the
+            `units`. Defaults to `None`.
         normalization_epsilon: float. Added to the variances. Defaults to
             `1e-3`.
         normalization_place: `"before_activation"` or `"after_activation"`.
@@ -42,7 +42,7 @@ class StackedDense(keras.layers.Layer):
             Defaults to `0.0`.
         seed: int, or `None`. Seed of the dropout. Defaults to `None`.
         kernel_initializer: Initializer of each network's kernel. A seeded one
-            gives each network another draw. Defaults to `"glorot_uniform"`.
+            draws differently for each network. Defaults to `"glorot_uniform"`.
         bias_initializer: Initializer of the biases. Defaults to `"zeros"`.
         kernel_regularizer: Regularizer of each network's kernel; the values are
             summed. Defaults to `None`.
@@ -50,8 +50,8 @@ class StackedDense(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, dim)`, read by all networks, or
-            `(batch, slots, dim)`. `slots` is a divisor of `num_networks`, and
-            `num_networks / slots` networks in a row read the same slot.
+            `(batch, slots, dim)`. `slots` divides `num_networks`, and
+            `num_networks / slots` consecutive networks read the same slot.
         training: bool. Whether to apply dropout, and to normalize by the batch.
 
     Input shape:
@@ -62,7 +62,7 @@ class StackedDense(keras.layers.Layer):
 
     Weights:
         `kernel` `(num_networks, dim, units)`, `bias` `(num_networks, units)`;
-        with a normalization its own.
+        with a normalization, also its weights.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the inputs.
@@ -125,7 +125,7 @@ class StackedDense(keras.layers.Layer):
         if self.normalization == "batch":
             return keras.layers.BatchNormalization(**kwargs)
         if self.normalization == "layer":
-            # Its scale and offset would be the same for all networks.
+            # Its scale and offset would be shared by all networks.
             return keras.layers.LayerNormalization(
                 center=False, scale=False, **kwargs
             )

@@ -20,8 +20,7 @@ class StackedMLP(keras.layers.Layer):
     y[:, n] = output dense[n](h[:, n])                  with `output_units`
     ```
 
-    The experts of a `MultiGateMoE` are such networks, and the towers of several
-    tasks can be.
+    It makes the experts of a `MultiGateMoE`, or the towers of several tasks.
 
     Args:
         num_networks: int. Number of networks.
@@ -29,20 +28,21 @@ class StackedMLP(keras.layers.Layer):
             be empty with `output_units`.
         output_units: int, or `None`. Width of one more layer, without
             activation, normalization and dropout. Defaults to `None`.
-        activation: Any Keras activation, of all layers but that one. Defaults
-            to `"relu"`.
+        activation: Any Keras activation, for all layers but the output layer.
+            Defaults to `"relu"`.
         use_bias: bool. Whether these layers have a bias. Defaults to `True`.
-        output_use_bias: bool. The same of the output layer. Defaults to `True`.
+        output_use_bias: bool. Whether the output layer has a bias. Defaults to
+            `True`.
         normalization, normalization_epsilon, normalization_place, dropout,
             seed, kernel_initializer, bias_initializer, kernel_regularizer: As
-            for `keras_moe.layers.StackedDense`. From a seed each layer gets
-            its own.
+            for `keras_moe.layers.StackedDense`. Each layer gets a
+            different seed.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, dim)`, read by all networks, or
-            `(batch, slots, dim)`, where `num_networks / slots` networks in a
-            row read the same slot.
+            `(batch, slots, dim)`, where `num_networks / slots` consecutive
+            networks read the same slot.
         training: bool. Whether to apply dropout, and to normalize by the batch.
 
     Input shape:
@@ -52,7 +52,7 @@ class StackedMLP(keras.layers.Layer):
         `(batch, num_networks, width of the last layer)`
 
     Weights:
-        Those of a `StackedDense` for each layer; `layers` lists them.
+        The weights of each `StackedDense` in `layers`.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the inputs.

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 def sum_dtype(dtype):
-    """In which numbers of the dtype are added up."""
+    """The dtype for sums of numbers of a dtype."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
@@ -60,7 +60,7 @@ class FeedForward:
         dtype, wide = x.dtype, row_weights.dtype
 
         def clean(rows):
-            # Zero times an infinity must not get anywhere.
+            # Zero times infinity would be NaN.
             if own is None:
                 return rows
             return tf.where(own[..., None], rows, tf.zeros_like(rows))

@@ -71,7 +71,7 @@ def _row_blocks(
         def step(i, d_tokens, d_row_weights, *d_weights):
             group, rows = blocks.locate(i)
             expert = _expert(experts, group)
-            # Computed anew: there is no room for rows nobody may have.
+            # Computed again: no space is kept for rows that may not exist.
             products = expert.products(rows.take_tokens(tokens))
             d_x, d_row_weight, d_weight = of_rows(rows, expert, products)
             both = zip(d_weights, d_weight, strict=True)
@@ -105,7 +105,7 @@ def _add(x, indices, updates):
 
 
 def _at_least_one(x):
-    """With a row of zeros if there is none: XLA cannot gather from nothing."""
+    """Adds a row of zeros if there are none: XLA cannot gather from nothing."""
     missing = tf.cast(tf.equal(tf.shape(x)[0], 0), tf.int32)
     return tf.pad(x, [[0, missing]] + [[0, 0]] * (x.shape.rank - 1))
 

@@ -22,7 +22,7 @@ def expert_loop(
     num_rows = tf.size(choices)
     groups = Groups(group_sizes, num_rows)
     num_tokens = tf.shape(tokens)[0]
-    # No token is no reason for a division by zero.
+    # Without tokens this would be a division by zero.
     top_k = num_rows // tf.maximum(num_tokens, 1)
     token_of_row = choices % tf.maximum(num_tokens, 1)
     row_of_choice = tf.math.invert_permutation(choices)
@@ -55,7 +55,7 @@ def expert_loop(
 
         graph, in_one_piece = _graph(), None
         if graph is not None:
-            # Where nobody asks for them, they are never computed.
+            # Never computed if they are not needed.
             in_one_piece = [groups.concat(array) for array in saved]
 
         def backward(d_out):

@@ -27,12 +27,12 @@ class Batch(NamedTuple):
         return rows.reshape(*self.shape, rows.shape[-1])
 
     def pick(self, bank):
-        """Of weights of all experts, or `None`, those of these experts."""
+        """The part of a weight for these experts; `None` stays `None`."""
         return None if bank is None else bank[self.experts]
 
 
 class Layout(NamedTuple):
-    """Where the rows lie: those of an expert, and then free places if any.
+    """Where the rows lie: the rows of each expert, then any free places.
 
     Fields:
         batches: list of `Batch`.
@@ -43,8 +43,8 @@ class Layout(NamedTuple):
             expert, so that no NaN reaches an expert that had not seen it.
         taken: `(places,)` float32. 1, and 0 for free places.
         token_of_place: `(places,)`.
-        places_of_token: `(T, K)`. The number of places where nobody carries
-            out the choice.
+        places_of_token: `(T, K)`. The number of places if no row is for the
+            choice.
     """
 
     batches: list
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
         """`(places + 1, D) -> (T, D)`, added up in float32 at least."""
         if not self.places_of_token.numel():
             return rows.new_zeros(len(self.places_of_token), rows.shape[1])
-        rows[-1] = 0  # of choices that nobody carries out
+        rows[-1] = 0  # for choices without a row
         return torch.nn.functional.embedding_bag(
             self.places_of_token, rows, mode="sum"
         )

@@ -1,7 +1,7 @@
 """The kernels in plain PyTorch, to be exported or differentiated twice.
 
-The fast kernels lay rows out in NumPy, or slice where the data say. An exported
-program knows no data. Here the rows of each expert are picked out by their
+The fast kernels lay out rows in NumPy, or slice by data. An exported program
+has no data yet. Here the rows of each expert are picked out by their
 index, and those alone are computed: the number of products is the same, but
 each expert costs some ten small operations, with rows or without. All
 operations are PyTorch's own, so that whoever loads an exported program does

@@ -5,7 +5,7 @@ from keras_moe.recommendation.layers.aitm_transfer import AITMTransfer
 from keras_moe.recommendation.models.model_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.tasks.heads import AITMHeads
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -65,7 +65,7 @@ class AITM(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         if len(tasks) < 2:
             raise ValueError(
                 "`tasks` must be at least two, of which each follows the one "

@@ -14,7 +14,7 @@ from keras_moe.recommendation.models.gated_levels import GatedLevels
 from keras_moe.recommendation.models.gated_levels import split_level_arguments
 from keras_moe.recommendation.models.model_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 # What the model sets of the `MoE` layer.
 _STRUCTURE = (
@@ -99,7 +99,7 @@ class DLRMMoE(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         check_one_of("interaction", interaction, ("dot", "cross"))
         if cross_options and interaction != "cross":
             raise ValueError(

@@ -99,7 +99,7 @@ class GroupedLevels:
         return y
 
 
-def check_groups(groups, tasks):
+def as_groups(groups, tasks):
     """A list of lists of names of tasks."""
     names = [task.name for task in tasks]
     if groups is None:

@@ -2,9 +2,9 @@ import keras
 
 from keras_moe.recommendation.models.gated_levels import split_level_arguments
 from keras_moe.recommendation.models.grouped_levels import GroupedLevels
-from keras_moe.recommendation.models.grouped_levels import check_groups
+from keras_moe.recommendation.models.grouped_levels import as_groups
 from keras_moe.recommendation.models.recommender import Recommender
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -95,8 +95,8 @@ class HoME(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
-        groups = check_groups(groups, tasks)
+        tasks = as_tasks(tasks)
+        groups = as_groups(groups, tasks)
         fixed = ("visibility", "shared_sees", "expert_slots", "gate_input")
         options, kwargs = split_level_arguments(kwargs, fixed)
         options["feature_gate_rank"] = feature_gate_rank

@@ -2,7 +2,7 @@ import keras
 
 from keras_moe.recommendation.models.domain_experts import DomainExperts
 from keras_moe.recommendation.models.recommender import Recommender
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -95,7 +95,7 @@ class M3oE(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         arguments = {
             "num_experts": num_experts,
             "star_units": star_units,

@@ -3,7 +3,7 @@
 import inspect
 
 from keras_moe.recommendation.tasks.task_spec import TaskSpec
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 def split_arguments(layer_class, kwargs, fixed, flat=()):
@@ -31,11 +31,11 @@ def split_arguments(layer_class, kwargs, fixed, flat=()):
 
 
 def without_towers(tasks):
-    """`check_tasks`, where a name stands for a binary task without a tower.
+    """`as_tasks`, where a name stands for a binary task without a tower.
 
     For models whose trunk ends in the towers of the tasks.
     """
-    return check_tasks(
+    return as_tasks(
         [
             TaskSpec(task, tower_units=()) if isinstance(task, str) else task
             for task in ([tasks] if _is_one(tasks) else tasks)
@@ -44,11 +44,11 @@ def without_towers(tasks):
 
 
 def in_a_chain(tasks):
-    """`check_tasks`, where names alone are a chain of sample spaces."""
+    """`as_tasks`, where names alone are a chain of sample spaces."""
     if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
-        return check_tasks(tasks)
+        return as_tasks(tasks)
     spaces = [None, *tasks]
-    return check_tasks(
+    return as_tasks(
         [
             TaskSpec(name, sample_space=space)
             for name, space in zip(tasks, spaces, strict=False)

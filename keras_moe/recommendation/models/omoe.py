@@ -5,7 +5,7 @@ from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.models.gated_levels import OneGate
 from keras_moe.recommendation.models.gated_levels import split_level_arguments
 from keras_moe.recommendation.models.recommender import Recommender
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -64,7 +64,7 @@ class OMoE(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         check_int("num_experts", num_experts, 1)
         options, kwargs = split_level_arguments(kwargs)
         level = MultiGateMoE(

@@ -152,15 +152,13 @@ class PEPNetTrunk:
         self.epnet = epnet
         self.ppnet = ppnet
         self.domain = domain
-        self.prior_features = check_names("prior_features", prior_features)
+        self.prior_features = as_names("prior_features", prior_features)
         self.num_domains = num_domains
         self.main_features = main_features
 
     def __call__(self, x, inputs, vectors):
         if self.main_features is not None:
-            x = joined(
-                vectors, check_names("main_features", self.main_features)
-            )
+            x = joined(vectors, as_names("main_features", self.main_features))
         if self.domain:
             known = known_of(
                 self.domain, inputs, self.embedding, vectors, self.num_domains
@@ -169,7 +167,7 @@ class PEPNetTrunk:
         return self.ppnet(x, joined(vectors, self.prior_features))
 
 
-def check_names(argument, names):
+def as_names(argument, names):
     """A list of names, from one or several."""
     given = [names] if isinstance(names, str) else names
     if not isinstance(given, (list, tuple)) or not given:

@@ -4,7 +4,7 @@ from keras_moe.recommendation.models.gated_levels import GatedLevels
 from keras_moe.recommendation.models.gated_levels import make_levels
 from keras_moe.recommendation.models.gated_levels import split_level_arguments
 from keras_moe.recommendation.models.recommender import Recommender
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -72,7 +72,7 @@ class PLE(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         options, kwargs = split_level_arguments(kwargs)
         structure = {
             "num_levels": num_levels,

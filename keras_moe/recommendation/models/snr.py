@@ -6,7 +6,7 @@ from keras_moe.recommendation.layers.sub_network_routing import (
 from keras_moe.recommendation.models.model_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.models.routed_levels import RoutedLevels
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -84,7 +84,7 @@ class SNR(Recommender):
         inputs=None,
         **kwargs,
     ):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         fixed = ("num_outputs", "units")
         options, kwargs = split_arguments(SubNetworkRouting, kwargs, fixed)
         structure = {

@@ -4,7 +4,7 @@ import keras
 
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
 from keras_moe.recommendation.tasks import heads as heads_lib
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 
 def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
@@ -35,7 +35,7 @@ def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
         ["click", "like"], embedding, keras.layers.Dense(64, "relu")))
     ```
     """
-    tasks = check_tasks(tasks)
+    tasks = as_tasks(tasks)
     make_outputs = heads_lib.get(heads)
     inputs, embedded = _embedded(embedding, inputs)
     names = {t.name for t in tasks} & set(

@@ -11,7 +11,7 @@ from keras_moe.recommendation.tasks.arguments import check_graph
 from keras_moe.recommendation.tasks.arguments import labels_by_task
 from keras_moe.recommendation.tasks.arguments import masked_metrics
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 from keras_moe.recommendation.tasks.task_training import TaskTraining
 from keras_moe.recommendation.tasks.task_training import with_end_of_epoch
 from keras_moe.recommendation.tasks.weighting import (
@@ -88,7 +88,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
     """
 
     def __init__(self, inputs, outputs, tasks, entire_space=False, **kwargs):
-        tasks = check_tasks(tasks)
+        tasks = as_tasks(tasks)
         check_graph(inputs, outputs, tasks)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.tasks = tasks
@@ -259,7 +259,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
             return cls(**config)
         config = dict(config)
         graph = keras.Model.from_config(config.pop("graph"), custom_objects)
-        tasks = check_tasks(config.pop("tasks"))
+        tasks = as_tasks(config.pop("tasks"))
         inputs = {tensor.name: tensor for tensor in graph.inputs}
         if config.pop("single_input"):
             inputs = graph.inputs[0]

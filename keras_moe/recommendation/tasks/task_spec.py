@@ -158,7 +158,7 @@ class TaskSpec:
         return f"TaskSpec({self.name!r}, type={self.type!r})"
 
 
-def check_tasks(tasks):
+def as_tasks(tasks):
     """A tuple of `TaskSpec`s, from them, their configs or their names.
 
     Raises:

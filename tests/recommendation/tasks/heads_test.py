@@ -6,7 +6,7 @@ from keras_moe import models
 from keras_moe.recommendation.tasks.assemble import assemble
 from keras_moe.recommendation.tasks.heads import AITMHeads
 from keras_moe.recommendation.tasks.heads import split_tasks
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 from tests.recommendation.tasks.multi_task_model_test import make_data
 from tests.recommendation.tasks.multi_task_model_test import make_model
 from tests.test_case import TestCase
@@ -126,7 +126,7 @@ class HeadsTest(TestCase):
             make_model(uneven, heads="aitm")
 
     def test_split_tasks(self):
-        tasks = check_tasks(["a", "b", "c"])
+        tasks = as_tasks(["a", "b", "c"])
         stacked = keras.KerasTensor((None, 3, 5))
         self.assertEqual(
             [tuple(x.shape) for x in split_tasks(stacked, tasks)],

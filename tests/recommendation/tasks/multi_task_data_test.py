@@ -8,7 +8,7 @@ from keras_moe import callbacks
 from keras_moe import metrics
 from keras_moe import models
 from keras_moe.recommendation.tasks import labels
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 from tests.recommendation.tasks.multi_task_model_test import make_data
 from tests.recommendation.tasks.multi_task_model_test import make_model
 from tests.test_case import TestCase
@@ -253,7 +253,7 @@ class MultiTaskDataTest(TestCase):
     def test_unknown_task_of_sample_weights(self):
         weights = {"clik": np.ones(3)}
         with self.assertRaisesRegex(ValueError, r"Received: \['clik'\]"):
-            labels.weights_of(check_tasks(["click", "buy"]), weights)
+            labels.weights_of(as_tasks(["click", "buy"]), weights)
 
     def test_entire_space(self):
         # Of who did not click, no purchase is known; none can have happened.
@@ -326,7 +326,7 @@ class MultiTaskDataTest(TestCase):
     def test_what_is_no_sequence(self):
         for make, message in (
             (lambda: models.TaskSpec("a", class_weights=3.0), "class_weights"),
-            (lambda: check_tasks(None), "tasks"),
+            (lambda: as_tasks(None), "tasks"),
             (lambda: callbacks.CombineLogs("val_auc"), "weights"),
         ):
             with self.assertRaisesRegex(ValueError, f"`{message}` must be a"):

@@ -4,7 +4,7 @@ from absl.testing import parameterized
 
 from keras_moe import models
 from keras_moe.recommendation.tasks import labels
-from keras_moe.recommendation.tasks.task_spec import check_tasks
+from keras_moe.recommendation.tasks.task_spec import as_tasks
 from tests.test_case import TestCase
 
 NAN = np.nan
@@ -57,9 +57,9 @@ class TaskSpecTest(TestCase):
             models.TaskSpec(**{"name": "a", **kwargs})
 
     def test_check_tasks(self):
-        tasks = check_tasks(["a", models.TaskSpec("b", sample_space="a")])
+        tasks = as_tasks(["a", models.TaskSpec("b", sample_space="a")])
         self.assertEqual([t.name for t in tasks], ["a", "b"])
-        self.assertEqual(check_tasks("a")[0].type, "binary")
+        self.assertEqual(as_tasks("a")[0].type, "binary")
         spec = models.TaskSpec
         for given, message in (
             ([], "at least one"),
@@ -77,10 +77,10 @@ class TaskSpecTest(TestCase):
             ),
         ):
             with self.assertRaisesRegex(ValueError, message):
-                check_tasks(given)
+                as_tasks(given)
 
     def test_labels_and_sample_spaces(self):
-        tasks = check_tasks(
+        tasks = as_tasks(
             [
                 "click",
                 models.TaskSpec("cart", sample_space="click"),
@@ -104,7 +104,7 @@ class TaskSpecTest(TestCase):
         np.testing.assert_array_equal(found["buy"], [1, 0, 1, 0, 1, NAN])
 
     def test_wrong_labels(self):
-        tasks = check_tasks(["a", "b"])
+        tasks = as_tasks(["a", "b"])
         one = np.ones(3, "float32")
         for y, message in (
             (None, "Missing: \\['a', 'b'\\]"),
@@ -113,7 +113,7 @@ class TaskSpecTest(TestCase):
         ):
             with self.assertRaisesRegex(ValueError, message):
                 labels.labels_of(tasks, y)
-        tasks = check_tasks(
+        tasks = as_tasks(
             [
                 models.TaskSpec("b"),
                 models.TaskSpec("r", "regression"),
