@@ -70,9 +70,15 @@ def check_routing(routing, num_tokens, router):
     shapes = [
         tuple(x.shape) for x in (routing.expert_indices, routing.expert_weights)
     ]
-    sizes = {shape[0] for shape in shapes} | {num_tokens}
-    known = {size for size in sizes if isinstance(size, int)}
-    if len(known) > 1 or shapes[0][-1] != shapes[1][-1]:
+    # Symbolic sizes are not ints.
+    known = [
+        size
+        for size in (num_tokens, shapes[0][0], shapes[1][0])
+        if isinstance(size, int)
+    ]
+    if any(size != known[0] for size in known) or (
+        shapes[0][-1] != shapes[1][-1]
+    ):
         raise ValueError(
             "`router` must return `expert_indices` and `expert_weights` of the "
             f"shape (T, K) for T tokens. Received: T={num_tokens}, "
