@@ -30,6 +30,13 @@ def run(example, *arguments):
     )
 
 
+def on(backend):
+    """Runs a test on one backend: the models are tested on all three."""
+    return unittest.skipUnless(
+        keras.config.backend() == backend, f"It runs on {backend}."
+    )
+
+
 @pytest.mark.large
 class ExamplesTest(unittest.TestCase):
     def setUp(self):
@@ -83,6 +90,7 @@ class ExamplesTest(unittest.TestCase):
         self.assertLessEqual(summary["reloaded_max_difference"], 1e-6)
         return done.stdout, summary
 
+    @on("torch")
     def test_census(self):
         data = self.folder / "census"
         data.write_text("\n".join(example_files.census_lines(300)) + "\n")
@@ -102,6 +110,7 @@ class ExamplesTest(unittest.TestCase):
             summary["gates"]["PLE, level 2"]["income"][4:8], [0] * 4
         )
 
+    @on("tensorflow")
     def test_movielens(self):
         data = self.folder / "ml-1m"
         example_files.write_1m(data)
@@ -114,6 +123,7 @@ class ExamplesTest(unittest.TestCase):
         self.assertEqual(rows, len(example_files.RATINGS))
         self.assertIn("stars RMSE", out)
 
+    @on("torch")
     def test_synthetic_relatedness(self):
         out, summary = self.run_recommendation(
             "synthetic_relatedness",
@@ -128,6 +138,7 @@ class ExamplesTest(unittest.TestCase):
         counts = summary["parameters"].values()
         self.assertLess(max(counts) / min(counts), 1.06)
 
+    @on("jax")
     def test_two_stage(self):
         out, summary = self.run_recommendation(
             "two_stage",

@@ -48,7 +48,13 @@ def make_model(tasks=ALL_TYPES, heads="towers", trunk=None, **kwargs):
     }
     trunk = trunk or keras.layers.Dense(8, "relu", name="trunk")
     parts = assemble(tasks, lambda x: x, trunk, heads, inputs=inputs)
-    return models.MultiTaskModel(**parts, **kwargs)
+    return without_xla(models.MultiTaskModel(**parts, **kwargs))
+
+
+def without_xla(model):
+    """TensorFlow compiles most of the time; gated_models_test.py has XLA."""
+    model.supports_jit = keras.config.backend() != "tensorflow"
+    return model
 
 
 def linear_model(tasks):
@@ -61,7 +67,7 @@ def linear_model(tasks):
     )
     x = dense(len(tasks), name="shared")(dense(4, name="mixed")(inputs["a"]))
     outputs = {t.name: x[:, i : i + 1] for i, t in enumerate(tasks)}
-    return models.MultiTaskModel(inputs, outputs, tasks)
+    return without_xla(models.MultiTaskModel(inputs, outputs, tasks))
 
 
 def values_of(model):
