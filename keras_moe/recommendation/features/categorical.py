@@ -21,17 +21,17 @@ class Categorical(Feature):
     `-2`, or any other number of int32, for an unknown one. Each of these has a
     vector of its own in the table: missing in row `0`, unknown in row `1`, and
     the id `i` in row `i + 2`. So an id out of range means "unknown" where
-    nobody looks (`tf.data`, generators, compiled steps); in NumPy arrays given
-    to `fit`, `evaluate`, `predict` or `encode` it is an error. What is beyond
-    int32 is cut to it by the frameworks: hash such ids first.
+    values are not checked (`tf.data`, generators, compiled steps); in NumPy
+    arrays given to `fit`, `evaluate`, `predict` or `encode` it is an error.
+    What is beyond int32 is cut to it by the frameworks: hash such ids first.
 
     With a `vocabulary`, `encode` makes ids of strings or other values: the
     position in it, `-2` for what is not in it. That is done with the data, in
     NumPy: no string enters the model.
 
     With `num_hash_buckets`, `encode` gives each value an id by hashing it,
-    without a list of values: for very many values, or such as nobody has seen
-    yet. No value is then unknown, and some share an id. Values have the same
+    without a list of values: for very many values, or values not seen yet. No
+    value is then unknown, and some share an id. Values have the same
     ids in every process; `3` and `3.0` are one value, `"3"` is another.
 
     The vectors of missing and unknown values are learned like others: from

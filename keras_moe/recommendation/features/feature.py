@@ -8,8 +8,8 @@ class Feature:
     """Base class of the features of a `FeatureEmbedding`.
 
     A feature is a description. It says what the model takes (`input_shape`,
-    `input_dtype`), makes that of raw columns (`encode`), learns what it lacks
-    from data (`statistics`, `adapt`), and makes a vector of it (`embed`).
+    `input_dtype`), makes its inputs of raw columns (`encode`), learns what it
+    lacks from data (`statistics`, `adapt`), and makes a vector of it (`embed`).
 
     Args:
         name: str. Name of the feature: of its column and of the model's input.
@@ -66,7 +66,7 @@ class Feature:
 
         Args:
             dtype: str.
-            unseen: bool. Whether nobody will look at the values themselves.
+            unseen: bool. Whether the values themselves stay unchecked.
         """
         if not dtype.startswith(NUMBERS):
             raise ValueError(

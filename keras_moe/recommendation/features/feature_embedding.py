@@ -29,8 +29,8 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
 
     Small tables of one width (up to 1024 rows) are rows of one variable, which
     is faster to read, to update and to compile than dozens; unless the
-    initializer or the regularizer would notice. `vectors` gives those of one
-    table.
+    initializer or the regularizer would notice. `vectors` gives the vectors of
+    one table.
 
     Args:
         features: List of features. What they lack, `embedding_dim` too, is
@@ -129,7 +129,7 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         """The vectors of a table, as they are now.
 
         Args:
-            table: str. Its name: that of its feature, where none was given.
+            table: str. Its name, by default the name of its feature.
 
         Returns:
             NumPy array `(num_ids + 2, embedding_dim)`: of missing values, of

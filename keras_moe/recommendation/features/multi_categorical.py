@@ -18,8 +18,8 @@ class MultiCategorical(Categorical):
     """Several of many values: the genres of a film, the words of a title.
 
     The model takes ids as `Categorical` does, in lists padded to one length.
-    The vector is the mean (or another `combiner`) of those of the entries that
-    are not padding: neither `mask_id` nor `-1`. An empty list gives zeros.
+    The vector is the mean (or another `combiner`) of the vectors of its entries,
+    padding (`mask_id` and `-1`) left out. An empty list gives zeros.
     Unknown entries count as any other.
 
     `encode` takes lists of values, or strings with a `separator`, or arrays

@@ -24,7 +24,7 @@ class MultiGateMoE(keras.layers.Layer):
 
     The units are the tasks, and one more for the experts they share. Each task
     may have experts of its own, and sees these and the shared ones, or all, or
-    those of a matrix. The published models are settings of this layer:
+    what a matrix says. The published models are settings of this layer:
 
     | model | settings |
     |---|---|
@@ -70,10 +70,10 @@ class MultiGateMoE(keras.layers.Layer):
         output_shared: bool. Whether the shared unit has a gate too, and thus an
             output, for the next level. Defaults to `False`.
         expert_slots: List of ints. The input slot that each expert reads.
-            Defaults to `None`, that of its unit.
+            Defaults to `None`, its unit's slot.
         experts: A `keras_moe.layers.StackedMLP`, or another layer with an
             attribute `num_networks`; or a layer `(batch, dim) -> (batch,
-            width)` to copy for each expert, or a list of such. Defaults to
+            width)` to copy for each expert, or a list of layers. Defaults to
             `None`: what the flat arguments describe.
         gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the same.
         feature_gate_rank: int, or `None`. With it, each expert reads
@@ -93,7 +93,7 @@ class MultiGateMoE(keras.layers.Layer):
             of a self residual. Defaults to `None`.
         kernel_initializer: Initializer of experts that flat arguments describe
             and of the gates on features. Defaults to `"glorot_uniform"`.
-        **kwargs: The other flat arguments, and those of `keras.layers.Layer`.
+        **kwargs: The other flat arguments, and arguments of a Keras layer.
 
     Call arguments:
         inputs: Tensor `(batch, dim)`, read by all, or `(batch, slots, dim)`
@@ -231,7 +231,7 @@ class MultiGateMoE(keras.layers.Layer):
         """The weights of the gates in inference, `(batch, gates, experts)`.
 
         They are zero where a gate does not see an expert, and without what
-        `self_residual` adds. The arguments are those of a call.
+        `self_residual` adds. Called with a call's inputs.
         """
         inputs = ops.convert_to_tensor(inputs)
         if not self.built:

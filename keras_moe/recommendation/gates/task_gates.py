@@ -55,8 +55,8 @@ class TaskGates(keras.layers.Layer):
             `1.0`, `0.0` and `1.0`.
         temperature: float. Divides the logits. Defaults to `1.0`.
         dropout: float. Rate at which weights are dropped in training. The
-            others are scaled to the same sum or, as those of a Keras activation
-            may be negative, by `1 / (1 - rate)`. Defaults to `0.0`.
+            others are scaled to the same sum or, as a Keras activation may give
+            negative ones, by `1 / (1 - rate)`. Defaults to `0.0`.
         seed: int, or `None`. Seed of the dropout, and of the initial values of
             `"dselect_k"`. Defaults to `None`.
         kernel_initializer, kernel_regularizer: Of the kernels of each gate.

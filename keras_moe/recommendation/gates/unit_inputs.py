@@ -32,7 +32,7 @@ class UnitInputs:
         self.num_gates = units.num_gates
         self.adds_shared = gate_input == "slot_plus_shared"
         self.slots = units.owners.tolist()
-        # Whether the slots are those of the units, and how many there are.
+        # Whether there is a slot for each unit, and how many there are.
         reads_shared = units.num_shared_experts > 0 or units.output_shared
         self._num_slots = units.num_tasks + int(
             reads_shared or self.adds_shared

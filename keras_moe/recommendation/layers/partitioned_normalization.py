@@ -16,7 +16,7 @@ class PartitionedNormalization(keras.layers.Layer):
     y = gamma * domain_gamma[d] * z + beta + domain_beta[d]
     ```
 
-    for an example of domain `d`. In training `mean` and `variance` are those of
+    for an example of domain `d`. In training `mean` and `variance` come from
     the batch's examples of that domain, and move the averages that inference
     uses, the variance times `n / (n - 1)`. Fewer than two examples have no
     variance: their domain keeps its averages, and a single one is normalized

@@ -36,7 +36,7 @@ class PPNet(keras.layers.Layer):
         gate_units: int, or `None` for the width of what is gated. Width of the
             gates' hidden layers. Defaults to `None`.
         gate_place: `"output"`: what a layer gives is multiplied, as above.
-            `"input"`: what it reads, and that of the output layer too. Defaults
+            `"input"`: what it reads, and what the output layer reads. Defaults
             to `"output"`.
         gate_reads: `"prior_and_inputs"`, as above, or `"prior"` alone. Defaults
             to `"prior_and_inputs"`.

@@ -36,7 +36,7 @@ class SubNetworkRouting(keras.layers.Layer):
         low, high: floats. Default to `-0.1` and `1.1`.
         l0_weight: float. Defaults to `0.0`.
         stochastic: bool. Whether codes are drawn in training. If not, they are
-            those of inference. Defaults to `True`.
+            the same as in inference. Defaults to `True`.
         alpha_initializer: Initializer of `log_alpha`. Defaults to `"zeros"`:
             each connection is off, on and in between by chance.
         kernel_initializer: Initializer of each kernel. Defaults to

@@ -7,7 +7,7 @@ from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
 @keras.saving.register_keras_serializable("keras_moe")
 class NormalizedEntropy(keras.metrics.Metric):
-    """Log loss, as a multiple of that of always predicting the mean.
+    """Log loss, divided by the log loss of always predicting the mean.
 
     ```
     rate    = mean label

@@ -59,8 +59,8 @@ class DLRMMoE(Recommender):
         cross_options: Dict of arguments of `keras_moe.layers.CrossNetMix`.
             Defaults to `None`, its defaults.
         numeric_features: Sequence of names of features. Defaults to `None`, all
-            those of a `FeatureEmbedding` that have no table (`Numeric` and
-            `Embedded`), and of another embedding none.
+            features of a `FeatureEmbedding` without a table (`Numeric` and
+            `Embedded`), and none of another embedding.
         heads: As in `keras_moe.models.MMoE`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, or with

@@ -77,7 +77,7 @@ class GroupedLevels:
         )
 
     def _visibility(self, slots, of_tasks):
-        """`(T, E)`: its own, those of its group and the shared ones."""
+        """`(T, E)`: its own experts, its group's and the shared ones."""
         own = np.repeat(np.arange(len(of_tasks)), of_tasks)
         slots, above = np.array(slots), np.zeros(len(slots), "bool")
         above[len(own) :] = True

@@ -21,7 +21,7 @@ class HoME(Recommender):
     where `gate` is a softmax over all experts that unit `u` sees, and `self`
     one over its own (a sigmoid, if it has one). In the first level a group sees
     its own experts and the shared ones, "shared" sees all. In the second a task
-    sees its own, those of its group and the shared ones. What an expert reads,
+    sees its own experts, its group's and the shared ones. What an expert reads,
     `r`, is `x` in the first level. In the second it is `z` of the group for the
     experts of the group and of its tasks, and `z["shared"]` for the shared
     ones; the gates of a task read both of these side by side.

@@ -42,8 +42,8 @@ class M3oE(Recommender):
             `Categorical`. Defaults to `None`.
         num_experts: int. Experts of all domains and tasks. Defaults to `4`.
         star_units: Sequence of at least two ints: the width of `star`, and
-            those of the layers of `star_mlp`; the last is also that of
-            `skip_mlp`. Defaults to `(64, 32)`.
+            the widths of the layers of `star_mlp`; the last is also the width
+            of `skip_mlp`. Defaults to `(64, 32)`.
         expert_units: Sequence of ints. Widths of the layers of each expert, of
             all three kinds. Defaults to `(16,)`.
         normalization: `"layer"`, `"batch"` or `None`, of each of these layers.
@@ -65,7 +65,7 @@ class M3oE(Recommender):
 
     Example:
 
-    `gate_weights` are those of the gate of the task and the example's domain:
+    `gate_weights` belong to the gate of the task and the example's domain:
 
     >>> data = {"city": ["Rome", "Oslo", "Rome"], "age": [31.0, 40.0, 25.0]}
     >>> features = keras_moe.layers.FeatureEmbedding.from_data(data)

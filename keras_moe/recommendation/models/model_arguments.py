@@ -1,4 +1,4 @@
-"""Arguments of a model that are those of a layer of it."""
+"""Arguments of a model that it hands to its layers, and names of tasks."""
 
 import inspect
 

@@ -24,7 +24,7 @@ class PEPNet(Recommender):
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
-            tasks, which then have no hidden layers after those of PPNet.
+            tasks, which then have no hidden layers after PPNet's.
         embedding: A `keras_moe.layers.FeatureEmbedding`, or what else
             `keras_moe.models.MMoE` takes if it gives a dict of vectors.
         domain: Name, or sequence of names, of the features that say what is

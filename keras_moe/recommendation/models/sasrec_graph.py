@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_moe.moe.moe import MoE
 
-# The logit of the padding, which nobody is recommended.
+# The logit of the padding, which is never recommended.
 NEVER = -1e9
 
 

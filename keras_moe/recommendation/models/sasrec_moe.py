@@ -72,7 +72,7 @@ class SASRecMoE(NextItemLoss, keras.Model):
 
     Output shape:
         `(batch, length, num_items + 1)`: the logits of the next item at each
-        position, in float32, that of item 0 at -1e9.
+        position, in float32, with item 0 at -1e9.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together, or ids

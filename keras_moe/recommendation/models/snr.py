@@ -40,7 +40,7 @@ class SNR(Recommender):
             Defaults to `(16,)`.
         routing_units: int, or `None`. Width of what the experts of the next
             level and the towers read (SNR-Trans). `None` for no kernels
-            (SNR-Aver): it is then that of the experts. Defaults to `16`.
+            (SNR-Aver): the width is then the experts'. Defaults to `16`.
         expert_activation: Activation of each layer of the experts. Defaults to
             `"relu"`.
         expert_dropout: float. Dropout after each layer of the experts, in

@@ -12,8 +12,8 @@ from keras_moe.stacked.draws import with_seeds
 class TaskEmbeddings:
     """A copy of an embedding for each task, and it itself, which they share.
 
-    Called with the inputs, it gives a list of tensors `(B, D)`, those of the
-    tasks first.
+    Called with the inputs, it gives a list of tensors `(B, D)`, the tasks'
+    first.
 
     Args:
         embedding: A layer, see `keras_moe.models.STEM`.

@@ -1,4 +1,4 @@
-"""What a `MultiTaskModel` makes of its arguments and of those of `compile`."""
+"""Arguments of a `MultiTaskModel` and of its `compile`, made uniform."""
 
 import keras
 import numpy as np

@@ -18,14 +18,14 @@ class GroupAUC(keras.callbacks.Callback):
         x: Inputs of the model, as NumPy arrays.
         y: Dict of label arrays by task; those in it are evaluated. As in `fit`
             a label may be missing, and one outside the sample space of its task
-            does not count: that of the space must then be in it too.
+            does not count: the space's own label must then be there too.
         groups: Array of group ids, one an example.
         weighting: As in `group_auc`. Defaults to `"size"`.
         batch_size: int. Batch size of `predict`. Defaults to `1024`.
 
     Raises:
-        ValueError: When training begins, if `y` has an entry for what is no
-            task of the model or lacks that of a sample space.
+        ValueError: When training begins, if `y` has an entry that is not a
+            task of the model, or lacks the entry of a sample space.
 
     Example:
 

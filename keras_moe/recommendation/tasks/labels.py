@@ -130,7 +130,7 @@ def task_loss(task, loss, label, y_pred, weight=None):
     loss = sum of weight * class_weight * loss / number of labels
     ```
 
-    It is 0 if there is no label, and NaN if one is none of the task's.
+    It is 0 if there is no label, and NaN if a label is not one of the task's.
     """
     known = ops.logical_not(ops.isnan(label))  # (B,)
     # Not only the loss of a missing label but its gradient too must be no NaN.

@@ -24,7 +24,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
     """A functional model with one prediction for each of several tasks.
 
     A dict of features goes in, a dict of predictions `{task: (B, O)}` comes
-    out, and the loss is made of those of the tasks:
+    out, and the loss combines the losses of the tasks:
 
     ```
     loss[t] = mean over the examples with a label of task t
@@ -42,14 +42,14 @@ class MultiTaskModel(TaskTraining, keras.Model):
     **Sample spaces.** The label of a task with `sample_space` counts only in
     examples whose label of that other task is 1, and what the model predicts is
     conditional on it. With `entire_space=True` (heads that multiply
-    probabilities, as in ESMM) labels count in all examples: where that of the
-    sample space is 0 the label is 0, whatever `y` has there.
+    probabilities, as in ESMM) labels count in all examples: where the label of
+    the sample space is 0 the label is 0, whatever `y` has there.
 
     **Inputs.** Entries of the dict that are no features of the model are
     ignored; features that are not there are an error.
 
     **Several devices.** As in Keras: on JAX with `keras.distribution`, all
-    numbers are those of a single device; under a TensorFlow strategy the loss
+    numbers equal a single device's; under a TensorFlow strategy the loss
     is the mean of the replicas' losses, and only static weighting is possible.
 
     **Logs.** `loss`, `<task>_<metric>` and `<task>_loss`, the mean over all
@@ -72,7 +72,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
         **kwargs: Arguments of `keras.Model`.
 
     Raises:
-        ValueError: If `outputs` are not those of the tasks, or an input is not
+        ValueError: If `outputs` do not belong to the tasks, or an input is not
             known by its name.
 
     Example:
@@ -100,7 +100,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
         self._weightings = []
         self._gram = None
         self._shared_ids = frozenset()
-        # Of an evaluation: its loss is that of all examples, not of batches.
+        # An evaluation's loss is the mean over all examples, not over batches.
         # (No task's metric has such a name.)
         self._added_loss = LabelledMean(name="_added")
         self._is_evaluating = False
@@ -159,7 +159,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
         }
         weighting.set_tasks(self.tasks)
         # The list forgets the variables of an earlier weighting; only an
-        # attribute makes PyTorch reset the gradients of those of this one.
+        # attribute makes PyTorch reset the gradients of this one's variables.
         self._weightings.clear()
         self._weightings.append(weighting)
         self.task_weighting = weighting

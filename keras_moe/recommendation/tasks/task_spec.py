@@ -163,7 +163,7 @@ def as_tasks(tasks):
 
     Raises:
         ValueError: If there is none, two have one name, or a sample space is
-            not that of another binary task, or leads back to the task.
+            not another binary task, or leads back to the task.
     """
     if isinstance(tasks, (str, TaskSpec, dict)):
         tasks = [tasks]

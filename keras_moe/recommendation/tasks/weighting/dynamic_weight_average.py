@@ -13,7 +13,7 @@ class DynamicWeightAverage(TaskWeighting):
     """More weight for tasks whose loss goes down more slowly (DWA).
 
     ```
-    ratio[t]  = mean loss[t] of the last period / that of the one before
+    ratio[t]  = mean loss[t] of the last period / of the one before
     weight    = T * softmax(ratio / temperature)
     loss      = sum over t of weight[t] * loss[t]
     ```

@@ -69,7 +69,7 @@ class FAMO(TaskWeighting):
         logs = ops.log(ops.maximum(losses, self.epsilon))
         self._update(ops.stop_gradient(logs), present)
         z = self.task_weights() * present
-        # Above epsilon, a task's gradient is c * z / loss times that of loss.
+        # Above epsilon, a task's gradient is c * z / loss times the loss's own.
         scale = ops.sum(
             z / ops.maximum(ops.stop_gradient(losses), self.epsilon)
         )

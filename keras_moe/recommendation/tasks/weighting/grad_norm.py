@@ -22,7 +22,7 @@ class GradNorm(TaskWeighting):
     ```
 
     The gradients are those for all trainable variables of layers that more than
-    one task uses, without those of `<task>_tower_...` and `<task>_logits`.
+    one task uses, except `<task>_tower_...` and `<task>_logits`.
     Means and sums are over the tasks with labels in the batch; others keep
     their weight. Costs a second forward pass, and a backward pass a task.
 
@@ -66,7 +66,7 @@ class GradNorm(TaskWeighting):
         return shared
 
     def combine(self, losses, present, gram=None):
-        # A copy: where assigning is in place, the gradient would be that of the
+        # A copy: where assigning is in place, the gradient would belong to the
         # weights of the next step.
         factors = ops.copy(self._factors.value)
         self._update(ops.stop_gradient(losses), present, gram)

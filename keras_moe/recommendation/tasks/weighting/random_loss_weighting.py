@@ -16,7 +16,7 @@ class RandomLossWeighting(TaskWeighting):
     ```
 
     A simple baseline that is hard to beat. The weights sum to the number of
-    tasks, as those of an unweighted sum do; in the paper they sum to 1.
+    tasks, as in an unweighted sum; in the paper they sum to 1.
 
     Args:
         seed: int. Seed of the numbers. Defaults to `None`, a random one.

@@ -21,7 +21,7 @@ class TaskWeighting(keras.layers.Layer):
 
     With `uses_gradients = True` it gets `gram (T, T)`, the inner products of
     the gradients of all losses with respect to the trainable variables that
-    `select(variables, shared)` chooses: `shared` are those of layers that more
+    `select(variables, shared)` chooses: `shared` belong to layers that more
     than one task uses. That costs a second forward pass and a backward pass for
     each task.
 
