@@ -18,7 +18,7 @@ class MultiCategorical(Categorical):
     """Several of many values: the genres of a film, the words of a title.
 
     The model takes ids as `Categorical` does, in lists padded to one length.
-    The vector is the mean (or another `combiner`) of the vectors of its entries,
+    The vector is the mean (or another `combiner`) of the entries' vectors,
     padding (`mask_id` and `-1`) left out. An empty list gives zeros.
     Unknown entries count as any other.
 
