@@ -65,7 +65,7 @@ class Dispatcher:
     Call arguments:
         tokens: `(T, ...)`, zero where masked.
         routing: A `keras_moe.routers.Routing` of these tokens.
-        experts: A `keras_moe.experts.Experts`, built.
+        experts: A `keras_moe.experts.Experts`, which is built if it is not.
         mask: `(T,)` bool, or `None`. `False` tokens take no capacity and give
             zero. Defaults to `None`.
         training: bool. Selects the capacity, and whether experts apply dropout.
@@ -86,7 +86,6 @@ class Dispatcher:
     >>> router = keras_moe.routers.TopKRouter(num_experts=4, top_k=2)
     >>> experts = keras_moe.experts.GLUExperts(4, intermediate_dim=8)
     >>> tokens = keras.ops.ones((6, 3))
-    >>> experts.build(tokens.shape)
     >>> dispatcher = keras_moe.dispatch.Dispatcher()
     >>> outputs, group_sizes = dispatcher(tokens, router(tokens), experts)
     >>> tuple(outputs.shape), int(keras.ops.sum(group_sizes))
@@ -131,6 +130,8 @@ class Dispatcher:
         plan = self.plan(
             routing, experts.num_experts, mask, training, router, num_sequences
         )
+        if not experts.built:
+            experts.build((None, *tokens.shape[1:]))
         outputs = None
         dtype = keras.backend.standardize_dtype(tokens.dtype)
         if not (
