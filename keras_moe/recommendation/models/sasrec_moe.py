@@ -1,19 +1,17 @@
 import keras
 import numpy as np
-from keras import ops
 
-from keras_moe import backend
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_rate
 from keras_moe.moe.moe import MoE
-from keras_moe.recommendation.metrics.labelled import LabelledMean
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
+from keras_moe.recommendation.models.model_config import deserialized
+from keras_moe.recommendation.models.model_config import made_again
+from keras_moe.recommendation.models.model_config import settings_of
+from keras_moe.recommendation.models.next_item_model import NextItemModel
 from keras_moe.recommendation.models.sasrec_graph import NEVER
 from keras_moe.recommendation.models.sasrec_graph import sasrec_graph
-from keras_moe.recommendation.models.saving import deserialized
-from keras_moe.recommendation.models.saving import made_again
-from keras_moe.recommendation.models.saving import settings_of
 
 # What the model sets of the `MoE` layers.
 _STRUCTURE = (
@@ -24,8 +22,8 @@ _STRUCTURE = (
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SASRecMoE(keras.Model):
-    """The next item of each sequence, by attention and experts (SASRec).
+class SASRecMoE(NextItemModel):
+    """Predicts the next item of a sequence with attention and experts (SASRec).
 
     ```
     x = item table[ids] * sqrt(dim) + position table
@@ -35,7 +33,7 @@ class SASRecMoE(keras.Model):
     y = normalization(x) @ transpose(item table)
     ```
 
-    The experts stand for the feed-forward layers of SASRec. Items are numbered
+    The experts replace the feed-forward layers of SASRec. Items are numbered
     from 1; 0 is padding, on either side of a sequence. No position looks at
     later ones or at padding, and padding goes to no expert.
 
@@ -48,7 +46,7 @@ class SASRecMoE(keras.Model):
     model.recommend(sequences[:, 1:], k=10)
     ```
 
-    where SASRec has one drawn item against the next one, the loss here is
+    SASRec compares the next item with one drawn item; the loss here is the
     cross-entropy over all items.
 
     Args:
@@ -74,11 +72,11 @@ class SASRecMoE(keras.Model):
 
     Output shape:
         `(batch, length, num_items + 1)`: the logits of the next item at each
-        position, in float32, that of item 0 at -1e9.
+        position, in float32. The logit of item 0 is -1e9.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together, or ids
-            in NumPy arrays are.
+        ValueError: If arguments are out of range or do not fit together, or if
+            NumPy arrays hold ids out of range.
 
     Example:
 
@@ -161,73 +159,9 @@ class SASRecMoE(keras.Model):
         self.num_items = num_items
         self.length = length
         scorer = keras.Model(ids, last_logits)
-        # Functions, since Keras would save what is in attributes.
+        # Functions, since Keras would save plain attributes.
         self._scorer = lambda: scorer
         self._arguments = lambda: dict(arguments)
-        self._item_loss = LabelledMean(name="_item_loss")
-        self._added_loss = LabelledMean(name="_added_loss")
-        self._counts_labels = False
-
-    def compile(self, optimizer="rmsprop", loss="auto", **kwargs):
-        """As `keras.Model.compile`.
-
-        Args:
-            optimizer: As in `keras.Model.compile`.
-            loss: Defaults to `"auto"`, the mean cross-entropy over the
-                positions whose label is not 0. In `evaluate`, and in the logs
-                of `fit`, it is the mean over all such positions, whatever the
-                batches; NaN if there is none. Keras makes a mean over batches
-                of any other loss.
-            **kwargs: As in `keras.Model.compile`.
-        """
-        next_item_loss = keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=0
-        )
-        if isinstance(loss, str) and loss == "auto":
-            loss = next_item_loss
-        # Saved models have the loss itself.
-        self._counts_labels = (
-            type(loss) is type(next_item_loss)
-            and loss.get_config() == next_item_loss.get_config()
-        )
-        super().compile(optimizer, loss, **kwargs)
-
-    def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
-        if sample_weight is not None:
-            # Of whole sequences or of positions. On PyTorch, Keras multiplies
-            # it in place with a mask (B, L); on TensorFlow its rank may not be
-            # known.
-            size = ops.shape(y_pred)[0]
-            sample_weight = ops.reshape(sample_weight, (size, -1))
-            ones = ops.ones_like(y_pred[:, :, 0])
-            sample_weight = ones * ops.cast(sample_weight, ones.dtype)
-        total = super().compute_loss(x, y, y_pred, sample_weight, training)
-        if self._counts_labels:
-            added = sum((ops.sum(loss) for loss in self.losses), 0.0)
-            added = ops.cast(added, "float32")
-            # Keras divides a loss by the number of replicas.
-            whole = ops.cast(total, "float32") * backend.num_replicas(self)
-            self._item_loss.update_state(
-                ops.stop_gradient(whole - added),
-                ops.sum(ops.cast(ops.not_equal(y, 0), "float32")),
-            )
-            self._added_loss.update_state(
-                ops.stop_gradient(added),
-                ops.cast(ops.shape(y_pred)[0], "float32"),
-            )
-        return total
-
-    def get_metrics_result(self):
-        logs = super().get_metrics_result()
-        loss = logs.pop(self._item_loss.name)
-        added = logs.pop(self._added_loss.name)
-        if self._counts_labels:
-            # Keras' mean over batches would count those with few labels, or
-            # none, like any other.
-            logs["loss"] = loss + added
-        return logs
 
     def fit(self, x=None, y=None, **kwargs):
         """As `keras.Model.fit`; NumPy arrays are checked first."""
@@ -250,13 +184,13 @@ class SASRecMoE(keras.Model):
         """The most likely next items of each sequence.
 
         Args:
-            ids: NumPy array `(B, length)` of item ids. What is asked for is the
-                item after the last one that is no padding; sequences of padding
-                alone are an error.
+            ids: NumPy array `(B, length)` of item ids. The items recommended
+                follow the last item that is not padding. A sequence of padding
+                alone is an error.
             k: int. How many items. Defaults to `10`.
             exclude_seen: bool. Whether to leave out the items of the sequence.
-                With fewer than `k` others, 0 stands for none. Defaults to
-                `False`.
+                With fewer than `k` others, the rest is filled with 0. Defaults
+                to `False`.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
 
         Returns:
@@ -300,10 +234,6 @@ class SASRecMoE(keras.Model):
             **settings_of(self),
             **self._arguments(),
         }
-
-    def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

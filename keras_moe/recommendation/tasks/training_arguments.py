@@ -1,4 +1,4 @@
-"""What a `MultiTaskModel` makes of its arguments and of those of `compile`."""
+"""Checks and converts arguments of `MultiTaskModel`, `compile` and `fit`."""
 
 import keras
 import numpy as np
