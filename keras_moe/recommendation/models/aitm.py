@@ -2,7 +2,7 @@ import keras
 
 from keras_moe.checks import as_units
 from keras_moe.recommendation.layers.aitm_transfer import AITMTransfer
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.tasks.heads import AITMHeads
 from keras_moe.recommendation.tasks.task_spec import as_tasks

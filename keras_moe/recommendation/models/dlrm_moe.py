@@ -1,18 +1,20 @@
 import keras
+import numpy as np
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.moe.moe import MoE
+from keras_moe.ops.grouped_matmul import batch_matmul
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.layers.cross_net_mix import CrossNetMix
-from keras_moe.recommendation.layers.dot_products import DotProducts
 from keras_moe.recommendation.models.gated_levels import GatedLevels
 from keras_moe.recommendation.models.gated_levels import split_level_arguments
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.tasks.task_spec import as_tasks
 
@@ -159,7 +161,7 @@ class DLRMTrunk:
 
 
 class Interaction:
-    """What is made of the vectors of the features, `(B, width)`."""
+    """Combines the vectors of the features into one, `(B, width)`."""
 
     def __init__(self, kind, numeric, bottom_units, cross_options):
         self.kind = kind
@@ -194,6 +196,26 @@ class Interaction:
             name = f"bottom_{i}"
             x = keras.layers.Dense(number, "relu", name=name)(x)
         return x
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class DotProducts(keras.layers.Layer):
+    """Products of all pairs of vectors, `(B, N, D)` -> `(B, N (N - 1) / 2)`.
+
+    They are read row by row below the diagonal of the matrix of products.
+    """
+
+    def call(self, inputs):
+        number = int(inputs.shape[1])  # a tensor while PyTorch traces
+        products = batch_matmul(inputs, ops.transpose(inputs, (0, 2, 1)))
+        products = ops.reshape(products, (-1, number * number))
+        rows, columns = np.tril_indices(number, -1)
+        places = (rows * number + columns).astype("int32")
+        return backend.take(products, places, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        number = input_shape[1]
+        return (input_shape[0], number * (number - 1) // 2)
 
 
 def _all_experts(tasks, num_experts, expert_units, top_k, kwargs):

@@ -1,7 +1,7 @@
 import keras
 
 from keras_moe.recommendation.models.mmoe import MMoE
-from keras_moe.recommendation.models.model_arguments import in_a_chain
+from keras_moe.recommendation.tasks.task_spec import in_a_chain
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -9,7 +9,7 @@ from keras_moe.checks import is_int
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.gates.multi_gate_parts import SHORTHANDS
 from keras_moe.recommendation.gates.task_gates import TaskGates
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.draws import with_seeds

@@ -5,8 +5,8 @@ from keras_moe.checks import as_units
 from keras_moe.recommendation.layers.epnet import EPNet
 from keras_moe.recommendation.layers.ppnet import PPNet
 from keras_moe.recommendation.models.domains import known_of
-from keras_moe.recommendation.models.model_arguments import without_towers
 from keras_moe.recommendation.models.recommender import Recommender
+from keras_moe.recommendation.tasks.task_spec import without_towers
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -1,11 +1,11 @@
 import keras
 
-from keras_moe.recommendation.models.saving import deserialized
-from keras_moe.recommendation.models.saving import made_again
-from keras_moe.recommendation.models.saving import settings_of
-from keras_moe.recommendation.tasks.arguments import check_data
+from keras_moe.recommendation.models.model_config import deserialized
+from keras_moe.recommendation.models.model_config import made_again
+from keras_moe.recommendation.models.model_config import settings_of
 from keras_moe.recommendation.tasks.assemble import assemble
 from keras_moe.recommendation.tasks.multi_task_model import MultiTaskModel
+from keras_moe.recommendation.tasks.training_arguments import check_data
 
 
 class Recommender(MultiTaskModel):

@@ -5,13 +5,13 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_rate
 from keras_moe.moe.moe import MoE
-from keras_moe.recommendation.models.model_arguments import split_arguments
-from keras_moe.recommendation.models.next_item_loss import NextItemLoss
+from keras_moe.recommendation.models.layer_arguments import split_arguments
+from keras_moe.recommendation.models.model_config import deserialized
+from keras_moe.recommendation.models.model_config import made_again
+from keras_moe.recommendation.models.model_config import settings_of
+from keras_moe.recommendation.models.next_item_model import NextItemModel
 from keras_moe.recommendation.models.sasrec_graph import NEVER
 from keras_moe.recommendation.models.sasrec_graph import sasrec_graph
-from keras_moe.recommendation.models.saving import deserialized
-from keras_moe.recommendation.models.saving import made_again
-from keras_moe.recommendation.models.saving import settings_of
 
 # What the model sets of the `MoE` layers.
 _STRUCTURE = (
@@ -22,8 +22,8 @@ _STRUCTURE = (
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SASRecMoE(NextItemLoss, keras.Model):
-    """The next item of each sequence, by attention and experts (SASRec).
+class SASRecMoE(NextItemModel):
+    """Predicts the next item of a sequence with attention and experts (SASRec).
 
     ```
     x = item table[ids] * sqrt(dim) + position table
@@ -33,7 +33,7 @@ class SASRecMoE(NextItemLoss, keras.Model):
     y = normalization(x) @ transpose(item table)
     ```
 
-    The experts stand for the feed-forward layers of SASRec. Items are numbered
+    The experts replace the feed-forward layers of SASRec. Items are numbered
     from 1; 0 is padding, on either side of a sequence. No position looks at
     later ones or at padding, and padding goes to no expert.
 
@@ -46,7 +46,7 @@ class SASRecMoE(NextItemLoss, keras.Model):
     model.recommend(sequences[:, 1:], k=10)
     ```
 
-    where SASRec has one drawn item against the next one, the loss here is
+    SASRec compares the next item with one drawn item; the loss here is the
     cross-entropy over all items.
 
     Args:
@@ -72,11 +72,11 @@ class SASRecMoE(NextItemLoss, keras.Model):
 
     Output shape:
         `(batch, length, num_items + 1)`: the logits of the next item at each
-        position, in float32, with item 0 at -1e9.
+        position, in float32. The logit of item 0 is -1e9.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together, or ids
-            in NumPy arrays are.
+        ValueError: If arguments are out of range or do not fit together, or if
+            NumPy arrays hold ids out of range.
 
     Example:
 
@@ -159,10 +159,9 @@ class SASRecMoE(NextItemLoss, keras.Model):
         self.num_items = num_items
         self.length = length
         scorer = keras.Model(ids, last_logits)
-        # Functions, since Keras would save what is in attributes.
+        # Functions, since Keras would save plain attributes.
         self._scorer = lambda: scorer
         self._arguments = lambda: dict(arguments)
-        self.add_loss_metrics()
 
     def fit(self, x=None, y=None, **kwargs):
         """As `keras.Model.fit`; NumPy arrays are checked first."""
@@ -185,13 +184,13 @@ class SASRecMoE(NextItemLoss, keras.Model):
         """The most likely next items of each sequence.
 
         Args:
-            ids: NumPy array `(B, length)` of item ids. What is asked for is the
-                item after the last one that is no padding; sequences of padding
-                alone are an error.
+            ids: NumPy array `(B, length)` of item ids. The items recommended
+                follow the last item that is not padding. A sequence of padding
+                alone is an error.
             k: int. How many items. Defaults to `10`.
             exclude_seen: bool. Whether to leave out the items of the sequence.
-                With fewer than `k` others, 0 stands for none. Defaults to
-                `False`.
+                With fewer than `k` others, the rest is filled with 0. Defaults
+                to `False`.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
 
         Returns:
@@ -235,10 +234,6 @@ class SASRecMoE(NextItemLoss, keras.Model):
             **settings_of(self),
             **self._arguments(),
         }
-
-    def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

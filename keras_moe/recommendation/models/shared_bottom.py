@@ -1,6 +1,6 @@
 import keras
 
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.stacked.stacked_mlp import StackedMLP
 

@@ -3,7 +3,7 @@ import keras
 from keras_moe.recommendation.layers.sub_network_routing import (
     SubNetworkRouting,
 )
-from keras_moe.recommendation.models.model_arguments import split_arguments
+from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.models.routed_levels import RoutedLevels
 from keras_moe.recommendation.tasks.task_spec import as_tasks

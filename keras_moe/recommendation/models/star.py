@@ -10,8 +10,8 @@ from keras_moe.recommendation.layers.star_dense import STARDense
 from keras_moe.recommendation.models.domains import domain_of
 from keras_moe.recommendation.models.domains import named_feature
 from keras_moe.recommendation.models.domains import one_hot
-from keras_moe.recommendation.models.model_arguments import without_towers
 from keras_moe.recommendation.models.recommender import Recommender
+from keras_moe.recommendation.tasks.task_spec import without_towers
 
 
 @keras.saving.register_keras_serializable("keras_moe")

@@ -2,8 +2,8 @@ import keras
 import numpy as np
 
 from keras_moe.recommendation.metrics.group_auc import group_auc
-from keras_moe.recommendation.tasks.arguments import labels_by_task
 from keras_moe.recommendation.tasks.labels import labels_of
+from keras_moe.recommendation.tasks.training_arguments import labels_by_task
 
 
 class GroupAUC(keras.callbacks.Callback):

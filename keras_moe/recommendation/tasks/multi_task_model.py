@@ -4,16 +4,16 @@ import keras
 
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 from keras_moe.recommendation.tasks import labels as labels_lib
-from keras_moe.recommendation.tasks.arguments import by_task
-from keras_moe.recommendation.tasks.arguments import check_compile
-from keras_moe.recommendation.tasks.arguments import check_data
-from keras_moe.recommendation.tasks.arguments import check_graph
-from keras_moe.recommendation.tasks.arguments import labels_by_task
-from keras_moe.recommendation.tasks.arguments import masked_metrics
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
 from keras_moe.recommendation.tasks.task_spec import as_tasks
 from keras_moe.recommendation.tasks.task_training import TaskTraining
 from keras_moe.recommendation.tasks.task_training import with_end_of_epoch
+from keras_moe.recommendation.tasks.training_arguments import by_task
+from keras_moe.recommendation.tasks.training_arguments import check_compile
+from keras_moe.recommendation.tasks.training_arguments import check_data
+from keras_moe.recommendation.tasks.training_arguments import check_graph
+from keras_moe.recommendation.tasks.training_arguments import labels_by_task
+from keras_moe.recommendation.tasks.training_arguments import masked_metrics
 from keras_moe.recommendation.tasks.weighting import (
     named_weightings as weightings,
 )

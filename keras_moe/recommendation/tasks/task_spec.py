@@ -203,3 +203,36 @@ def as_tasks(tasks):
                 )
             seen.append(space)
     return tuple(specs)
+
+
+def without_towers(tasks):
+    """As `check_tasks`; names become binary tasks without a tower.
+
+    For models whose trunk already contains the towers.
+    """
+    return check_tasks(
+        [
+            TaskSpec(task, tower_units=()) if isinstance(task, str) else task
+            for task in ([tasks] if _is_one(tasks) else tasks)
+        ]
+    )
+
+
+def in_a_chain(tasks):
+    """As `check_tasks`; names become a chain.
+
+    Each task is then defined on the positive examples of the one before it.
+    """
+    if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
+        return check_tasks(tasks)
+    spaces = [None, *tasks]
+    return check_tasks(
+        [
+            TaskSpec(name, sample_space=space)
+            for name, space in zip(tasks, spaces, strict=False)
+        ]
+    )
+
+
+def _is_one(tasks):
+    return isinstance(tasks, (str, TaskSpec, dict))

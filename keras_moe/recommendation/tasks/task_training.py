@@ -7,8 +7,8 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.recommendation.tasks import labels as labels_lib
-from keras_moe.recommendation.tasks.arguments import as_list
 from keras_moe.recommendation.tasks.gradients import gradient_products
+from keras_moe.recommendation.tasks.training_arguments import as_list
 
 
 class Value(keras.losses.Loss):

@@ -1,4 +1,4 @@
-"""What is saved of a model besides the arguments that it was made with."""
+"""Saves and restores a model's dtype policy and frozen parts."""
 
 import keras
 
@@ -6,14 +6,14 @@ _SETTINGS = ("dtype_policy", "frozen_layers", "frozen_weights")
 
 
 def settings_of(model):
-    """The dtype policy of a model's parts, and what of it is not trained."""
+    """The dtype policy of a model, its frozen layers and frozen weights."""
     return {
         "dtype_policy": keras.dtype_policies.serialize(model.dtype_policy),
-        # By their places: names that Keras makes differ from time to time.
+        # By position, since Keras may name a layer differently next time.
         "frozen_layers": [
             i for i, layer in enumerate(model.layers) if not layer.trainable
         ],
-        # Those of layers in layers too, whose own `trainable` is not kept.
+        # Includes weights of nested layers, whose `trainable` is not saved.
         "frozen_weights": [
             i
             for i, weight in enumerate(_weights(model))
@@ -27,7 +27,7 @@ def _weights(model):
 
 
 def deserialized(config, custom_objects=None):
-    """`(arguments, settings)` of what `get_config` of a model gave."""
+    """Splits a model's config into `(arguments, settings)`."""
     settings = {key: config[key] for key in _SETTINGS if key in config}
     arguments = {
         key: keras.saving.deserialize_keras_object(value, custom_objects)
@@ -40,7 +40,7 @@ def deserialized(config, custom_objects=None):
 
 
 def made_again(model_class, arguments, settings):
-    """A model of these arguments, with the settings of the one saved."""
+    """Builds a model from its arguments and applies the saved settings."""
     now = keras.config.dtype_policy()
     if "dtype_policy" in settings:
         saved = keras.dtype_policies.get(settings["dtype_policy"])

@@ -1,5 +1,3 @@
-"""The loss of models that predict the next item, over labelled positions."""
-
 import keras
 from keras import ops
 
@@ -7,14 +5,11 @@ from keras_moe import backend
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 
 
-class NextItemLoss:
-    """Makes the loss of a `keras.Model` a mean over its labelled positions.
+class NextItemModel(keras.Model):
+    """A model trained to predict ids of items, where label 0 is padding."""
 
-    The model calls `add_loss_metrics` as it is made. Its outputs are logits
-    `(B, L, items)`, its labels ids `(B, L)`, 0 where there is none.
-    """
-
-    def add_loss_metrics(self):
+    def __init__(self, inputs, outputs, **kwargs):
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self._item_loss = LabelledMean(name="_item_loss")
         self._added_loss = LabelledMean(name="_added_loss")
         self._counts_labels = False
@@ -26,9 +21,9 @@ class NextItemLoss:
             optimizer: As in `keras.Model.compile`.
             loss: Defaults to `"auto"`, the mean cross-entropy over the
                 positions whose label is not 0. In `evaluate`, and in the logs
-                of `fit`, it is the mean over all such positions, whatever the
-                batches; NaN if there is none. Keras makes a mean over batches
-                of any other loss.
+                of `fit`, all these positions count the same, however they are
+                batched; without any the loss is NaN. Any other loss is averaged
+                over batches by Keras.
             **kwargs: As in `keras.Model.compile`.
         """
         next_item_loss = keras.losses.SparseCategoricalCrossentropy(
@@ -36,7 +31,7 @@ class NextItemLoss:
         )
         if isinstance(loss, str) and loss == "auto":
             loss = next_item_loss
-        # Saved models have the loss itself.
+        # A loaded model receives the loss object instead of "auto".
         self._counts_labels = (
             type(loss) is type(next_item_loss)
             and loss.get_config() == next_item_loss.get_config()
@@ -47,9 +42,9 @@ class NextItemLoss:
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         if sample_weight is not None:
-            # Of whole sequences or of positions. On PyTorch, Keras multiplies
-            # it in place with a mask (B, L); on TensorFlow its rank may not be
-            # known.
+            # Weights are per sequence or per position. Keras on PyTorch
+            # multiplies them in place by a mask (B, L), and on TensorFlow
+            # their rank may be unknown.
             size = ops.shape(y_pred)[0]
             sample_weight = ops.reshape(sample_weight, (size, -1))
             ones = ops.ones_like(y_pred[:, :, 0])
@@ -75,7 +70,11 @@ class NextItemLoss:
         loss = logs.pop(self._item_loss.name)
         added = logs.pop(self._added_loss.name)
         if self._counts_labels:
-            # Keras' mean over batches would count those with few labels, or
-            # none, like any other.
+            # Keras averages over batches, so one with few labels, or none,
+            # would count as much as a full one.
             logs["loss"] = loss + added
         return logs
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
