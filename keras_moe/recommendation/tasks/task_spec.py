@@ -206,11 +206,11 @@ def as_tasks(tasks):
 
 
 def without_towers(tasks):
-    """As `check_tasks`; names become binary tasks without a tower.
+    """As `as_tasks`; names become binary tasks without a tower.
 
     For models whose trunk already contains the towers.
     """
-    return check_tasks(
+    return as_tasks(
         [
             TaskSpec(task, tower_units=()) if isinstance(task, str) else task
             for task in ([tasks] if _is_one(tasks) else tasks)
@@ -219,14 +219,14 @@ def without_towers(tasks):
 
 
 def in_a_chain(tasks):
-    """As `check_tasks`; names become a chain.
+    """As `as_tasks`; names become a chain.
 
     Each task is then defined on the positive examples of the one before it.
     """
     if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
-        return check_tasks(tasks)
+        return as_tasks(tasks)
     spaces = [None, *tasks]
-    return check_tasks(
+    return as_tasks(
         [
             TaskSpec(name, sample_space=space)
             for name, space in zip(tasks, spaces, strict=False)

@@ -1,8 +1,4 @@
-<<<<<<< HEAD:keras_moe/recommendation/tasks/arguments.py
-"""Arguments of a `MultiTaskModel` and of its `compile`, made uniform."""
-=======
 """Checks and converts arguments of `MultiTaskModel`, `compile` and `fit`."""
->>>>>>> helper-h:keras_moe/recommendation/tasks/training_arguments.py
 
 import keras
 import numpy as np
