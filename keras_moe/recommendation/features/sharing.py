@@ -4,7 +4,7 @@ from keras_moe.recommendation.features.bucketized import Bucketized
 
 
 def adopt_vocabularies(features):
-    """Features without a vocabulary take that of their table, if it has one."""
+    """Features without a vocabulary take their table's, if it has one."""
     for table in _tables(features):
         known = [f for f in table if f.num_ids is not None]
         for feature in table if known else ():

@@ -38,7 +38,7 @@ def get(identifier):
     """A task weighting from its name, its config or itself.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is something else.
     """
     if isinstance(identifier, str) and identifier in _NAMED:
         return _NAMED[identifier]()
