@@ -1,10 +1,13 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
+from keras_moe.checks import check_seed
 from keras_moe.ops import activations
 from keras_moe.stacked.per_expert import PerExpertInitializer
 from keras_moe.stacked.per_expert import PerExpertRegularizer
@@ -22,18 +25,18 @@ class StackedDense(keras.layers.Layer):
     ```
 
     It computes the same as a list of `num_networks` dense layers, with one
-    variable for all kernels, which compiles and trains faster. Each network is
-    initialized, normalized and regularized separately.
+    variable for all their kernels, so it compiles and trains faster. Each
+    network is initialised, normalized and regularized on its own.
 
     Args:
         num_networks: int. Number of dense layers.
         units: int. Output width of each layer.
         activation: Any Keras activation. Defaults to `None`.
         use_bias: bool. Defaults to `True`.
-        normalization: `None`, `"batch"` or `"layer"`, applied to each network's
-            output separately, with a scale and an offset. Batch
-            normalization runs over the examples, layer normalization over the
-            `units`. Defaults to `None`.
+        normalization: `None`, `"batch"` or `"layer"`. Normalizes each network's
+            output, with a scale and an offset. Batch normalization runs
+            over the examples, layer normalization over the `units`. Defaults
+            to `None`.
         normalization_epsilon: float. Added to the variances. Defaults to
             `1e-3`.
         normalization_place: `"before_activation"` or `"after_activation"`.
@@ -62,7 +65,7 @@ class StackedDense(keras.layers.Layer):
 
     Weights:
         `kernel` `(num_networks, dim, units)`, `bias` `(num_networks, units)`;
-        with a normalization, also its weights.
+        with a normalization also its weights.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the inputs.
@@ -93,22 +96,34 @@ class StackedDense(keras.layers.Layer):
         super().__init__(**kwargs)
         check_int("num_networks", num_networks, 1)
         check_int("units", units, 1)
-        check_one_of("normalization", normalization, NORMALIZATIONS)
-        check_positive("normalization_epsilon", normalization_epsilon)
-        check_one_of("normalization_place", normalization_place, PLACES)
-        check_rate("dropout", dropout)
+        check_options(
+            normalization,
+            normalization_epsilon,
+            normalization_place,
+            dropout,
+            seed,
+        )
         self.num_networks = num_networks
         self.units = units
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
+        check_bool("use_bias", use_bias)
         self.use_bias = use_bias
         self.normalization = normalization
         self.normalization_epsilon = normalization_epsilon
         self.normalization_place = normalization_place
         self.dropout = dropout
         self.seed = seed
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.bias_initializer = as_keras_object(
+            "bias_initializer", keras.initializers.get, bias_initializer
+        )
+        self.kernel_regularizer = as_keras_object(
+            "kernel_regularizer", keras.regularizers.get, kernel_regularizer
+        )
         self._normalize = self._make_normalization()
         self._drop = None
         if dropout > 0:
@@ -219,6 +234,16 @@ class StackedDense(keras.layers.Layer):
                 self.kernel_regularizer
             ),
         }
+
+
+def check_options(
+    normalization, normalization_epsilon, normalization_place, dropout, seed
+):
+    check_one_of("normalization", normalization, NORMALIZATIONS)
+    check_positive("normalization_epsilon", normalization_epsilon)
+    check_one_of("normalization_place", normalization_place, PLACES)
+    check_rate("dropout", dropout)
+    check_seed("seed", seed)
 
 
 def check_slots(name, input_shape, num_networks):

@@ -1,11 +1,14 @@
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.ops import activations
 from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.stacked_dense import StackedDense
+from keras_moe.stacked.stacked_dense import check_options
 from keras_moe.stacked.stacked_dense import check_slots
 
 
@@ -20,7 +23,8 @@ class StackedMLP(keras.layers.Layer):
     y[:, n] = output dense[n](h[:, n])                  with `output_units`
     ```
 
-    It makes the experts of a `MultiGateMoE`, or the towers of several tasks.
+    It serves as the experts of a `MultiGateMoE`, or as the towers of several
+    tasks.
 
     Args:
         num_networks: int. Number of networks.
@@ -28,15 +32,15 @@ class StackedMLP(keras.layers.Layer):
             be empty with `output_units`.
         output_units: int, or `None`. Width of one more layer, without
             activation, normalization and dropout. Defaults to `None`.
-        activation: Any Keras activation, for all layers but the output layer.
+        activation: Any Keras activation, of all layers but the output layer.
             Defaults to `"relu"`.
         use_bias: bool. Whether these layers have a bias. Defaults to `True`.
-        output_use_bias: bool. Whether the output layer has a bias. Defaults to
+        output_use_bias: bool. Whether the output layer has one. Defaults to
             `True`.
         normalization, normalization_epsilon, normalization_place, dropout,
             seed, kernel_initializer, bias_initializer, kernel_regularizer: As
-            for `keras_moe.layers.StackedDense`. Each layer gets a
-            different seed.
+            for `keras_moe.layers.StackedDense`. Each layer derives its own
+            seed.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -52,7 +56,7 @@ class StackedMLP(keras.layers.Layer):
         `(batch, num_networks, width of the last layer)`
 
     Weights:
-        The weights of each `StackedDense` in `layers`.
+        The weights of one `StackedDense` per layer; `layers` lists the layers.
 
     Raises:
         ValueError: If an argument is out of range, or does not fit the inputs.
@@ -84,20 +88,39 @@ class StackedMLP(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         check_int("num_networks", num_networks, 1)
+        if output_units is not None:
+            check_int("output_units", output_units, 1)
+        check_options(
+            normalization,
+            normalization_epsilon,
+            normalization_place,
+            dropout,
+            seed,
+        )
         self.num_networks = num_networks
         self.units = as_units("units", units, int(output_units is None))
         self.output_units = output_units
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
+        check_bool("use_bias", use_bias)
         self.use_bias = use_bias
+        check_bool("output_use_bias", output_use_bias)
         self.output_use_bias = output_use_bias
         self.normalization = normalization
         self.normalization_epsilon = normalization_epsilon
         self.normalization_place = normalization_place
         self.dropout = dropout
         self.seed = seed
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.bias_initializer = as_keras_object(
+            "bias_initializer", keras.initializers.get, bias_initializer
+        )
+        self.kernel_regularizer = as_keras_object(
+            "kernel_regularizer", keras.regularizers.get, kernel_regularizer
+        )
         self.layers = [
             self._dense(
                 number,
@@ -114,7 +137,6 @@ class StackedMLP(keras.layers.Layer):
             for number, width in enumerate(self.units)
         ]
         if output_units is not None:
-            check_int("output_units", output_units, 1)
             number = len(self.units)
             self.layers.append(
                 self._dense(

@@ -66,7 +66,7 @@ class Feature:
 
         Args:
             dtype: str.
-            unseen: bool. Whether the values themselves stay unchecked.
+            unseen: bool. Whether the values themselves cannot be checked.
         """
         if not dtype.startswith(NUMBERS):
             raise ValueError(

@@ -7,6 +7,7 @@ from keras import ops
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
+from keras_moe.checks import check_seed
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
 from keras_moe.stacked.draws import own_draws
@@ -130,11 +131,12 @@ class SelectorGates(keras.layers.Layer):
         return (input_shape[0], self.num_gates, self.num_experts)
 
 
-def check_selectors(top_k, gamma, entropy_weight, unused_code_weight):
+def check_selectors(top_k, gamma, entropy_weight, unused_code_weight, seed):
     check_int("top_k", top_k, 1)
     check_positive("gamma", gamma)
     check_at_least("entropy_weight", entropy_weight, 0)
     check_at_least("unused_code_weight", unused_code_weight, 0)
+    check_seed("seed", seed)
 
 
 def check_replaced(normalization, temperature):

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import as_units
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int_up_to
@@ -36,9 +37,8 @@ class TaskGates(keras.layers.Layer):
 
     The rows of `kernel` `(N, D)` are the `N` pairs of a gate and an expert that
     it sees, gate by gate. The weights of all other experts are 0. As in a
-    router, everything is in float32, or in float64 under that policy.
-
-    A `keras_moe.layers.MultiGateMoE` has them as its `gates`.
+    router, everything is in float32, or in float64 under that policy. Pass it
+    to `keras_moe.layers.MultiGateMoE` as `gates`.
 
     Args:
         units: int, or a list of ints. Hidden layers of a gate. `()` by default.
@@ -55,14 +55,14 @@ class TaskGates(keras.layers.Layer):
             `1.0`, `0.0` and `1.0`.
         temperature: float. Divides the logits. Defaults to `1.0`.
         dropout: float. Rate at which weights are dropped in training. The
-            others are scaled to the same sum or, as a Keras activation may give
-            negative ones, by `1 / (1 - rate)`. Defaults to `0.0`.
+            others are scaled to the same sum, or by `1 / (1 - rate)` with a
+            Keras activation, which may be negative. Defaults to `0.0`.
         seed: int, or `None`. Seed of the dropout, and of the initial values of
             `"dselect_k"`. Defaults to `None`.
         kernel_initializer, kernel_regularizer: Of the kernels of each gate.
             Default to `"glorot_uniform"` and `None`.
-        visible: Matrix of zeros and ones `(gates, experts)`: who sees what.
-            Defaults to `None`: a `MultiGateMoE` will say it.
+        visible: Matrix of zeros and ones `(gates, experts)`: which experts a
+            gate sees. Defaults to `None`, set by the `MultiGateMoE`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -125,7 +125,7 @@ class TaskGates(keras.layers.Layer):
         check_bool("use_bias", use_bias)
         check_one_of("normalization", normalization, (None, "batch"))
         check_positive("normalization_epsilon", normalization_epsilon)
-        check_selectors(top_k, gamma, entropy_weight, unused_code_weight)
+        check_selectors(top_k, gamma, entropy_weight, unused_code_weight, seed)
         check_positive("temperature", temperature)
         check_rate("dropout", dropout)
         self.units = as_units("units", units, minimum=0)
@@ -140,8 +140,12 @@ class TaskGates(keras.layers.Layer):
         self.temperature = temperature
         self.dropout = dropout
         self.seed = seed
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.kernel_regularizer = as_keras_object(
+            "kernel_regularizer", keras.regularizers.get, kernel_regularizer
+        )
         if self.activation == "dselect_k":
             check_replaced(normalization, temperature)
         self.mlp = None
@@ -220,8 +224,7 @@ class TaskGates(keras.layers.Layer):
             name="kernel",
             shape=(pairs, input_shape[-1]),
             initializer=PerGateInitializer(
-                own_draws(self.kernel_initializer, 0),
-                self._pairs.per_gate,
+                own_draws(self.kernel_initializer, 0), self._pairs.per_gate
             ),
             regularizer=self.kernel_regularizer,
         )
@@ -259,8 +262,7 @@ class TaskGates(keras.layers.Layer):
             logits = ops.einsum("bd,nd->bn", x, kernel)
             logits = ops.reshape(logits, (-1, *self.visible.shape))
         else:
-            shape = (*self.visible.shape, x.shape[-1])
-            kernel = ops.reshape(kernel, shape)
+            kernel = ops.reshape(kernel, (*self.visible.shape, x.shape[-1]))
             logits = ops.einsum("bgd,ged->bge", x, kernel)
         if self.bias is not None:
             logits = logits + ops.reshape(
@@ -268,8 +270,7 @@ class TaskGates(keras.layers.Layer):
             )
         if self._normalize is None:
             return logits
-        shape = (-1, self.num_gates * self.num_experts)
-        logits = ops.reshape(logits, shape)
+        logits = ops.reshape(logits, (-1, self.num_gates * self.num_experts))
         seen = self._normalize(self._pairs.gather(logits), training=training)
         logits = self._pairs.spread(seen, axis=1)
         return ops.reshape(logits, (-1, *self.visible.shape))
@@ -278,14 +279,11 @@ class TaskGates(keras.layers.Layer):
         return (input_shape[0], self.num_gates, self.num_experts)
 
     def get_build_config(self):
-        # Alone they could not be built: the layer that they are part of will
-        # say who sees what.
+        # The layer around the gates sets `visible` and builds them.
         return None if self._is_told else super().get_build_config()
 
     def get_config(self):
-        visible = None
-        if not self._is_told:
-            visible = self.visible.astype("int32").tolist()
+        visible = None if self._is_told else self.visible.astype(int).tolist()
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in _PLAIN},

@@ -3,6 +3,8 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.ops import activations
@@ -78,11 +80,16 @@ class AITMTransfer(keras.layers.Layer):
         super().__init__(**kwargs)
         check_one_of("info_normalization", info_normalization, (None, "batch"))
         check_positive("normalization_epsilon", normalization_epsilon)
+        check_bool("share_attention", share_attention)
         self.share_attention = share_attention
+        check_bool("attention_use_bias", attention_use_bias)
         self.attention_use_bias = attention_use_bias
-        self.info_activation = activations.get(info_activation)
+        self.info_activation = as_keras_object(
+            "info_activation", activations.get, info_activation
+        )
         self.info_normalization = info_normalization
         self.normalization_epsilon = normalization_epsilon
+        check_bool("stop_gradient", stop_gradient)
         self.stop_gradient = stop_gradient
 
     def build(self, input_shape):

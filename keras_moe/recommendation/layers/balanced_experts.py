@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+
 
 @keras.saving.register_keras_serializable("keras_moe")
 class BalancedExperts(keras.layers.Layer):
@@ -50,7 +52,9 @@ class BalancedExperts(keras.layers.Layer):
 
     def __init__(self, initializer="zeros", **kwargs):
         super().__init__(**kwargs)
-        self.initializer = keras.initializers.get(initializer)
+        self.initializer = as_keras_object(
+            "initializer", keras.initializers.get, initializer
+        )
 
     def build(self, inputs_shape, experts_shape):
         first, second = tuple(inputs_shape), tuple(experts_shape)

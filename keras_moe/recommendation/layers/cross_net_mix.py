@@ -1,6 +1,8 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.ops import activations
 from keras_moe.ops.scores import softmax
@@ -87,11 +89,19 @@ class CrossNetMix(keras.layers.Layer):
         self.projection_dim = projection_dim
         self.num_experts = num_experts
         self.num_layers = num_layers
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
+        check_bool("share_gates", share_gates)
         self.share_gates = share_gates
+        check_bool("gate_use_bias", gate_use_bias)
         self.gate_use_bias = gate_use_bias
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.bias_initializer = as_keras_object(
+            "bias_initializer", keras.initializers.get, bias_initializer
+        )
 
     def build(self, x0_shape, x_shape=None):
         dim = x0_shape[-1]

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.ops import activations
@@ -73,9 +74,13 @@ class GateNU(keras.layers.Layer):
         self.units = units
         self.hidden_units = hidden_units
         self.scale = scale
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
         self.num_gates = num_gates
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
         self.hidden = self._dense(
             0, hidden_units or units, self.activation, "hidden"
         )

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
@@ -107,7 +108,9 @@ class PPNet(keras.layers.Layer):
         self.gate_place = gate_place
         self.gate_reads = gate_reads
         self.scale = scale
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
         self.normalization = normalization
         self.normalization_epsilon = normalization_epsilon
 

@@ -2,6 +2,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.ops import activations
 
@@ -79,13 +81,27 @@ class STARDense(keras.layers.Layer):
         check_int("units", units, 1)
         self.num_domains = num_domains
         self.units = units
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
+        check_bool("use_bias", use_bias)
         self.use_bias = use_bias
-        get = keras.initializers.get
-        self.kernel_initializer = get(kernel_initializer)
-        self.bias_initializer = get(bias_initializer)
-        self.domain_kernel_initializer = get(domain_kernel_initializer)
-        self.domain_bias_initializer = get(domain_bias_initializer)
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
+        self.bias_initializer = as_keras_object(
+            "bias_initializer", keras.initializers.get, bias_initializer
+        )
+        self.domain_kernel_initializer = as_keras_object(
+            "domain_kernel_initializer",
+            keras.initializers.get,
+            domain_kernel_initializer,
+        )
+        self.domain_bias_initializer = as_keras_object(
+            "domain_bias_initializer",
+            keras.initializers.get,
+            domain_bias_initializer,
+        )
 
     def build(self, inputs_shape, domain_shape=None):
         shape = tuple(inputs_shape)

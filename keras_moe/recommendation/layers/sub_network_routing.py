@@ -3,10 +3,13 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_number
 from keras_moe.checks import check_positive
+from keras_moe.checks import check_seed
 from keras_moe.stacked.per_expert import PerExpertInitializer
 
 
@@ -108,9 +111,15 @@ class SubNetworkRouting(keras.layers.Layer):
         self.low = low
         self.high = high
         self.l0_weight = l0_weight
+        check_bool("stochastic", stochastic)
+        check_seed("seed", seed)
         self.stochastic = stochastic
-        self.alpha_initializer = keras.initializers.get(alpha_initializer)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.alpha_initializer = as_keras_object(
+            "alpha_initializer", keras.initializers.get, alpha_initializer
+        )
+        self.kernel_initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
         self.seed = seed
         self.seed_generator = None
         if stochastic:

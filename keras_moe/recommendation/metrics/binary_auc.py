@@ -21,16 +21,15 @@ class BinaryAUC(keras.metrics.Metric):
     auc = mean over pairs of (p_positive > p_negative) + 0.5 * (equal)
     ```
 
-    Predictions are counted in bins of equal width in their logit, and those
-    of one bin are taken for equal. (`keras.metrics.AUC` has 200 thresholds
-    between 0 and 1: where all clicks have predictions below 0.02, these are
-    four.) Those below 4e-8 are taken for equal too. The result is NaN as long
-    as there is no positive or no negative, and if a prediction is NaN.
+    Predictions are counted in bins of equal width in their logit; predictions
+    in one bin count as equal, and so do all predictions below 4e-8.
+    (`keras.metrics.AUC` has 200 thresholds between 0 and 1, only four of them
+    below 0.02, where all predictions of a rare click may be.) The result is NaN
+    until there is a positive and a negative, and if a prediction is NaN.
 
     Args:
-        num_bins: int. The memory, and the precision: with the default, logits
-            that differ by less than 0.0083 may be taken for equal. Defaults to
-            `4096`.
+        num_bins: int. Number of bins. With the default, logits that differ by
+            less than 0.0083 may count as equal. Defaults to `4096`.
         name: str. Defaults to `"auc"`.
         dtype: As in `keras.metrics.Metric`.
 
@@ -58,7 +57,7 @@ class BinaryAUC(keras.metrics.Metric):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         y_true, y_pred, weight = flat(y_true, y_pred, sample_weight)
-        # No number at all, rather than one of a model that has diverged.
+        # A model that has diverged gets NaN instead of a plausible number.
         is_nan = ops.logical_and(ops.isnan(y_pred), weight > 0)
         weight = ops.where(is_nan, math.nan, weight)
         y_pred = ops.where(ops.isnan(y_pred), 0.0, ops.clip(y_pred, 0.0, 1.0))
@@ -79,8 +78,8 @@ class BinaryAUC(keras.metrics.Metric):
         positives = ops.convert_to_tensor(self.positives)
         negatives = ops.convert_to_tensor(self.negatives)
         below = ops.cumsum(negatives) - 0.5 * negatives
-        # Divided before they are multiplied: the product may be beyond what
-        # float32 counts exactly.
+        # Divide before multiplying: the product may be too large for float32
+        # to count exactly.
         num_positives, num_negatives = ops.sum(positives), ops.sum(negatives)
         shares = below / ops.maximum(num_negatives, 1e-30)
         return ratio_or_nan(

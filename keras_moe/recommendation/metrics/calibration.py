@@ -7,14 +7,14 @@ from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Calibration(keras.metrics.Metric):
-    """What was predicted, as a multiple of what happened.
+    """Sum of predictions divided by sum of labels.
 
     ```
     calibration = sum of predictions / sum of labels
     ```
 
-    It is 1 for a model that is right on average, above 1 for one that promises
-    too much, and NaN as long as nothing happened.
+    It is 1 for a model that is right on average, above 1 for a model that
+    predicts too much, and NaN until there is a positive label.
 
     Args:
         name: str. Defaults to `"calibration"`.

@@ -8,16 +8,15 @@ from keras_moe.checks import check_one_of
 def group_auc(y_true, y_pred, groups, weighting="size"):
     """Mean of the AUC within each group (GAUC), in NumPy.
 
-    What a recommender orders are the items of one user. The AUC over all
-    examples also rewards knowing which users click more, the grouped one does
-    not.
+    A recommender orders the items of one user. The AUC over all examples also
+    rewards knowing which users click more; the grouped AUC does not.
 
     ```
     gauc = sum over groups of weight * auc / sum of weight
     ```
 
-    Groups with positives alone, or negatives alone, have no AUC and are left
-    out, as are examples whose label is NaN. Equal predictions count half.
+    Groups with only positives or only negatives have no AUC and are left out,
+    and so are examples whose label is NaN. Equal predictions count half.
 
     Args:
         y_true: Array of labels 0 and 1, `(N,)` or `(N, 1)`; may hold NaNs.
@@ -30,8 +29,8 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         A float; NaN if no group has an AUC, or a prediction is NaN.
 
     Raises:
-        ValueError: If the sizes differ, labels are not 0, 1 or NaN, or groups
-            are of several kinds.
+        ValueError: If the sizes differ, a label is not 0, 1 or NaN, `groups`
+            mixes kinds that cannot be sorted, or `weighting` is unknown.
 
     Example:
 
@@ -77,7 +76,7 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
     has_both = (positives > 0) & (negatives > 0)
     if not has_both.any():
         return math.nan
-    # Mann-Whitney: the rank of a positive counts what is below it.
+    # Mann-Whitney: the rank of a positive counts the examples below it.
     wins = rank_sums - positives * (positives + 1) / 2
     auc = wins[has_both] / (positives * negatives)[has_both]
     weight = {

@@ -1,4 +1,4 @@
-"""What the metrics have in common."""
+"""Shared parts of the metrics."""
 
 import math
 
@@ -20,7 +20,7 @@ def flat(y_true, y_pred, sample_weight=None):
 
 
 def ratio_or_nan(numerator, denominator):
-    """NaN where nothing was counted: a 0 would look like a result."""
+    """The ratio, or NaN where nothing was counted (not 0)."""
     counted = denominator > 0
     return ops.where(
         counted, numerator / ops.where(counted, denominator, 1.0), math.nan
@@ -46,7 +46,7 @@ class LabelledMean(keras.metrics.Metric):
         )
 
     def update_state(self, mean, count):
-        """Takes a mean, and the number of labels it is of."""
+        """Adds a mean over `count` labels."""
         self.total.assign_add(ops.cast(mean * count, "float32"))
         self.count.assign_add(count)
 

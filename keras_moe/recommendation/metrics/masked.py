@@ -6,18 +6,18 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Masked(keras.metrics.Metric):
-    """A metric that leaves out the examples whose label is NaN.
+    """Another metric over the examples whose label is not NaN.
 
-    Its result is NaN as long as there was no label at all.
+    The result is NaN until there is a label.
 
     Args:
-        metric: A `keras.metrics.Metric` that takes `sample_weight`, or what
-            `keras.metrics.get` makes one of.
+        metric: A `keras.metrics.Metric` that takes `sample_weight`, or anything
+            `keras.metrics.get` accepts.
         name: str. Defaults to the metric's name.
         dtype: As in `keras.metrics.Metric`.
 
     Raises:
-        ValueError: If `metric` is none.
+        ValueError: If `metric` is not a metric.
 
     Example:
 
@@ -54,7 +54,7 @@ class Masked(keras.metrics.Metric):
         if not keras.backend.is_float_dtype(y_true.dtype):
             y_true = ops.cast(y_true, "float32")
         y_pred = ops.convert_to_tensor(y_pred)
-        # Each label is a row: else (B,) and (B, 1) would become (B, B).
+        # One row per label: (B,) and (B, 1) would broadcast to (B, B).
         y_true = ops.reshape(y_true, (-1, 1))
         if len(y_pred.shape) == 1:
             y_pred = ops.expand_dims(y_pred, 1)

@@ -7,7 +7,7 @@ from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
 @keras.saving.register_keras_serializable("keras_moe")
 class NormalizedEntropy(keras.metrics.Metric):
-    """Log loss, divided by the log loss of always predicting the mean.
+    """Log loss divided by the log loss of always predicting the mean label.
 
     ```
     rate    = mean label
@@ -16,8 +16,8 @@ class NormalizedEntropy(keras.metrics.Metric):
     ```
 
     Below 1 the predictions know more than the mean. Unlike the log loss, it
-    can be compared between tasks with rare and with frequent events. NaN as
-    long as there is no positive or no negative.
+    can be compared between tasks with rare and with frequent events. The result
+    is NaN until there is a positive and a negative.
 
     Args:
         name: str. Defaults to `"normalized_entropy"`.

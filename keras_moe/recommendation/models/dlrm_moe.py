@@ -27,7 +27,7 @@ _STRUCTURE = (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DLRMMoE(Recommender):
-    """Products of features, read by a mixture of experts (DLRM, DCN-V2).
+    """Interactions of features, read by a mixture of experts (DLRM, DCN-V2).
 
     ```
     n = bottom network of the numeric features
@@ -37,32 +37,32 @@ class DLRMMoE(Recommender):
     p[t] = sigmoid(tower[t](sum over e of gate[t][e] * expert[e](i)))
     ```
 
-    The experts stand for the top network: under a gate of each task, all of
-    them computed (`keras_moe.layers.MultiGateMoE`), or with `top_k` under one
-    router, and only those chosen (`keras_moe.layers.MoE`), for many or wide
-    experts.
+    The experts replace the top network. By default all of them are computed
+    and each task has a gate (`keras_moe.layers.MultiGateMoE`). With `top_k`
+    there is one router, and only the chosen experts are computed
+    (`keras_moe.layers.MoE`), which suits many or wide experts.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: A `keras_moe.layers.FeatureEmbedding`, or what else
-            `keras_moe.models.MMoE` takes if it gives a dict of vectors.
+        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding
+            that `keras_moe.models.MMoE` takes and that gives a dict of vectors.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert;
-            with `top_k` two, of which the last has no activation. Defaults to
+            with `top_k` exactly two, the last without activation. Defaults to
             `(64, 32)`.
         top_k: int. How many experts compute an example. Defaults to `None`,
             all, weighted by a gate of each task.
         bottom_units: Sequence of ints. Widths of the layers of the network of
-            the numeric features. For `"dot"` one more, of the width of the
-            vectors, is its last. Defaults to `(64,)`.
+            the numeric features. `"dot"` adds a last layer as wide as the
+            vectors. Defaults to `(64,)`.
         interaction: `"dot"`, for which all vectors must be of one width, or
             `"cross"`, low-rank experts too. Defaults to `"dot"`.
         cross_options: Dict of arguments of `keras_moe.layers.CrossNetMix`.
             Defaults to `None`, its defaults.
-        numeric_features: Sequence of names of features. Defaults to `None`, all
+        numeric_features: Sequence of names of features. Defaults to `None`: all
             features of a `FeatureEmbedding` without a table (`Numeric` and
-            `Embedded`), and none of another embedding.
+            `Embedded`), and no feature of another embedding.
         heads: As in `keras_moe.models.MMoE`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, or with

@@ -1,4 +1,4 @@
-"""What a `SASRecMoE` computes."""
+"""The graph of a `SASRecMoE`."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_moe.moe.moe import MoE
 
-# The logit of the padding, which is never recommended.
+# The logit of padding, which is never recommended.
 NEVER = -1e9
 
 
@@ -22,8 +22,8 @@ def sasrec_graph(
         reverse_dtype="float32",
         name="items",
     )
-    # Constants are in NumPy: as tensors of TensorFlow they would become inputs
-    # of an ONNX file.
+    # Constants stay in NumPy: TensorFlow's tensors would become inputs of an
+    # ONNX file.
     places = ops.zeros_like(ids) + np.arange(length, dtype="int32")
     positions = keras.layers.Embedding(length, embedding_dim, name="positions")
     x = items(ids) * embedding_dim**0.5 + positions(places)
@@ -45,7 +45,7 @@ def sasrec_graph(
     x = keras.layers.LayerNormalization(name="norm")(x)
     never = np.zeros(num_items + 1, "float32")
     never[0] = NEVER
-    # Of all items, the one with the largest position.
+    # The item with the largest position.
     number = ops.cumsum(ops.cast(is_item, "int32"), axis=1)
     is_last = ops.logical_and(is_item, ops.equal(number, number[:, -1:]))
     last = ops.sum(x * ops.cast(is_last, x.dtype)[:, :, None], axis=1)
@@ -59,8 +59,8 @@ def sasrec_graph(
 def attention_mask(is_item, length):
     """Where a position `(B, L, L)` may look: at itself and items before.
 
-    At itself even where it is padding: a softmax over nothing is NaN, and
-    would reach the others.
+    Padding looks at itself too: a softmax over nothing is NaN and would spread
+    to other positions.
     """
     not_later = np.tri(length, dtype="bool")
     itself = np.eye(length, dtype="bool")

@@ -130,7 +130,7 @@ def task_loss(task, loss, label, y_pred, weight=None):
     loss = sum of weight * class_weight * loss / number of labels
     ```
 
-    It is 0 if there is no label, and NaN if a label is not one of the task's.
+    It is 0 without labels, and NaN if a label is not one the task allows.
     """
     known = ops.logical_not(ops.isnan(label))  # (B,)
     # Not only the loss of a missing label but its gradient too must be no NaN.
@@ -145,7 +145,7 @@ def task_loss(task, loss, label, y_pred, weight=None):
     if task.class_weights is not None:
         values = values * _class_weights(task, label)
     if weight is not None:
-        # That of a missing label may be NaN too.
+        # The loss of a missing label may be NaN too.
         values = values * ops.where(known, weight, 0.0)
     count = ops.sum(ops.cast(known, "float32"))
     total = ops.sum(ops.where(known, ops.cast(values, "float32"), 0.0))
