@@ -118,11 +118,22 @@ def slice_bounds(group_sizes):
 
 
 def on_gradient(tensor, notice):
+    forward_graph = _graph()
+
     def backward(grad, tensor):
-        notice()
+        # A SavedModel also gets gradients. They are traced as it is saved, in
+        # graphs of their own.
+        if _graph() is forward_graph:
+            notice()
         return (grad,)
 
-    return with_gradient(lambda x: tf.identity(x), backward, (tensor,), ())
+    return with_gradient(tf.identity, backward, (tensor,), ())
+
+
+def _graph():
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
 
 
 def num_replicas(model):
