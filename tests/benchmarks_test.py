@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import pathlib
+import unittest
 import unittest.mock
 
 import keras
@@ -21,6 +22,7 @@ from benchmarks import tables
 from benchmarks.shapes import Shape
 from tests.test_case import TestCase
 
+ON_TORCH = keras.config.backend() == "torch"
 TINY = Shape(tokens=512, dim=16, intermediate_dim=8, num_experts=4, top_k=2)
 
 
@@ -47,6 +49,7 @@ class BenchmarksTest(TestCase):
             self.assertEqual(figures[kind]["dense"]["ratio"], 1)
         self.assertIn("keras_moe", _printed(layer.report, "x", TINY, figures))
 
+    @unittest.skipUnless(ON_TORCH, "Many steps to compile.")
     def test_step_of_fit(self):
         figures = fit.times(TINY, self.arguments)
         self.assertGreater(
@@ -78,6 +81,7 @@ class BenchmarksTest(TestCase):
         for of_way in figures.values():
             self.assertEqual(set(of_way), set(models))
 
+    @unittest.skipUnless(ON_TORCH, "Many steps to compile.")
     def test_multi_gate(self):
         with (
             unittest.mock.patch.multiple(
