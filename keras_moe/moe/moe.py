@@ -243,7 +243,7 @@ class MoE(RoutedLayer):
         tokens = self.to_tokens(inputs, mask, context, router_inputs)
         routing = self.routing_of(tokens, training)
         outputs, group_sizes = self._routed(
-            tokens, self._watch.routing(routing, training), training
+            tokens, self.watched(routing, training), training
         )
         if self.shared_experts is not None:
             shared = shared_output(

@@ -116,6 +116,15 @@ class RoutedLayer(keras.layers.Layer):
         check_routing(routing, seen.shape[0], self.router)
         return routing
 
+    def watched(self, routing, training):
+        """The routing, followed where losses could be lost (`TrainingWatch`).
+
+        A frozen layer, such as a teacher, loses nothing.
+        """
+        if not self.trainable:
+            return routing
+        return self._watch.routing(routing, training)
+
     @property
     def metrics(self):
         """The metrics of the parts, without the metric of the statistics.

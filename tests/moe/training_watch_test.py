@@ -18,15 +18,16 @@ UNTOLD, LOST = "without being told so", "without its balancing losses: no"
 class Model(keras.Model):
     def __init__(self, **kwargs):
         super().__init__()
+        self.before = keras.layers.Dense(5)
         self.moe = MoE(4, 3, **kwargs)
 
     def call(self, x, training=None):
-        return x + self.moe(x, training=training)
+        return x + self.moe(self.before(x), training=training)
 
 
 class Untold(Model):
     def call(self, x):
-        return x + self.moe(x)
+        return x + self.moe(self.before(x))
 
 
 class Lost(Model):
@@ -42,6 +43,7 @@ class TrainingWatchTest(TestCase):
         # Nothing is lost where there is nothing to learn, or no loss.
         (Lost, {"router": RandomRouter(4)}, []),
         (Lost, {"losses": None}, []),
+        (Untold, {"trainable": False}, []),
     )
     def test_fit(self, model_class, kwargs, messages):
         model = model_class(**kwargs)
