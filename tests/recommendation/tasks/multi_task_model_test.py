@@ -426,6 +426,7 @@ class MultiTaskModelTest(TestCase):
             for jit_compile in (False, True):
                 keras.utils.set_random_seed(0)
                 model = make_model(tasks)
+                model.supports_jit = True
                 model.compile(
                     "sgd", task_weighting=weighting, jit_compile=jit_compile
                 )
