@@ -13,7 +13,7 @@ FLOORS = (
     {"backend": set(), "checks": set()},
     {"ops": set(), "stacked": {"ops"}},
     {"dispatch": set(), "routers": set(), "experts": set(), "losses": set()},
-    {"moe": set(), "distribution": set()},
+    {"moe": {"distribution"}, "distribution": set()},
     {"recommendation": set(), "vision": set(), "language": set()},
     {"analysis": set(), "conversion": set()},
     {"layers": set(), "models": set(), "metrics": set(), "callbacks": set()},

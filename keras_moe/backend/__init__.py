@@ -99,3 +99,10 @@ all_reduce_sum = native.all_reduce_sum
 slice_bounds = native.slice_bounds
 on_gradient = native.on_gradient
 num_replicas = native.num_replicas
+
+if keras.config.backend() == "jax":
+    batch_sharding = native.batch_sharding
+    device_index = native.device_index
+    exchange_rows = native.exchange_rows
+    per_device = native.per_device
+    sum_over = native.sum_over

@@ -8,6 +8,17 @@ from keras_moe.ops.grouped_matmul import check_implementation
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.stacked import per_expert
 
+# Paths of the variables that hold a bank of routed experts.
+_BANK_PATHS = set()
+
+
+def is_bank(variable):
+    """Whether a variable holds the weights of routed experts, `(E, ...)`.
+
+    A distribution asks this as the variable is made.
+    """
+    return variable.path in _BANK_PATHS
+
 
 class Experts(keras.layers.Layer):
     """Base class of expert banks: rows grouped by expert in, rows out.
@@ -64,6 +75,9 @@ class Experts(keras.layers.Layer):
     """
 
     uses_max_group_size = False
+    # Whether a router chooses among them; the layer that has it says so. Shared
+    # experts, which all tokens go through, stay whole on every device.
+    routed = False
 
     def __init__(
         self,
@@ -118,6 +132,8 @@ class Experts(keras.layers.Layer):
         constraint = getattr(self, f"{kind}_constraint", None)
         of_bank = None if kind == "bias" else self.bank_regularizer
         self._num_banks += 1
+        if self.routed:
+            _BANK_PATHS.add(f"{self.path}/{name}")
         return self.add_weight(
             name=name,
             shape=(self.num_experts, *shape),

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.distribution.sending import send
 from keras_moe.moe import foreign_parts as foreign
 from keras_moe.moe import part_arguments as parts
 from keras_moe.moe.routed_layer import RoutedLayer
@@ -186,6 +187,7 @@ class MoE(RoutedLayer):
             **kwargs,
         )
         self.experts = foreign.as_experts(experts)
+        self.experts.routed = True
         self.dispatcher = sender
         self._own_dispatcher = dispatcher is not None
         if sender.seed_generator is not None:
@@ -263,7 +265,8 @@ class MoE(RoutedLayer):
         rows, mask = tokens.rows, tokens.mask
         if self.pre_experts is not None:
             rows = call_masked(self.pre_experts, rows, mask)
-        outputs, group_sizes = self.dispatcher(
+        outputs, group_sizes = send(
+            self.dispatcher,
             rows,
             routing,
             self.experts,
