@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe.checks import check_int
 from keras_moe.checks import check_number
-from keras_moe.checks import check_several
+from keras_moe.checks import check_ordered
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.columns import as_floats
@@ -53,10 +53,12 @@ class Bucketized(Categorical):
         self.num_buckets = num_buckets
         self.boundaries = None
         if boundaries is not None:
-            check_several("boundaries", boundaries)
-            boundaries = [float(b) for b in boundaries]
+            check_ordered("boundaries", boundaries)
+            if hasattr(boundaries, "tolist"):  # An array of any backend.
+                boundaries = boundaries.tolist()
             for boundary in boundaries:
                 check_number("boundaries", boundary)
+            boundaries = [float(b) for b in boundaries]
             if not boundaries or boundaries != sorted(set(boundaries)):
                 raise ValueError(
                     "`boundaries` must be ascending, and at least one. "

@@ -3,7 +3,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe.checks import check_int
-from keras_moe.checks import check_several
+from keras_moe.checks import check_ordered
+from keras_moe.checks import check_text
 from keras_moe.recommendation.features.columns import plain
 from keras_moe.recommendation.features.feature import Feature
 from keras_moe.recommendation.features.hashing import hashed_ids
@@ -96,6 +97,8 @@ class Categorical(Feature):
                     f"num_hash_buckets={num_hash_buckets}, "
                     f"vocabulary={vocabulary!r}, num_ids={num_ids!r}"
                 )
+        if table is not None:
+            check_text("table", table)
         if embedding_dim is not None:
             check_int("embedding_dim", embedding_dim, 1)
         if max_vocabulary is not None:
@@ -109,7 +112,7 @@ class Categorical(Feature):
         self._given_num_ids = num_ids
         self.vocabulary = None
         if vocabulary is not None:
-            check_several("vocabulary", vocabulary)
+            check_ordered("vocabulary", vocabulary)
             self._set_vocabulary(vocabulary)
 
     def _set_vocabulary(self, vocabulary):

@@ -13,7 +13,14 @@ def tables(data):
     if is_table(data):
         yield data
         return
-    for batch in data:
+    try:
+        batches = iter(data)
+    except TypeError as error:
+        raise ValueError(
+            "`data` must be a pandas frame, a dict of arrays, or an iterable "
+            f"of these. Received: data={data!r}"
+        ) from error
+    for batch in batches:
         table = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not is_table(table):
             raise ValueError(

@@ -1,6 +1,8 @@
 import keras
 import numpy as np
 
+from keras_moe.checks import check_name
+
 NUMBERS = ("bool", "int", "uint", "float", "bfloat")  # how their dtypes begin
 
 
@@ -21,11 +23,7 @@ class Feature:
     table = None
 
     def __init__(self, name):
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(
-                "`name` must be a string that is not empty and has no '/'. "
-                f"Received: name={name!r}"
-            )
+        check_name("name", name)
         self.name = name
 
     @property

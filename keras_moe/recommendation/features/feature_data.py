@@ -1,7 +1,8 @@
 import keras
 import numpy as np
 
-from keras_moe.checks import check_several
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_ordered
 from keras_moe.recommendation.features.columns import column
 from keras_moe.recommendation.features.columns import is_table
 from keras_moe.recommendation.features.columns import tables
@@ -175,15 +176,17 @@ class FeatureData:
 
 def checked_features(features):
     """A list of features, from them or their configs."""
-    check_several("features", features)
+    check_ordered("features", features)
     checked = []
     for feature in features:
         if isinstance(feature, dict):
-            feature = keras.saving.deserialize_keras_object(feature)
+            feature = as_keras_object(
+                "features", keras.saving.deserialize_keras_object, feature
+            )
         if not isinstance(feature, Feature):
             raise ValueError(
                 "`features` must be a list of features such as "
-                f"keras_moe.layers.Categorical. Received: {feature!r}"
+                f"keras_moe.layers.Categorical. Received: features={features!r}"
             )
         checked.append(feature)
     names = [feature.name for feature in checked]

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.recommendation.features.feature_data import FeatureData
@@ -85,11 +86,15 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         self.features = checked_features(features)
         self.embedding_dim = embedding_dim
         self.output_kind = output
-        self.embeddings_initializer = keras.initializers.get(
-            embeddings_initializer
+        self.embeddings_initializer = as_keras_object(
+            "embeddings_initializer",
+            keras.initializers.get,
+            embeddings_initializer,
         )
-        self.embeddings_regularizer = keras.regularizers.get(
-            embeddings_regularizer
+        self.embeddings_regularizer = as_keras_object(
+            "embeddings_regularizer",
+            keras.regularizers.get,
+            embeddings_regularizer,
         )
         for feature in self.features:
             if feature.table is not None and feature.embedding_dim is None:

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from keras_moe.checks import check_int
+from keras_moe.checks import check_several
 from keras_moe.recommendation.features.bucketized import Bucketized
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.columns import column
@@ -27,6 +29,9 @@ def infer_features(
     `Numeric`, lists of floats `Embedded`, and other lists `MultiCategorical`,
     unless one of the lists of names has the column.
     """
+    if max_vocabulary is not None:
+        check_int("max_vocabulary", max_vocabulary, 1)
+    check_int("min_count", min_count, 1)
     limits = {"max_vocabulary": max_vocabulary, "min_count": min_count}
     named = {
         "categorical": (categorical, lambda n: Categorical(n, **limits)),
@@ -42,6 +47,7 @@ def infer_features(
     for argument, (names, make) in named.items():
         if isinstance(names, str):
             names = [names]
+        check_several(argument, names)
         for name in names:
             if name not in columns or name in makers:
                 raise ValueError(

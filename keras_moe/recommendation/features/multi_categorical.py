@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_text
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.categorical import Counts
@@ -55,7 +56,6 @@ class MultiCategorical(Categorical):
     [[2, 0, -1], [-2, -1, -1]]
     """
 
-    known_combiners = COMBINERS
     # Which end of a list that is too long is kept.
     keeps_last = False
 
@@ -86,8 +86,9 @@ class MultiCategorical(Categorical):
         )
         if length is not None:
             check_int("length", length, 1)
-        if isinstance(combiner, str):
-            check_one_of("combiner", combiner, self.known_combiners)
+        if separator is not None:
+            check_text("separator", separator)
+        self.check_combiner(combiner)
         check_one_of("mask_id", mask_id, (MISSING, 0))
         if mask_id == 0 and num_ids is None:
             raise ValueError(
@@ -99,6 +100,9 @@ class MultiCategorical(Categorical):
         self.combiner = combiner
         self.mask_id = mask_id
         self.separator = separator
+
+    def check_combiner(self, combiner):
+        check_one_of("combiner", combiner, COMBINERS)
 
     @property
     def input_shape(self):

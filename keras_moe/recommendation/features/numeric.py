@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
@@ -64,6 +65,8 @@ class Numeric(Feature):
             check_number("offset", offset)
         if scale is not None:
             check_positive("scale", scale)
+        check_bool("log", log)
+        check_bool("missing_indicator", missing_indicator)
         if normalize is None:
             offset = 0.0 if offset is None else offset
             scale = 1.0 if scale is None else scale

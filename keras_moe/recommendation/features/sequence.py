@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.multi_categorical import COMBINERS
 from keras_moe.recommendation.features.multi_categorical import MultiCategorical
@@ -45,7 +46,6 @@ class Sequence(MultiCategorical):
     ... ])
     """
 
-    known_combiners = (*COMBINERS, "last")
     keeps_last = True
 
     def __init__(
@@ -64,11 +64,8 @@ class Sequence(MultiCategorical):
         num_hash_buckets=None,
     ):
         if isinstance(combiner, dict):
-            combiner = keras.saving.deserialize_keras_object(combiner)
-        if not isinstance(combiner, (str, keras.layers.Layer)):
-            raise ValueError(
-                f"`combiner` must be one of {self.known_combiners} or a "
-                f"layer. Received: combiner={combiner!r}"
+            combiner = as_keras_object(
+                "combiner", keras.saving.deserialize_keras_object, combiner
             )
         super().__init__(
             name=name,
@@ -84,6 +81,15 @@ class Sequence(MultiCategorical):
             min_count=min_count,
             num_hash_buckets=num_hash_buckets,
         )
+
+    def check_combiner(self, combiner):
+        known = (*COMBINERS, "last")
+        is_known = isinstance(combiner, str) and combiner in known
+        if not is_known and not isinstance(combiner, keras.layers.Layer):
+            raise ValueError(
+                f"`combiner` must be one of {known} or a layer. "
+                f"Received: combiner={combiner!r}"
+            )
 
     @property
     def layer(self):

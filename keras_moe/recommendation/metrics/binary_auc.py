@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_int
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -44,6 +45,8 @@ class BinaryAUC(keras.metrics.Metric):
     """
 
     def __init__(self, num_bins=4096, name="auc", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         check_int("num_bins", num_bins, 2)
         self.num_bins = num_bins

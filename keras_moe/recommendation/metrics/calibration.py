@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -32,6 +33,8 @@ class Calibration(keras.metrics.Metric):
     """
 
     def __init__(self, name="calibration", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         self.predicted = self._sum("predicted")
         self.happened = self._sum("happened")

@@ -4,6 +4,8 @@ import numpy as np
 
 from keras_moe.checks import check_one_of
 
+WEIGHTINGS = ("size", "positives", "equal")
+
 
 def group_auc(y_true, y_pred, groups, weighting="size"):
     """Mean of the AUC within each group (GAUC), in NumPy.
@@ -43,9 +45,9 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
     - [Zhu et al., 2017](https://arxiv.org/abs/1703.02091), section 5.1
     - [Zhou et al., 2018](https://arxiv.org/abs/1706.06978), equation 4
     """
-    check_one_of("weighting", weighting, ("size", "positives", "equal"))
-    y_true = np.asarray(y_true, "float64").reshape(-1)
-    y_pred = np.asarray(y_pred, "float64").reshape(-1)
+    check_one_of("weighting", weighting, WEIGHTINGS)
+    y_true = _as_floats("y_true", y_true)
+    y_pred = _as_floats("y_pred", y_pred)
     groups = np.asarray(groups).reshape(-1)
     if not y_true.size == y_pred.size == groups.size:
         raise ValueError(
@@ -85,6 +87,15 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         "equal": np.ones(names.size),
     }[weighting][has_both]
     return float(np.sum(weight * auc) / np.sum(weight))
+
+
+def _as_floats(name, values):
+    try:
+        return np.asarray(values, "float64").reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be an array of numbers. Received: {name}={values!r}"
+        ) from error
 
 
 def _ranks_in_groups(groups, values):

@@ -3,6 +3,9 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_text
+
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Masked(keras.metrics.Metric):
@@ -28,9 +31,12 @@ class Masked(keras.metrics.Metric):
 
     def __init__(self, metric, name=None, dtype=None):
         if isinstance(metric, dict):
-            metric = keras.saving.deserialize_keras_object(metric)
+            metric = as_keras_object(
+                "metric", keras.saving.deserialize_keras_object, metric
+            )
         if not isinstance(metric, keras.metrics.Metric):
-            given, metric = metric, keras.metrics.get(metric)
+            given = metric
+            metric = as_keras_object("metric", keras.metrics.get, metric)
             if not isinstance(metric, keras.metrics.Metric) and callable(
                 metric
             ):
@@ -43,6 +49,8 @@ class Masked(keras.metrics.Metric):
             raise ValueError(
                 f"`metric` must be a metric. Received: metric={metric!r}"
             )
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name or metric.name, dtype=dtype)
         self.metric = metric
         self.total = self.add_variable(

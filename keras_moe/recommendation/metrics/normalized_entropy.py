@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -35,6 +36,8 @@ class NormalizedEntropy(keras.metrics.Metric):
     """
 
     def __init__(self, name="normalized_entropy", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         self.losses = self._sum("losses")
         self.positives = self._sum("positives")

@@ -5,6 +5,7 @@ import keras
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
 from keras_moe.recommendation.tasks import heads as heads_lib
 from keras_moe.recommendation.tasks.task_spec import as_tasks
+from keras_moe.recommendation.tasks.training_arguments import check_tensors
 
 
 def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
@@ -107,6 +108,8 @@ def feature_vectors(embedding, outputs, x):
 
 def _embedded(embedding, inputs):
     """The inputs, and what the embedding makes of them."""
+    if inputs is not None:
+        check_tensors("inputs", inputs)
     if isinstance(embedding, keras.utils.FeatureSpace):
         encoded = embedding.get_encoded_features()
         # Inputs of their own: the preprocessing stays in the data pipeline.
@@ -115,6 +118,12 @@ def _embedded(embedding, inputs):
         else:
             inputs = _input_like(encoded, "features")
         return inputs, inputs
+    if not callable(embedding) or isinstance(embedding, type):
+        raise ValueError(
+            "`embedding` must be a layer such as "
+            "keras_moe.layers.FeatureEmbedding, or a function. "
+            f"Received: embedding={embedding!r}"
+        )
     if inputs is None:
         # That of a `keras.Model` is a list.
         if not callable(getattr(embedding, "inputs", None)):

@@ -2,6 +2,7 @@ import keras
 
 from keras_moe.checks import check_number
 from keras_moe.checks import check_several
+from keras_moe.checks import check_text
 
 
 class CombineLogs(keras.callbacks.Callback):
@@ -38,9 +39,15 @@ class CombineLogs(keras.callbacks.Callback):
     def __init__(self, weights, name="val_combined"):
         super().__init__()
         check_several("weights", weights)
+        check_text("name", name)
         if not isinstance(weights, dict):
             weights = {key: 1.0 for key in weights}
-        for weight in weights.values():
+        for key, weight in weights.items():
+            if not isinstance(key, str):
+                raise ValueError(
+                    "`weights` must have names of logs as its keys. "
+                    f"Received: weights={weights}"
+                )
             check_number("weights", weight)
         if not any(weights.values()):
             raise ValueError(

@@ -1,6 +1,9 @@
 import keras
 import numpy as np
 
+from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
+from keras_moe.recommendation.metrics.group_auc import WEIGHTINGS
 from keras_moe.recommendation.metrics.group_auc import group_auc
 from keras_moe.recommendation.tasks.labels import labels_of
 from keras_moe.recommendation.tasks.training_arguments import labels_by_task
@@ -41,9 +44,15 @@ class GroupAUC(keras.callbacks.Callback):
 
     def __init__(self, x, y, groups, weighting="size", batch_size=1024):
         super().__init__()
+        check_one_of("weighting", weighting, WEIGHTINGS)
+        if batch_size is not None:
+            # NumPy's ints are no ints of Python.
+            if isinstance(batch_size, np.integer):
+                batch_size = int(batch_size)
+            check_int("batch_size", batch_size, 1)
         self.x = x
-        self.y = labels_by_task(y)
-        self.groups = np.asarray(groups)
+        self.y = _checked_labels(labels_by_task(y))
+        self.groups = _checked_groups(groups, self.y)
         self.weighting = weighting
         self.batch_size = batch_size
 
@@ -73,3 +82,23 @@ class GroupAUC(keras.callbacks.Callback):
             logs[f"val_{name}_gauc"] = group_auc(
                 label, predictions[name], self.groups, self.weighting
             )
+
+
+def _checked_labels(y):
+    if not isinstance(y, dict) or not all(map(np.ndim, y.values())):
+        raise ValueError(
+            f"`y` must be a dict of label arrays by task. Received: y={y!r}"
+        )
+    return y
+
+
+def _checked_groups(groups, y):
+    """An array `(N,)` of as many group ids as each task has labels."""
+    ids = np.asarray(groups)
+    lengths = {name: len(labels) for name, labels in y.items()}
+    if not ids.ndim or set(lengths.values()) - {ids.size}:
+        raise ValueError(
+            "`groups` must be one id an example. Received: groups of shape "
+            f"{ids.shape}, labels of lengths {lengths}"
+        )
+    return ids

@@ -108,6 +108,12 @@ class AITMHeads:
     """
 
     def __init__(self, transfer=None, calibration_weight=0.0):
+        is_layer = callable(transfer) and not isinstance(transfer, type)
+        if transfer is not None and not is_layer:
+            raise ValueError(
+                "`transfer` must be a layer from (B, T, D) to (B, T, D). "
+                f"Received: transfer={transfer!r}"
+            )
         check_at_least("calibration_weight", calibration_weight, 0)
         self.transfer = transfer
         self.calibration_weight = calibration_weight
@@ -160,7 +166,8 @@ def get(identifier):
     named = {"towers": towers, "esmm": esmm, "aitm": AITMHeads()}
     if isinstance(identifier, str) and identifier in named:
         return named[identifier]
-    if not callable(identifier):
+    # A class would take features and tasks for the arguments of its maker.
+    if not callable(identifier) or isinstance(identifier, type):
         raise ValueError(
             f"`heads` must be one of {tuple(named)} or a function `(features, "
             f"tasks) -> outputs`. Received: heads={identifier!r}"

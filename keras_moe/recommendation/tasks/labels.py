@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+
 AUTO_LOSSES = {
     "binary": "binary_crossentropy",
     "regression": "mean_squared_error",
@@ -73,7 +75,7 @@ def resolve_loss(task, identifier):
     """A function `(y_true (B, 1), y_pred (B, O)) -> (B,)`."""
     if identifier is None or identifier == "auto":
         identifier = AUTO_LOSSES[task.type]
-    loss = keras.losses.get(identifier)
+    loss = as_keras_object("loss", keras.losses.get, identifier)
     # A loss object would reduce over missing labels too.
     return loss.call if isinstance(loss, keras.losses.Loss) else loss
 

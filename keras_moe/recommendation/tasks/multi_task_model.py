@@ -2,6 +2,7 @@ import contextlib
 
 import keras
 
+from keras_moe.checks import check_bool
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 from keras_moe.recommendation.tasks import labels as labels_lib
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
@@ -89,10 +90,11 @@ class MultiTaskModel(TaskTraining, keras.Model):
 
     def __init__(self, inputs, outputs, tasks, entire_space=False, **kwargs):
         tasks = as_tasks(tasks)
+        check_bool("entire_space", entire_space)
         check_graph(inputs, outputs, tasks)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.tasks = tasks
-        self.entire_space = entire_space
+        self.entire_space = bool(entire_space)
         self._graph = (inputs, outputs)
         self._task_losses = {
             t.name: LabelledMean(name=f"{t.name}_loss") for t in tasks

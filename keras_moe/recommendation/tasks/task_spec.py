@@ -1,11 +1,13 @@
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
+from keras_moe.checks import check_name
 from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_ordered
 from keras_moe.checks import check_rate
-from keras_moe.checks import check_several
 
 TYPES = ("binary", "regression", "multiclass")
 
@@ -66,11 +68,7 @@ class TaskSpec:
         sample_space=None,
         missing_value=None,
     ):
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(
-                "`name` must be a string that is not empty and has no '/'. "
-                f"Received: name={name!r}"
-            )
+        check_name("name", name)
         check_one_of("type", type, TYPES)
         if type == "multiclass":
             check_int("num_classes", num_classes, 2)
@@ -88,13 +86,17 @@ class TaskSpec:
             check_int("tower_units", units, 1)
         check_rate("tower_dropout", tower_dropout)
         check_at_least("weight", weight, 0)
+        if sample_space is not None:
+            check_name("sample_space", sample_space)
         if missing_value is not None:
             check_number("missing_value", missing_value)
         self.name = name
         self.type = type
         self.num_classes = num_classes
         self.tower_units = tuple(tower_units)
-        self.tower_activation = keras.activations.get(tower_activation)
+        self.tower_activation = as_keras_object(
+            "tower_activation", keras.activations.get, tower_activation
+        )
         self.tower_dropout = tower_dropout
         self.weight = weight
         self.class_weights = self._checked_class_weights(class_weights)
@@ -109,7 +111,9 @@ class TaskSpec:
                 "A regression has no classes to weigh. "
                 f"Received: class_weights={class_weights!r}"
             )
-        check_several("class_weights", class_weights)
+        # The `{0: 1.0, 1: 5.0}` of `fit` would be read as its keys.
+        check_ordered("class_weights", class_weights)
+        class_weights = list(class_weights)
         num_classes = self.num_classes or 2
         if len(class_weights) != num_classes:
             raise ValueError(
@@ -167,17 +171,19 @@ def as_tasks(tasks):
     """
     if isinstance(tasks, (str, TaskSpec, dict)):
         tasks = [tasks]
-    check_several("tasks", tasks)
+    check_ordered("tasks", tasks)
     specs = []
     for task in tasks:
         if isinstance(task, str):
             task = TaskSpec(task)
         elif isinstance(task, dict):
-            task = keras.saving.deserialize_keras_object(task)
+            task = as_keras_object(
+                "tasks", keras.saving.deserialize_keras_object, task
+            )
         if not isinstance(task, TaskSpec):
             raise ValueError(
                 "`tasks` must be made of keras_moe.models.TaskSpec. "
-                f"Received: {task!r}"
+                f"Received: tasks={tasks!r}"
             )
         specs.append(task)
     by_name = {task.name: task for task in specs}
@@ -210,10 +216,13 @@ def without_towers(tasks):
 
     For models whose trunk already contains the towers.
     """
+    if _is_one(tasks):
+        tasks = [tasks]
+    check_ordered("tasks", tasks)
     return as_tasks(
         [
             TaskSpec(task, tower_units=()) if isinstance(task, str) else task
-            for task in ([tasks] if _is_one(tasks) else tasks)
+            for task in tasks
         ]
     )
 
@@ -223,7 +232,11 @@ def in_a_chain(tasks):
 
     Each task is then defined on the positive examples of the one before it.
     """
-    if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
+    if _is_one(tasks):
+        return as_tasks(tasks)
+    check_ordered("tasks", tasks)
+    tasks = list(tasks)
+    if not all(isinstance(task, str) for task in tasks):
         return as_tasks(tasks)
     spaces = [None, *tasks]
     return as_tasks(

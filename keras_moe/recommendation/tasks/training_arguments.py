@@ -13,6 +13,9 @@ from keras_moe.recommendation.tasks.weighting.static_weighting import (
 
 
 def check_graph(inputs, outputs, tasks):
+    """Raises if these cannot be the graph of a `MultiTaskModel`."""
+    check_tensors("inputs", inputs)
+    check_tensors("outputs", outputs)
     names = [task.name for task in tasks]
     if not isinstance(outputs, dict) or set(outputs) != set(names):
         raise ValueError(
@@ -31,6 +34,16 @@ def check_graph(inputs, outputs, tasks):
             raise ValueError(
                 "`inputs` must be a dict of `keras.Input` by their names. "
                 f"Received: {name!r} of name {tensor.name!r}"
+            )
+
+
+def check_tensors(argument, given):
+    """Raises unless all that is in it are symbolic tensors of Keras."""
+    for tensor in keras.tree.flatten(given):
+        if not isinstance(tensor, keras.KerasTensor):
+            raise ValueError(
+                f"`{argument}` must be made of tensors of a graph, as "
+                f"`keras.Input` gives. Received: {argument}={given!r}"
             )
 
 

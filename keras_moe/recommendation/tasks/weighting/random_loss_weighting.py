@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_seed
 from keras_moe.recommendation.tasks.weighting.task_weighting import (
     TaskWeighting,
 )
@@ -33,6 +34,7 @@ class RandomLossWeighting(TaskWeighting):
 
     def __init__(self, seed=None, **kwargs):
         super().__init__(**kwargs)
+        check_seed("seed", seed)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
