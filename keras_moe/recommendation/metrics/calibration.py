@@ -19,7 +19,10 @@ class Calibration(keras.metrics.Metric):
 
     Args:
         name: str. Defaults to `"calibration"`.
-        dtype: As in `keras.metrics.Metric`.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
+
+    Raises:
+        ValueError: If `name` is not a string.
 
     Example:
 

@@ -31,8 +31,9 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         A float; NaN if no group has an AUC, or a prediction is NaN.
 
     Raises:
-        ValueError: If the sizes differ, a label is not 0, 1 or NaN, `groups`
-            mixes kinds that cannot be sorted, or `weighting` is unknown.
+        ValueError: If the sizes differ, labels or predictions are not numbers,
+            a label is not 0, 1 or NaN, `groups` mixes kinds that cannot be
+            sorted, or `weighting` is unknown.
 
     Example:
 
@@ -106,7 +107,7 @@ def _ranks_in_groups(groups, values):
     is_new_value = is_new_group | np.r_[True, values[1:] != values[:-1]]
     starts = np.flatnonzero(is_new_value)
     stops = np.r_[starts[1:], values.size]
-    mean_place = (starts + stops + 1) / 2  # Of places counted from 1.
+    mean_place = (starts + stops + 1) / 2  # Places count from 1.
     place = np.repeat(mean_place, stops - starts)
     group_start = np.flatnonzero(is_new_group)[np.cumsum(is_new_group) - 1]
     ranks = np.empty(values.size)

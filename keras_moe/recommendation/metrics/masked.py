@@ -9,18 +9,18 @@ from keras_moe.checks import check_text
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Masked(keras.metrics.Metric):
-    """Another metric over the examples whose label is not NaN.
+    """Applies another metric to the examples whose label is not NaN.
 
     The result is NaN until there is a label.
 
     Args:
         metric: A `keras.metrics.Metric` that takes `sample_weight`, or anything
             `keras.metrics.get` accepts.
-        name: str. Defaults to the metric's name.
-        dtype: As in `keras.metrics.Metric`.
+        name: str. Defaults to `None`: the metric's name.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
 
     Raises:
-        ValueError: If `metric` is not a metric.
+        ValueError: If `metric` is not a metric, or `name` is not a string.
 
     Example:
 

@@ -16,13 +16,16 @@ class NormalizedEntropy(keras.metrics.Metric):
               / -(rate * log(rate) + (1 - rate) * log(1 - rate))
     ```
 
-    Below 1 the predictions know more than the mean. Unlike the log loss, it
-    can be compared between tasks with rare and with frequent events. The result
-    is NaN until there is a positive and a negative.
+    Below 1 the predictions are better than the mean label. Unlike the log loss,
+    it can be compared between tasks with rare and with frequent events. The
+    result is NaN until there is a positive and a negative.
 
     Args:
         name: str. Defaults to `"normalized_entropy"`.
-        dtype: As in `keras.metrics.Metric`.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
+
+    Raises:
+        ValueError: If `name` is not a string.
 
     Example:
 

@@ -20,29 +20,32 @@ class TaskSpec:
     metric of the task.
 
     Args:
-        name: str. Name of the task: of its prediction, its label and its logs.
+        name: str. Name of the task, its prediction, its label and its logs.
         type: `"binary"` (a probability, labels from 0 to 1), `"regression"` (a
             number) or `"multiclass"` (probabilities of `num_classes` classes,
             labels from 0 to `num_classes - 1`). Defaults to `"binary"`.
-        num_classes: int. Number of classes, for `"multiclass"` alone.
-        tower_units: Sequence of ints. Widths of the hidden layers of the task's
-            own tower; empty for none. Defaults to `(64,)`.
-        tower_activation: Their activation. Defaults to `"relu"`.
-        tower_dropout: float. Dropout after each of them. Defaults to `0.0`.
+        num_classes: int. Number of classes, for `"multiclass"` alone. Defaults
+            to `None`.
+        tower_units: List or tuple of ints. Widths of the hidden layers of the
+            task's own tower; empty for no tower. Defaults to `(64,)`.
+        tower_activation: Activation of the hidden layers. Defaults to `"relu"`.
+        tower_dropout: float. Dropout rate after each hidden layer. Defaults to
+            `0.0`.
         weight: float. Factor of the task's loss. Defaults to `1.0`.
-        class_weights: Sequence of one float a class, by which the losses of its
-            examples are multiplied; two for `"binary"`, of label 0 and label 1.
-            Defaults to `None`, all 1.
-        sample_space: str. Name of a binary task without whose label being 1
-            this task has no label: of all that were shown, only what was
-            clicked can be bought. What that means for the loss depends on the
-            heads, see `keras_moe.models.MultiTaskModel`. Defaults to `None`,
-            every example.
-        missing_value: float. A label that means "missing" as NaN does, for
-            labels of a type without NaN. Defaults to `None`.
+        class_weights: Sequence of floats, one for each class: factors of the
+            losses of its examples. A binary task has two, for the labels 0 and
+            1. Defaults to `None`: all are 1.
+        sample_space: str. Name of another binary task. This task has a label
+            only where the other label is 1: only what was clicked can be
+            bought. How the loss treats other examples depends on the heads, see
+            `keras_moe.models.MultiTaskModel`. Defaults to `None`: this task may
+            have a label in every example.
+        missing_value: float. A label that means "missing", as NaN does, for
+            dtypes without NaN. Defaults to `None`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            arguments do not fit together.
 
     Example:
 
@@ -99,19 +102,19 @@ class TaskSpec:
         )
         self.tower_dropout = tower_dropout
         self.weight = weight
-        self.class_weights = self._checked_class_weights(class_weights)
+        self.class_weights = self._as_class_weights(class_weights)
         self.sample_space = sample_space
         self.missing_value = missing_value
 
-    def _checked_class_weights(self, class_weights):
+    def _as_class_weights(self, class_weights):
         if class_weights is None:
             return None
         if self.type == "regression":
             raise ValueError(
-                "A regression has no classes to weigh. "
+                "`class_weights` must be None: a regression has no classes. "
                 f"Received: class_weights={class_weights!r}"
             )
-        # The `{0: 1.0, 1: 5.0}` of `fit` would be read as its keys.
+        # Of `{0: 1.0, 1: 5.0}`, as in `fit`, only the keys would be read.
         check_ordered("class_weights", class_weights)
         class_weights = list(class_weights)
         num_classes = self.num_classes or 2
@@ -131,7 +134,7 @@ class TaskSpec:
 
     @property
     def activation(self):
-        """Name of the activation that makes the prediction of logits."""
+        """Name of the activation from logits to predictions."""
         return {
             "binary": "sigmoid",
             "regression": "linear",
@@ -163,11 +166,11 @@ class TaskSpec:
 
 
 def as_tasks(tasks):
-    """A tuple of `TaskSpec`s, from them, their configs or their names.
+    """A tuple of `TaskSpec`s, from specs, configs or names of binary tasks.
 
     Raises:
-        ValueError: If there is none, two have one name, or a sample space is
-            not another binary task, or leads back to the task.
+        ValueError: If there is no task, two tasks have the same name, or a
+            sample space is not another binary task or leads back to the task.
     """
     if isinstance(tasks, (str, TaskSpec, dict)):
         tasks = [tasks]

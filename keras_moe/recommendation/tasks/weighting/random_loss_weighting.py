@@ -9,7 +9,7 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class RandomLossWeighting(TaskWeighting):
-    """Other random weights at each training step (RLW).
+    """New random weights at each training step (RLW).
 
     ```
     weight = T * softmax(standard normal numbers)
@@ -20,8 +20,12 @@ class RandomLossWeighting(TaskWeighting):
     tasks, as in an unweighted sum; in the paper they sum to 1.
 
     Args:
-        seed: int. Seed of the numbers. Defaults to `None`, a random one.
+        seed: int. Seed of the random numbers. Defaults to `None`: a random
+            seed.
         **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If `seed` is neither an int nor `None`.
 
     Example:
 
