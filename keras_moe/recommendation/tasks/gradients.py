@@ -30,7 +30,7 @@ def gradient_products(model, *args):
     selected = {id(v) for v in model.task_weighting.select(variables, shared)}
 
     def losses(values):
-        # What is assigned in this scope is discarded, so that the step itself
+        # Assignments in this scope are discarded, so that the step itself
         # starts from the same state and draws the same dropout masks.
         trained = zip(variables, values, strict=True)
         with keras.StatelessScope([*trained, *mapping]):

@@ -26,7 +26,7 @@ class EndOfEpoch(keras.callbacks.Callback):
 
 
 def with_end_of_epoch(callbacks, model):
-    """The callbacks of `fit` after `EndOfEpoch`, since they may save."""
+    """Puts `EndOfEpoch` before the callbacks of `fit`, which may save."""
     if not isinstance(callbacks, keras.callbacks.CallbackList):
         return [EndOfEpoch(), *as_list(callbacks)]
     # A list from an earlier `fit` already has it.
