@@ -1,19 +1,19 @@
 import keras
-from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_bool
+from keras_moe.checks import check_seed
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.recommendation.gates import multi_gate_parts as parts
 from keras_moe.recommendation.gates.expert_units import ExpertUnits
-from keras_moe.recommendation.gates.gate_activations import mix
+from keras_moe.recommendation.gates.gated_experts import GatedExperts
 from keras_moe.recommendation.gates.layer_networks import deserialized_layers
 from keras_moe.recommendation.gates.self_residual import make_residual
 from keras_moe.recommendation.gates.unit_inputs import UnitInputs
-from keras_moe.recommendation.gates.unit_inputs import one_by_one
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MultiGateMoE(keras.layers.Layer):
+class MultiGateMoE(GatedExperts):
     """One level of experts that several tasks mix, each by a gate of its own.
 
     ```
@@ -162,6 +162,7 @@ class MultiGateMoE(keras.layers.Layer):
         flat, kwargs = parts.split(kwargs)
         super().__init__(**kwargs)
         check_bool("return_gates", return_gates)
+        check_seed("seed", seed)
         self.units = ExpertUnits(
             num_tasks,
             num_shared_experts,
@@ -171,7 +172,7 @@ class MultiGateMoE(keras.layers.Layer):
             output_shared,
             stop_cross_task_gradients,
         )
-        self._reads = UnitInputs(self.units, expert_slots, gate_input)
+        self.unit_inputs = UnitInputs(self.units, expert_slots, gate_input)
         self.num_tasks = num_tasks
         self.num_gates = self.units.num_gates
         self.num_experts = self.units.num_experts
@@ -180,12 +181,14 @@ class MultiGateMoE(keras.layers.Layer):
         self.self_residual = self_residual
         self.return_gates = return_gates
         self.seed = seed
-        initializer = keras.initializers.get(kernel_initializer)
+        initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
         self.kernel_initializer = initializer
         policy = self.dtype_policy
         # In this order, in which optimizers of saved models have their state.
         self.feature_gates = parts.feature_gates_of(
-            feature_gate_rank, self._reads.slots, initializer, policy
+            feature_gate_rank, self.unit_inputs.slots, initializer, policy
         )
         flat["expert_units"] = expert_units
         self.experts = parts.experts_of(
@@ -198,85 +201,11 @@ class MultiGateMoE(keras.layers.Layer):
             self_residual, self.units, self.task_gates, seed, policy
         )
 
-    def build(self, inputs_shape, gate_inputs_shape=None):
-        shape = tuple(inputs_shape)
-        gate_shape = self._reads.gate_shape(shape, gate_inputs_shape)
-        if self.feature_gates is not None:
-            self.feature_gates.build(shape)
-        if self.experts is not None:
-            self.experts.build(self._expert_shape(shape))
-        self.task_gates.build(gate_shape)
-        if self.residual is not None:
-            self.residual.build(gate_shape)
-
-    def _expert_shape(self, shape):
-        if self.feature_gates is not None or len(shape) == 3:
-            return (shape[0], self.num_experts, shape[-1])
-        return shape
-
-    def call(self, inputs, gate_inputs=None, training=None):
-        inputs = ops.convert_to_tensor(inputs)
-        gate_inputs = self._reads.of_gates(inputs, gate_inputs)
-        gates = self.task_gates(gate_inputs, training=training)
-        weights = gates
-        if self.residual is not None:
-            weights = gates + self.residual(gate_inputs)
-        outputs = mix(
-            weights, self._expert_outputs(inputs, training), self.units.stopped
-        )
-        outputs = ops.cast(outputs, self.compute_dtype)
-        return (outputs, gates) if self.return_gates else outputs
-
-    def gates(self, inputs, gate_inputs=None):
-        """The weights of the gates in inference, `(batch, gates, experts)`.
-
-        They are zero where a gate does not see an expert, and without what
-        `self_residual` adds. Called with a call's inputs.
-        """
-        inputs = ops.convert_to_tensor(inputs)
-        if not self.built:
-            shape = None if gate_inputs is None else gate_inputs.shape
-            self.build(inputs.shape, shape)
-        return self.task_gates(
-            self._reads.of_gates(inputs, gate_inputs), training=False
-        )
-
-    def _expert_outputs(self, inputs, training):
-        """`(B, E, O)`."""
-        x = ops.cast(inputs, self.compute_dtype)
-        if self.feature_gates is not None:
-            x = self.feature_gates(x)
-        elif self.experts is None:
-            x = one_by_one(x, self._reads.slots)
-        else:
-            x = self._reads.of_experts(x)
-        return x if self.experts is None else self.experts(x, training=training)
-
-    def compute_output_shape(self, inputs_shape, gate_inputs_shape=None):
-        width = inputs_shape[-1]
-        if self.experts is not None:
-            shape = self._expert_shape(tuple(inputs_shape))
-            width = self.experts.compute_output_shape(shape)[-1]
-        shape = (inputs_shape[0], self.num_gates, width)
-        if self.return_gates:
-            return shape, (inputs_shape[0], self.num_gates, self.num_experts)
-        return shape
-
-    def compute_output_spec(self, inputs, gate_inputs=None, training=None):
-        shape = self.compute_output_shape(inputs.shape)
-        outputs = keras.KerasTensor(
-            shape[0] if self.return_gates else shape, self.compute_dtype
-        )
-        if not self.return_gates:
-            return outputs
-        gates = keras.KerasTensor(shape[1], self.task_gates.compute_dtype)
-        return outputs, gates
-
     def get_config(self):
         config = {
             **super().get_config(),
             **self.units.get_config(),
-            **self._reads.get_config(),
+            **self.unit_inputs.get_config(),
             "experts": serialize_part(self.experts),
             "gates": serialize_part(self.task_gates),
             "feature_gate_rank": self.feature_gate_rank,

@@ -119,7 +119,7 @@ class TaskGates(keras.layers.Layer):
         dtype=None,
         **kwargs,
     ):
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        policy = keras.dtype_policies.get(dtype)
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
         check_bool("use_bias", use_bias)
@@ -257,20 +257,9 @@ class TaskGates(keras.layers.Layer):
         )
 
     def _logits(self, x, training):
-        kernel = self._pairs.spread(self.kernel)  # (G * E, D)
-        if len(x.shape) == 2:
-            logits = ops.einsum("bd,nd->bn", x, kernel)
-            logits = ops.reshape(logits, (-1, *self.visible.shape))
-        else:
-            kernel = ops.reshape(kernel, (*self.visible.shape, x.shape[-1]))
-            logits = ops.einsum("bgd,ged->bge", x, kernel)
-        if self.bias is not None:
-            logits = logits + ops.reshape(
-                self._pairs.spread(self.bias), self.visible.shape
-            )
+        logits = self._pairs.logits(x, self.kernel, self.bias)
         if self._normalize is None:
             return logits
-        logits = ops.reshape(logits, (-1, self.num_gates * self.num_experts))
         seen = self._normalize(self._pairs.gather(logits), training=training)
         logits = self._pairs.spread(seen, axis=1)
         return ops.reshape(logits, (-1, *self.visible.shape))

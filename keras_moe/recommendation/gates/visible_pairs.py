@@ -51,8 +51,32 @@ class VisiblePairs:
         return backend.take(values, self._places.reshape(-1), axis=axis)
 
     def gather(self, values):
-        """`(B, G * E)` -> `(B, N)`."""
+        """`(B, G, E)` -> `(B, N)`."""
+        values = ops.reshape(values, (-1, self.visible.size))
         return backend.take(values, self._pairs, axis=1)
+
+    def logits(self, x, kernel, bias=None):
+        """Applies the row of each pair, 0 for all others.
+
+        Args:
+            x: `(B, D)`, or `(B, G, D)` with a row for each gate.
+            kernel: `(N, D)`.
+            bias: `(N,)`. Defaults to `None`.
+
+        Returns:
+            `(B, G, E)`.
+        """
+        shape = self.visible.shape
+        kernel = self.spread(kernel)  # (G * E, D)
+        if len(x.shape) == 2:
+            logits = ops.einsum("bd,nd->bn", x, kernel)
+            logits = ops.reshape(logits, (-1, *shape))
+        else:
+            kernel = ops.reshape(kernel, (*shape, x.shape[-1]))
+            logits = ops.einsum("bgd,ged->bge", x, kernel)
+        if bias is not None:
+            logits = logits + ops.reshape(self.spread(bias), shape)
+        return logits
 
 
 class PerGateInitializer(PerExpertInitializer):

@@ -6,6 +6,7 @@ from keras_moe import backend
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_several
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.moe.moe import MoE
 from keras_moe.ops.grouped_matmul import batch_matmul
@@ -102,7 +103,13 @@ class DLRMMoE(Recommender):
         **kwargs,
     ):
         tasks = as_tasks(tasks)
+        check_int("num_experts", num_experts, 1)
         check_one_of("interaction", interaction, ("dot", "cross"))
+        if not isinstance(cross_options, (dict, type(None))):
+            raise ValueError(
+                "`cross_options` must be a dict or None. "
+                f"Received: cross_options={cross_options!r}"
+            )
         if cross_options and interaction != "cross":
             raise ValueError(
                 "`cross_options` are for interaction='cross'. Received: "
@@ -170,11 +177,10 @@ class Interaction:
         self.cross_options = cross_options
 
     def __call__(self, vectors):
-        missing = sorted(set(self.numeric) - set(vectors))
-        if missing:
+        if not set(self.numeric) <= set(vectors):
             raise ValueError(
                 "`numeric_features` must be names of features. Received: "
-                f"{missing}, features={sorted(vectors)}"
+                f"numeric_features={self.numeric}, features={sorted(vectors)}"
             )
         parts = [v for name, v in vectors.items() if name not in self.numeric]
         if self.kind == "dot":
@@ -233,7 +239,6 @@ def _all_experts(tasks, num_experts, expert_units, top_k, kwargs):
 
 def _chosen_experts(tasks, num_experts, expert_units, top_k, kwargs):
     options, kwargs = split_arguments(MoE, kwargs, _STRUCTURE)
-    check_int("num_experts", num_experts, 1)
     if len(expert_units) != 2:
         raise ValueError(
             "With `top_k`, `expert_units` must be two widths. Received: "
@@ -246,8 +251,16 @@ def _chosen_experts(tasks, num_experts, expert_units, top_k, kwargs):
 
 
 def _numeric(embedding, names):
+    if isinstance(names, str):
+        return [names]
     if names is not None:
-        return [names] if isinstance(names, str) else list(names)
+        check_several("numeric_features", names)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "`numeric_features` must be names of features. "
+                f"Received: numeric_features={names!r}"
+            )
+        return list(names)
     if not isinstance(embedding, FeatureEmbedding):
         return []
     return [f.name for f in embedding.features if f.table is None]

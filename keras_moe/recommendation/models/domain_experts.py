@@ -3,10 +3,14 @@
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int
+from keras_moe.checks import check_seed
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.layers.balanced_experts import BalancedExperts
 from keras_moe.recommendation.layers.star_dense import STARDense
 from keras_moe.recommendation.layers.star_dense import of_domain
+from keras_moe.recommendation.models.domains import check_domain
 from keras_moe.recommendation.models.domains import domain_of
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.stacked_mlp import StackedMLP
@@ -39,6 +43,10 @@ class DomainExperts:
         stop_gate_gradients,
         seed,
     ):
+        check_domain(domain, num_domains)
+        check_int("num_experts", num_experts, 1)
+        check_bool("stop_gate_gradients", stop_gate_gradients)
+        check_seed("seed", seed)
         self.tasks = tasks
         self.embedding = embedding
         self.domain = domain

@@ -9,6 +9,21 @@ from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
 
 
+def check_domain(domain, num_domains):
+    """Checks the arguments of a model whose domain is one input."""
+    if not isinstance(domain, str):
+        raise ValueError(
+            "`domain` must be the name of an input. "
+            f"Received: domain={domain!r}"
+        )
+    check_num_domains(num_domains)
+
+
+def check_num_domains(num_domains):
+    if num_domains is not None:
+        check_int("num_domains", num_domains, 1)
+
+
 def domain_of(inputs, embedding, domain, num_domains=None):
     """The domain of each example, and how many domains there are.
 
@@ -41,9 +56,10 @@ def domain_of(inputs, embedding, domain, num_domains=None):
     if isinstance(feature, Categorical) and not feature.input_shape:
         if num_domains not in (None, feature.num_ids + 2):
             raise ValueError(
-                f"Feature {domain!r} has {feature.num_ids} ids, which with "
-                f"missing and unknown values are {feature.num_ids + 2} "
-                f"domains. Received: num_domains={num_domains!r}"
+                f"Feature {domain!r} has {feature.num_ids} ids. With missing "
+                "and unknown values, `num_domains` must be "
+                f"{feature.num_ids + 2} or None. "
+                f"Received: num_domains={num_domains!r}"
             )
         return feature.rows(ids), feature.num_ids + 2
     shape = tuple(ids.shape)

@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
+from keras_moe.checks import check_seed
 from keras_moe.checks import check_several
 from keras_moe.checks import is_int
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
@@ -136,10 +138,13 @@ def options_of_level(options, number):
     """Options with parts, seeds and initializers of their own for a level."""
     options = dict(options)
     if "seed" in options:
+        check_seed("seed", options["seed"])
         options["seed"] = own_seed(options["seed"], number)
     for name in ("kernel_initializer", "gate_initializer"):
         if name in options:
-            initializer = keras.initializers.get(options[name])
+            initializer = as_keras_object(
+                name, keras.initializers.get, options[name]
+            )
             options[name] = own_draws(initializer, number)
     for name in ("experts", "gates"):
         part = options.get(name)

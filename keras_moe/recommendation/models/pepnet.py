@@ -2,8 +2,10 @@ import keras
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_int
 from keras_moe.recommendation.layers.epnet import EPNet
 from keras_moe.recommendation.layers.ppnet import PPNet
+from keras_moe.recommendation.models.domains import check_num_domains
 from keras_moe.recommendation.models.domains import known_of
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.tasks.task_spec import without_towers
@@ -93,6 +95,9 @@ class PEPNet(Recommender):
         **kwargs,
     ):
         tasks = without_towers(tasks)
+        check_num_domains(num_domains)
+        if domain_gate_units is not None:
+            check_int("domain_gate_units", domain_gate_units, 1)
         epnet = EPNet(domain_gate_units, scale, name="epnet")
         ppnet = PPNet(
             len(tasks),
@@ -151,39 +156,48 @@ class PEPNetTrunk:
         self.embedding = embedding
         self.epnet = epnet
         self.ppnet = ppnet
-        self.domain = domain
+        self.domain = [] if domain is None else as_names("domain", domain, 0)
         self.prior_features = as_names("prior_features", prior_features)
         self.num_domains = num_domains
         self.main_features = main_features
+        if main_features is not None:
+            self.main_features = as_names("main_features", main_features)
 
     def __call__(self, x, inputs, vectors):
         if self.main_features is not None:
-            x = joined(vectors, as_names("main_features", self.main_features))
+            x = joined("main_features", vectors, self.main_features)
         if self.domain:
             known = known_of(
                 self.domain, inputs, self.embedding, vectors, self.num_domains
             )
             x = self.epnet(x, known)
-        return self.ppnet(x, joined(vectors, self.prior_features))
+        return self.ppnet(x, joined("prior_features", vectors, self.prior_features))
 
 
-def as_names(argument, names):
-    """A list of names, from one or several."""
+def as_names(argument, names, minimum=1):
+    """A list of at least `minimum` names, from one or several."""
     given = [names] if isinstance(names, str) else names
-    if not isinstance(given, (list, tuple)) or not given:
+    if (
+        not isinstance(given, (list, tuple))
+        or len(given) < minimum
+        or not all(isinstance(name, str) for name in given)
+    ):
+        least = ", at least one" if minimum else ""
         raise ValueError(
-            f"`{argument}` must be names of features, at least one. "
+            f"`{argument}` must be names of features{least}. "
             f"Received: {argument}={names!r}"
         )
     return list(given)
 
 
-def joined(vectors, names):
+def joined(argument, vectors, names):
     """The vectors of some features as one tensor."""
     missing = [name for name in names if name not in vectors]
     if missing:
         raise ValueError(
-            f"There are no features {missing}. Received: {sorted(vectors)}"
+            f"`{argument}` must be names of features; there are no features "
+            f"{missing}. Received: {argument}={names}, "
+            f"features={sorted(vectors)}"
         )
     chosen = [vectors[name] for name in names]
     return chosen[0] if len(chosen) == 1 else ops.concatenate(chosen, axis=-1)

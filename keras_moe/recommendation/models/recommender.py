@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import is_int
 from keras_moe.recommendation.models.model_config import deserialized
 from keras_moe.recommendation.models.model_config import made_again
 from keras_moe.recommendation.models.model_config import settings_of
@@ -43,6 +44,7 @@ class Recommender(MultiTaskModel):
         arguments=None,
         **kwargs,
     ):
+        _check_embedding(embedding, inputs)
         graph = assemble(tasks, embedding, trunk, heads, inputs)
         super().__init__(**graph, **kwargs)
         self.heads = heads
@@ -78,12 +80,13 @@ class Recommender(MultiTaskModel):
         Raises:
             ValueError: If the model has no gates, or no such level.
         """
-        if not self._gates:
+        number = self.num_gate_levels
+        if not number:
             raise ValueError(f"A {type(self).__name__} has no gates to read.")
-        if not -len(self._gates) <= level < len(self._gates):
+        if not is_int(level) or not -number <= level < number:
             raise ValueError(
-                f"`level` must be one of the {len(self._gates)} levels with "
-                f"gates. Received: level={level!r}"
+                f"`level` must be an int from {-number} to {number - 1}: this "
+                f"model has {number} levels of gates. Received: level={level!r}"
             )
         inputs, _ = self._graph
         check_data(self, x)
@@ -141,3 +144,19 @@ class Recommender(MultiTaskModel):
                 for name, kwargs in arguments["inputs"].items()
             }
         return made_again(cls, arguments, settings)
+
+
+def _check_embedding(embedding, inputs):
+    if not callable(embedding):
+        raise ValueError(
+            "`embedding` must be a layer, a FeatureSpace, or a function of the "
+            f"inputs. Received: embedding={embedding!r}"
+        )
+    tensors = keras.tree.flatten(inputs)
+    if inputs is not None and not (
+        tensors and all(isinstance(x, keras.KerasTensor) for x in tensors)
+    ):
+        raise ValueError(
+            "`inputs` must be a dict of `keras.Input` by name, or None. "
+            f"Received: inputs={inputs!r}"
+        )

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_rate
@@ -112,6 +113,8 @@ class SASRecMoE(NextItemModel):
             ("num_heads", num_heads),
         ):
             check_int(name, value, 1)
+        if intermediate_dim is not None:
+            check_int("intermediate_dim", intermediate_dim, 1)
         check_rate("dropout", dropout)
         if embedding_dim % num_heads:
             raise ValueError(
@@ -197,6 +200,7 @@ class SASRecMoE(NextItemModel):
             NumPy array `(B, k)` of item ids, the most likely first.
         """
         check_int_up_to("k", k, "num_items", self.num_items)
+        check_bool("exclude_seen", exclude_seen)
         ids = np.asarray(ids)
         self._check_ids(ids)
         if not (ids > 0).any(axis=1).all():

@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import as_units
 from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.stacked.stacked_mlp import StackedMLP
@@ -59,6 +60,7 @@ class SharedBottom(Recommender):
     ):
         fixed = ("num_networks", "units", "output_units", "output_use_bias")
         options, kwargs = split_arguments(StackedMLP, kwargs, fixed)
+        bottom_units = as_units("bottom_units", bottom_units)
         bottom = StackedMLP(1, bottom_units, name="bottom", **options)
         super().__init__(
             tasks,

@@ -2,11 +2,13 @@ import keras
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
 from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.recommendation.layers.partitioned_normalization import (
     PartitionedNormalization,
 )
 from keras_moe.recommendation.layers.star_dense import STARDense
+from keras_moe.recommendation.models.domains import check_domain
 from keras_moe.recommendation.models.domains import domain_of
 from keras_moe.recommendation.models.domains import named_feature
 from keras_moe.recommendation.models.domains import one_hot
@@ -82,6 +84,8 @@ class STAR(Recommender):
         **kwargs,
     ):
         tasks = without_towers(tasks)
+        check_domain(domain, num_domains)
+        check_bool("normalization", normalization)
         arguments = {
             "domain": domain,
             "num_domains": num_domains,

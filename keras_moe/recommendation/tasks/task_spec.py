@@ -210,10 +210,12 @@ def without_towers(tasks):
 
     For models whose trunk already contains the towers.
     """
+    tasks = [tasks] if _is_one(tasks) else tasks
+    check_several("tasks", tasks)
     return as_tasks(
         [
             TaskSpec(task, tower_units=()) if isinstance(task, str) else task
-            for task in ([tasks] if _is_one(tasks) else tasks)
+            for task in tasks
         ]
     )
 
@@ -223,7 +225,9 @@ def in_a_chain(tasks):
 
     Each task is then defined on the positive examples of the one before it.
     """
-    if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
+    tasks = [tasks] if _is_one(tasks) else tasks
+    check_several("tasks", tasks)
+    if not all(isinstance(task, str) for task in tasks):
         return as_tasks(tasks)
     spaces = [None, *tasks]
     return as_tasks(
