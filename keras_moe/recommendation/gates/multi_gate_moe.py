@@ -14,7 +14,7 @@ from keras_moe.recommendation.gates.unit_inputs import UnitInputs
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MultiGateMoE(GatedExperts):
-    """One level of experts that several tasks mix, each by a gate of its own.
+    """One level of experts that several tasks mix, each with its own gate.
 
     ```
     expert[e] = mlp[e](x[slot of e])                        for each expert
@@ -22,19 +22,19 @@ class MultiGateMoE(GatedExperts):
     y[t]      = sum over the experts t sees of gate[t][e] * expert[e]
     ```
 
-    The units are the tasks, and one more for the experts they share. Each task
-    may have experts of its own, and sees these and the shared ones, or all, or
-    what a matrix says. The published models are settings of this layer:
+    The units are the tasks, and one more for the experts they share. A task may
+    own experts. It sees its own experts and the shared ones, all experts, or
+    the experts that a matrix names. Published models are settings of the layer:
 
     | model | settings |
     |---|---|
     | MMoE | `num_shared_experts=8` |
-    | OMoE | the same with `num_tasks=1`: one gate for all tasks |
+    | OMoE | MMoE's with `num_tasks=1`: one gate for all tasks |
     | CGC | `num_task_experts=4, num_shared_experts=4` |
     | PLE | such layers in a row, all but the last with `output_shared=True` |
     | AdaTT | PLE's with `visibility="all", self_residual="weights"` |
     | STEM | `visibility="all", gate_input="slot_plus_shared",
-      stop_cross_task_gradients=True`, an embedding a unit |
+      stop_cross_task_gradients=True`, and one embedding per unit |
     | DSelect-k | `gate_activation="dselect_k"` |
     | MMoEEx | a random matrix as `visibility` |
     | HoME | `expert_normalization="batch", expert_activation="silu",
@@ -59,48 +59,50 @@ class MultiGateMoE(GatedExperts):
             expert; an empty list makes an expert of its input as it is.
             Defaults to `(16,)`.
         num_shared_experts: int. Experts that no task owns. Defaults to `8`.
-        num_task_experts: int, or a list of one a task. Experts that it owns.
-            Defaults to `0`.
+        num_task_experts: int, or a list with an int for each task. Number of
+            experts that each task owns. Defaults to `0`.
         visibility: `"own_and_shared"`: a task sees its own experts and the
-            shared ones. `"all"`: all of them. Or a matrix of zeros and ones,
-            `(gates, experts)`, the gate of the shared unit last. Defaults to
-            `"own_and_shared"`.
+            shared ones. `"all"`: it sees all experts. Or a matrix of zeros and
+            ones, `(gates, experts)`, the gate of the shared unit last. Defaults
+            to `"own_and_shared"`.
         shared_sees: `"all"` or `"shared"`: what the gate of the shared unit
             sees, unless `visibility` is a matrix. Defaults to `"all"`.
-        output_shared: bool. Whether the shared unit has a gate too, and thus an
-            output, for the next level. Defaults to `False`.
+        output_shared: bool. Whether the shared unit has a gate and an output
+            too, for the next level. Defaults to `False`.
         expert_slots: List of ints. The input slot that each expert reads.
-            Defaults to `None`, its unit's slot.
+            Defaults to `None`, the slot of its unit.
         experts: A `keras_moe.layers.StackedMLP`, or another layer with an
             attribute `num_networks`; or a layer `(batch, dim) -> (batch,
             width)` to copy for each expert, or a list of layers. Defaults to
-            `None`: what the flat arguments describe.
-        gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the same.
-        feature_gate_rank: int, or `None`. With it, each expert reads
-            `x * 2 sigmoid(x @ down[e] @ up[e])`, where `down` has so many
-            columns. Defaults to `None`.
+            `None`: the flat arguments describe the experts.
+        gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the flat
+            arguments describe the gates.
+        feature_gate_rank: int, or `None`. Number of columns of `down`, if each
+            expert reads `x * 2 sigmoid(x @ down[e] @ up[e])`. Defaults to
+            `None`: it reads `x`.
         gate_input: `"slot"`, or `"slot_plus_shared"`: a task's gate reads the
             sum of its slot and the shared one. Defaults to `"slot"`.
-        self_residual: `"weights"`, to add `sum w[e] * expert[e]` over a unit's
-            own experts, `w` learned for all inputs alike (the constant 1 if
-            each unit has one expert); `"gates"`, with `w` of a second gate,
-            softmax over the own experts, sigmoid of one. Defaults to `None`.
-        stop_cross_task_gradients: bool. Whether the output of a task sends no
-            gradient into the experts of other tasks. Defaults to `False`.
+        self_residual: `"weights"` adds `sum w[e] * expert[e]` over a unit's
+            own experts, where `w` is learned and independent of the input (and
+            the constant 1 if each unit has one expert). With `"gates"`, `w`
+            comes from a second gate, a softmax over the unit's own experts, or
+            a sigmoid if it has one. Defaults to `None`, no residual.
+        stop_cross_task_gradients: bool. Whether to stop the gradients from a
+            task's output to the experts of other tasks. Defaults to `False`.
         return_gates: bool. Whether to return `(outputs, gates)`. Defaults to
             `False`.
-        seed: int, or `None`. Seed of the parts that flat arguments describe and
-            of a self residual. Defaults to `None`.
-        kernel_initializer: Initializer of experts that flat arguments describe
-            and of the gates on features. Defaults to `"glorot_uniform"`.
+        seed: int, or `None`. Seed of the parts made from flat arguments and of
+            the self residual. Defaults to `None`.
+        kernel_initializer: Initializer of experts made from flat arguments and
+            of the gates on features. Defaults to `"glorot_uniform"`.
         **kwargs: The other flat arguments, and arguments of a Keras layer.
 
     Call arguments:
-        inputs: Tensor `(batch, dim)`, read by all, or `(batch, slots, dim)`
-            with a slot for each task and, if there are shared experts, a
+        inputs: Tensor of shape `(batch, dim)`, read by all, or `(batch, slots,
+            dim)` with a slot for each task and, if there are shared experts, a
             shared output or gates that read it, one for the shared unit.
         gate_inputs: Tensor of shape `(batch, dim)` or `(batch, gates, dim)`
-            that the gates read instead. Defaults to `None`.
+            that the gates read instead of the inputs. Defaults to `None`.
         training: bool. Whether to apply dropout, and to normalize by the batch.
 
     Input shape:
@@ -111,8 +113,8 @@ class MultiGateMoE(GatedExperts):
         `(batch, num_tasks + 1, width)`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together or the
-            inputs, or if a gate sees no expert.
+        ValueError: If arguments are out of range, or do not fit together or
+            the inputs, or if a gate sees no expert.
 
     Example:
 
@@ -186,7 +188,8 @@ class MultiGateMoE(GatedExperts):
         )
         self.kernel_initializer = initializer
         policy = self.dtype_policy
-        # In this order, in which optimizers of saved models have their state.
+        # The order of the parts is the order of the variables in saved
+        # optimizers.
         self.feature_gates = parts.feature_gates_of(
             feature_gate_rank, self.unit_inputs.slots, initializer, policy
         )

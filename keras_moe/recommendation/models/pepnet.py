@@ -171,7 +171,9 @@ class PEPNetTrunk:
                 self.domain, inputs, self.embedding, vectors, self.num_domains
             )
             x = self.epnet(x, known)
-        return self.ppnet(x, joined("prior_features", vectors, self.prior_features))
+        return self.ppnet(
+            x, joined("prior_features", vectors, self.prior_features)
+        )
 
 
 def as_names(argument, names, minimum=1):
