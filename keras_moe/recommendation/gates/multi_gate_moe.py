@@ -31,7 +31,7 @@ class MultiGateMoE(GatedExperts):
     | MMoE | `num_shared_experts=8` |
     | OMoE | MMoE's with `num_tasks=1`: one gate for all tasks |
     | CGC | `num_task_experts=4, num_shared_experts=4` |
-    | PLE | such layers in a row, all but the last with `output_shared=True` |
+    | PLE | CGC layers in a row, all but the last with `output_shared=True` |
     | AdaTT | PLE's with `visibility="all", self_residual="weights"` |
     | STEM | `visibility="all", gate_input="slot_plus_shared",
       stop_cross_task_gradients=True`, and one embedding per unit |

@@ -28,7 +28,7 @@ _STRUCTURE = (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DLRMMoE(Recommender):
-    """Interactions of features, read by a mixture of experts (DLRM, DCN-V2).
+    """A mixture of experts on the interactions of features (DLRM, DCN-V2).
 
     ```
     n = bottom network of the numeric features
@@ -38,32 +38,33 @@ class DLRMMoE(Recommender):
     p[t] = sigmoid(tower[t](sum over e of gate[t][e] * expert[e](i)))
     ```
 
-    The experts replace the top network. By default all of them are computed
+    The experts replace the top network. By default all experts are computed,
     and each task has a gate (`keras_moe.layers.MultiGateMoE`). With `top_k`
     there is one router, and only the chosen experts are computed
-    (`keras_moe.layers.MoE`), which suits many or wide experts.
+    (`keras_moe.layers.MoE`), which pays off with many or wide experts.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding
-            that `keras_moe.models.MMoE` takes and that gives a dict of vectors.
+        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding,
+            as in `keras_moe.models.MMoE`, that returns a dict of vectors.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert;
             with `top_k` exactly two, the last without activation. Defaults to
             `(64, 32)`.
-        top_k: int. How many experts compute an example. Defaults to `None`,
-            all, weighted by a gate of each task.
+        top_k: int, or `None`. How many experts compute each example. Defaults
+            to `None`: all, weighted by the gate of each task.
         bottom_units: Sequence of ints. Widths of the layers of the network of
             the numeric features. `"dot"` adds a last layer as wide as the
             vectors. Defaults to `(64,)`.
-        interaction: `"dot"`, for which all vectors must be of one width, or
-            `"cross"`, low-rank experts too. Defaults to `"dot"`.
+        interaction: `"dot"`, for vectors of one width, or `"cross"`, a
+            `keras_moe.layers.CrossNetMix`. Defaults to `"dot"`.
         cross_options: Dict of arguments of `keras_moe.layers.CrossNetMix`.
             Defaults to `None`, its defaults.
-        numeric_features: Sequence of names of features. Defaults to `None`: all
-            features of a `FeatureEmbedding` without a table (`Numeric` and
-            `Embedded`), and no feature of another embedding.
+        numeric_features: Name, or sequence of names, of the features that the
+            bottom network reads. Defaults to `None`: all features of a
+            `FeatureEmbedding` that have no table (`Numeric` and `Embedded`),
+            and no feature of another embedding.
         heads: As in `keras_moe.models.MMoE`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, or with
@@ -168,7 +169,7 @@ class DLRMTrunk:
 
 
 class Interaction:
-    """Combines the vectors of the features into one, `(B, width)`."""
+    """Combines the vectors of the features into one `(B, width)`."""
 
     def __init__(self, kind, numeric, bottom_units, cross_options):
         self.kind = kind
@@ -206,9 +207,9 @@ class Interaction:
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DotProducts(keras.layers.Layer):
-    """Products of all pairs of vectors, `(B, N, D)` -> `(B, N (N - 1) / 2)`.
+    """Products of all pairs of vectors: `(B, N, D)` -> `(B, N (N - 1) / 2)`.
 
-    They are read row by row below the diagonal of the matrix of products.
+    Their order is row by row, below the diagonal of the matrix of products.
     """
 
     def call(self, inputs):

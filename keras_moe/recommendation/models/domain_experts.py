@@ -17,7 +17,7 @@ from keras_moe.stacked.stacked_mlp import StackedMLP
 
 
 class DomainExperts:
-    """Experts of all, of domains and of tasks.
+    """Shared experts, experts of domains and experts of tasks.
 
     Args:
         tasks: Tuple of `TaskSpec`.
@@ -66,7 +66,8 @@ class DomainExperts:
         h = self._bottom(x, domain, number)
         mixed = self._mixed(h, domain, number)  # (B, domains, T, O)
         own = self._networks(number, self.expert_units, 2, "domain_experts")(h)
-        # Of what all tasks get the same: side by side in one row.
+        # All tasks get the same experts of domains: their outputs stand side by
+        # side in one row.
         shape = (-1, number, len(self.tasks) * self.expert_units[-1])
         y = BalancedExperts(name="domain_balance")(
             ops.reshape(mixed, shape), ops.tile(own, (1, 1, len(self.tasks)))
@@ -85,7 +86,7 @@ class DomainExperts:
         return star[:, 0] + skip[:, 0]
 
     def _mixed(self, h, domain, number):
-        """What the gates of each domain and task make of the shared experts."""
+        """The shared experts, mixed by the gates of each domain and task."""
         experts = MultiGateMoE(
             number * len(self.tasks),
             self.expert_units,

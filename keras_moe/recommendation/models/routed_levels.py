@@ -16,7 +16,7 @@ from keras_moe.stacked.stacked_mlp import StackedMLP
 
 
 class RoutedLevels:
-    """Levels of experts, and after each a `SubNetworkRouting`.
+    """Levels of experts, each followed by a `SubNetworkRouting`.
 
     Args:
         num_tasks: int.

@@ -8,7 +8,7 @@ from keras_moe.stacked.stacked_mlp import StackedMLP
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SharedBottom(Recommender):
-    """One network that all tasks share, and their towers: the baseline.
+    """One network that all tasks share, and a tower for each: the baseline.
 
     ```
     y[t] = tower[t](bottom(x))
@@ -17,10 +17,10 @@ class SharedBottom(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         bottom_units: Sequence of ints. Widths of the layers of the network.
             Defaults to `(64,)`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
