@@ -117,6 +117,72 @@ class ModelArgumentsTest(TestCase):
                 ):
                     make(**{**given, name: value})
 
+    @parameterized.parameters(
+        ("PLE", "seed", True),
+        ("PLE", "kernel_initializer", "unheard of"),
+        ("PLE", "gate_initializer", 300),
+        ("PLE", "gate_dropout", np.nan),
+        ("HoME", "self_residual", True),
+        ("SNR", "seed", True),
+        ("SNR", "l0_weight", "1"),
+        ("SharedBottom", "dropout", True),
+        ("AITM", "stop_gradient", 1),
+        ("SASRecMoE", "weights_on", "no"),
+    )
+    def test_arguments_of_layers(self, model, name, value):
+        make = getattr(models, model)
+        given = dict(NEEDED[make])
+        if "tasks" in given:
+            given["embedding"] = layers.FeatureEmbedding.from_data(DATA)
+        message = f"`{name}` must .*{re.escape(f'{name}={value!r}')}"
+        with self.assertRaisesRegex(ValueError, message):
+            make(**given, **{name: value})
+
+    def test_experts_that_are_not_a_layer(self):
+        class Networks:
+            num_networks = 8
+
+        with self.assertRaisesRegex(ValueError, "`experts` must be a layer"):
+            layers.MultiGateMoE(2, experts=Networks())
+
+    def test_none_and_numpy_values(self):
+        features = layers.FeatureEmbedding.from_data(DATA)
+        m3oe = models.M3oE(
+            TASKS,
+            features,
+            "city",
+            normalization=None,
+            dropout=np.float32(0.5),
+            stop_gate_gradients=np.False_,
+            seed=None,
+        )
+        self.assertEqual(m3oe.get_layer("star_mlp").dropout, 0.5)
+        star = models.STAR(
+            TASKS,
+            features,
+            "city",
+            normalization=np.False_,
+            auxiliary_units=None,
+        )
+        names = [layer.name for layer in star.layers]
+        self.assertNotIn("normalization", names)
+        pepnet = models.PEPNet(TASKS, features, None, "shop")
+        names = [layer.name for layer in pepnet.layers]
+        self.assertNotIn("epnet", names)
+
+    @parameterized.parameters(True, 0.5, np.nan, "last", 1, -2)
+    def test_level_of_gate_weights(self, level):
+        features = layers.FeatureEmbedding.from_data(DATA)
+        model = models.MMoE(TASKS, features)
+        with self.assertRaisesRegex(ValueError, "`level` must be .*level="):
+            model.gate_weights(features.encode(DATA), level=level)
+
+    def test_exclude_seen(self):
+        model = models.SASRecMoE(**NEEDED[models.SASRecMoE])
+        message = "`exclude_seen` must be .*exclude_seen='no'"
+        with self.assertRaisesRegex(ValueError, message):
+            model.recommend(np.ones((1, 3), "int32"), 1, exclude_seen="no")
+
     def test_all_models_are_tried(self):
         made = {
             model

@@ -2,6 +2,8 @@
 
 import contextlib
 
+import keras
+
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.recommendation.gates.feature_gates import FeatureGates
@@ -104,7 +106,7 @@ def experts_of(experts, flat, num_experts, kernel_initializer, seed, dtype):
 
 def _networks(experts, num_experts, dtype):
     number = getattr(experts, "num_networks", None)
-    if number is None:
+    if number is None or not isinstance(experts, keras.layers.Layer):
         with _errors_name({"experts": "layer"}):
             return LayerNetworks(
                 experts, num_experts, dtype=dtype, name="experts"

@@ -12,8 +12,8 @@ class M3oE(Recommender):
     ```
     h    = star_mlp(star(x, d)) + skip_mlp(x)            d the domain of x
     z[t] = sum_e softmax(stop_gradient(h) @ gate[d, t])[e] * expert[e](h)
-           + domain_weight * balanced(domain_expert outputs of h)[d]
-           + task_weight * balanced(task_expert outputs of h)[t]
+           + domain_weight * balanced(domain_experts(h))[d]
+           + task_weight * balanced(task_experts(h))[t]
     balanced(f)[n] = balance * f[n]
                      + (1 - balance) * mean over the other m of f[m]
     y[t] = tower[t](z[t])
