@@ -256,12 +256,13 @@ def _numeric(embedding, names):
         return [names]
     if names is not None:
         check_several("numeric_features", names)
+        names = list(names)
         if not all(isinstance(name, str) for name in names):
             raise ValueError(
                 "`numeric_features` must be names of features. "
                 f"Received: numeric_features={names!r}"
             )
-        return list(names)
+        return names
     if not isinstance(embedding, FeatureEmbedding):
         return []
     return [f.name for f in embedding.features if f.table is None]

@@ -66,8 +66,8 @@ class Recommender(MultiTaskModel):
         """The weight that each task gives to each expert, for each example.
 
         Args:
-            x: Features, as for `predict`. A stream must yield features alone,
-                without labels.
+            x: Features, as for `predict`. A stream must yield the features of
+                the model and no others.
             level: int. Index of the level of experts. Defaults to `-1`, the
                 last.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
