@@ -262,35 +262,9 @@ def _refuse_beside(name, arguments):
 
 def check_kept_weights(capacity, router):
     """Raises if normalizing would make every kept weight one."""
-    if capacity.normalize_kept_weights and router.choices_per_token == 1:
+    if capacity.normalize_kept_weights and router.max_choices(None) == 1:
         raise ValueError(
             "With one expert a token, `normalize_kept_weights` makes its "
             "weight always one, and the router would get no gradient. "
             f"Received: router={router!r} with top_k=1"
-        )
-
-
-def check_causal(router, capacity, route_per):
-    """Raises if a token's output could depend on later tokens."""
-    if router.allow_lookahead:
-        return
-    # With several choices per token, first choices of later tokens come before
-    # second choices of earlier tokens.
-    one = router.choices_per_token == 1
-    in_order = ("token", "position") if one else ("token",)
-    looks_ahead = None
-    if router.looks_ahead:
-        looks_ahead = f"router={router!r}"
-    elif capacity.drops and capacity.drop_policy not in in_order:
-        looks_ahead = f"a capacity with drop_policy={capacity.drop_policy!r}"
-    elif route_per == "example":
-        looks_ahead = f"route_per={route_per!r}"
-    if looks_ahead is not None:
-        raise ValueError(
-            "In a causal layer what a token gets must not depend on later "
-            "tokens, as it does where tokens compete for their experts: in "
-            "training a model could read ahead, in generation it would be "
-            "missing. Use another router, or the drop policy 'token', or give "
-            "the router `allow_lookahead=True` where whole sequences are "
-            f"scored. Received: causal=True, {looks_ahead}"
         )

@@ -103,6 +103,9 @@ class HashRouter(LinearRouter):
     uses_context = True
     needs_context = True
     routing_class = Routing
+    why_no_eval_top_k = (
+        "its table holds the experts of an id in no order of rank"
+    )
 
     def __init__(
         self,

@@ -16,8 +16,7 @@ from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.choice_arguments import check_choices
 from keras_moe.routers.choice_arguments import check_quantiles
-from keras_moe.routers.eval_top_k import FixedNumber
-from keras_moe.routers.eval_top_k import num_choices
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.ranking_router import RankingRouter
 from keras_moe.routers.token_choice import append_last_experts
 from keras_moe.routers.token_choice import drop_experts
@@ -27,7 +26,7 @@ LEARNED_SCALES = (None, "expert", "global")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class TopKRouter(RankingRouter):
+class TopKRouter(EvalTopK, RankingRouter):
     """Sends each token to its `top_k` best experts.
 
     ```
@@ -125,8 +124,6 @@ class TopKRouter(RankingRouter):
 
     distinct_choices = True
     routing_class = Routing
-    top_k = FixedNumber()
-    eval_top_k = FixedNumber()
 
     def __init__(
         self,
@@ -170,10 +167,7 @@ class TopKRouter(RankingRouter):
         self.num_always_on = num_always_on
         self.expert_dropout = expert_dropout
         self.noisy_weights = noisy_weights
-        self._check_choices("top_k", top_k)
-        self.check_eval_top_k(eval_top_k)
-        self.top_k = top_k
-        self.eval_top_k = eval_top_k
+        self.assign_top_k(top_k, eval_top_k)
         total = top_k + num_always_on
         self.normalize_weights = as_normalize_weights(normalize_weights, total)
         if score_after_selection and score_activation == "softmax":
@@ -185,16 +179,10 @@ class TopKRouter(RankingRouter):
         if expert_dropout > 0:
             self.add_seed_generator()
 
-    @property
-    def choices_per_token(self):
-        return max(self.top_k, self.eval_top_k or 0) + self.num_always_on
+    def max_choices(self, eval_top_k):
+        return super().max_choices(eval_top_k) + self.num_always_on
 
-    def check_eval_top_k(self, eval_top_k):
-        """Raises unless it may be the number of experts in inference."""
-        if eval_top_k is not None:
-            self._check_choices("eval_top_k", eval_top_k)
-
-    def _check_choices(self, name, number):
+    def check_top_k(self, name, number):
         check_choices(
             name,
             number,
@@ -254,7 +242,7 @@ class TopKRouter(RankingRouter):
                 self.top_k_groups,
                 self.group_score,
             )
-        top_k = num_choices(self.top_k, self.eval_top_k, training)
+        top_k = self.num_choices(training)
         return append_last_experts(
             top_k_indices(ranked, top_k), self.num_always_on, self.num_experts
         )
@@ -281,7 +269,6 @@ class TopKRouter(RankingRouter):
     def get_config(self):
         return {
             **super().get_config(),
-            "top_k": self.top_k,
             "score_activation": self.score_activation,
             "score_after_selection": self.score_after_selection,
             "normalize_weights": self.normalize_weights,
@@ -295,5 +282,4 @@ class TopKRouter(RankingRouter):
             "num_always_on": self.num_always_on,
             "expert_dropout": self.expert_dropout,
             "noisy_weights": self.noisy_weights,
-            "eval_top_k": self.eval_top_k,
         }
