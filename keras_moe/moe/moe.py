@@ -200,7 +200,6 @@ class MoE(RoutedLayer):
         self.pre_experts = parts.as_layer("pre_experts", pre_experts)
         self.post_experts = parts.as_layer("post_experts", post_experts)
         self.add_statistics(statistics, self.capacity.limits(training=True))
-        parts.hold(self)
 
     @property
     def capacity(self):

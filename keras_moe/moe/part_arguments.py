@@ -1,7 +1,5 @@
 """Makes the parts of a layer from its arguments, and saves them."""
 
-import weakref
-
 import keras
 
 from keras_moe import experts as experts_lib
@@ -119,29 +117,15 @@ def check_agreement(num_experts, router, experts):
         )
 
 
-# The layers that hold a part. Several layers may share one part.
-_HOLDERS = weakref.WeakKeyDictionary()
-_PARTS = ("router", "experts", "shared_experts", "pre_experts", "post_experts")
-
-
-def hold(layer):
-    """Notes that a layer holds its parts."""
-    for name in _PARTS:
-        part = getattr(layer, name, None)
-        if part is not None:
-            _HOLDERS.setdefault(part, weakref.WeakSet()).add(layer)
-
-
 def serialize_part(layer):
     """The config of a part, or `None`."""
     if layer is None:
         return None
+    # While it saves a model, Keras marks an object that it meets again, so that
+    # it is one object after loading. The first mention needs the mark too, and
+    # the others may be anywhere in the model.
+    keras.saving.serialize_keras_object(layer)
     config = keras.saving.serialize_keras_object(layer)
-    if len(_HOLDERS.get(layer, ())) > 1:
-        # While it saves a model, Keras marks an object that it meets again, so
-        # that it is one object after loading. The first mention needs the mark
-        # too.
-        config = keras.saving.serialize_keras_object(layer)
     # Otherwise loading would build the part on its own, and the paths of its
     # variables would lack the name of this layer.
     config.pop("build_config", None)
