@@ -3,11 +3,9 @@ import keras
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
-from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_rate
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
@@ -16,6 +14,7 @@ from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.choice_arguments import check_choices
 from keras_moe.routers.choice_arguments import check_quantiles
+from keras_moe.routers.choice_arguments import check_weights
 from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.ranking_router import RankingRouter
 from keras_moe.routers.token_choice import append_last_experts
@@ -147,11 +146,9 @@ class TopKRouter(EvalTopK, RankingRouter):
     ):
         super().__init__(num_experts, **kwargs)
         check_int("num_always_on", num_always_on, minimum=0)
-        check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
+        check_weights(score_activation, normalize_epsilon, weight_scale)
         check_bool("score_after_selection", score_after_selection)
         check_at_least("normalize_order", normalize_order, 1)
-        check_at_least("normalize_epsilon", normalize_epsilon, 0)
-        check_number("weight_scale", weight_scale)
         check_one_of("learned_scale", learned_scale, LEARNED_SCALES)
         check_rate("expert_dropout", expert_dropout)
         check_bool("noisy_weights", noisy_weights)
@@ -242,10 +239,8 @@ class TopKRouter(EvalTopK, RankingRouter):
                 self.top_k_groups,
                 self.group_score,
             )
-        top_k = self.num_choices(training)
-        return append_last_experts(
-            top_k_indices(ranked, top_k), self.num_always_on, self.num_experts
-        )
+        chosen = top_k_indices(ranked, self.num_choices(training))
+        return append_last_experts(chosen, self.num_always_on, self.num_experts)
 
     def weigh(self, logits, probs, indices):
         """The weights of the chosen experts, `(T, K)`."""
