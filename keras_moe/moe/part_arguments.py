@@ -166,7 +166,7 @@ def split_arguments(layer_name, kwargs, experts):
     if wrong:
         raise ValueError(
             f"{layer_name} does not know {', '.join(f'`{k}`' for k in wrong)}. "
-            f"Besides its own arguments it takes those of experts={experts!r}: "
+            f"Besides its own it takes the arguments of experts={experts!r}: "
             f"{sorted(known - set(_LAYER_ARGUMENTS))}. "
             f"Received: { {k: rest[k] for k in wrong} }"
         )
@@ -224,7 +224,7 @@ def as_dispatcher(
         raise ValueError(
             "In a causal layer the `dispatcher` must say what its capacity is "
             "in inference: `eval_capacity_factor=math.inf` drops nothing, "
-            "with any other an output depends on what else is in the batch. "
+            "with any other an output depends on the rest of the batch. "
             "Received: causal=True, dispatcher.capacity with "
             "eval_capacity_factor=None"
         )

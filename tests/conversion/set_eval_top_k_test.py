@@ -64,7 +64,7 @@ class SetEvalTopKTest(TestCase):
         )
         routing = inner.layers[0].route(X)
         self.assertEqual(tuple(routing.expert_indices.shape), (12, 1))
-        # Weights of training are normalized, so that of one expert is 1.
+        # As in training, weights are normalized: one expert has weight 1.
         self.assertAllClose(routing.expert_weights, np.ones((12, 1)))
         path = f"{self.get_temp_dir()}/model.keras"
         model.save(path)

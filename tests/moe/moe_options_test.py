@@ -188,7 +188,7 @@ class AroundTheExpertsTest(TestCase):
 class CausalTest(TestCase):
     def test_looking_ahead_is_refused(self):
         make(causal=True)
-        # Without a limit nobody competes; in this order nobody waits for
+        # Without a limit no token competes; in this order none waits for
         # later tokens.
         make(causal=True, drop_policy="weight")
         make(causal=True, capacity_factor=1.0, drop_policy="token")

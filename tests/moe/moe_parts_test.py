@@ -119,7 +119,7 @@ class ContextTest(TestCase):
         routed = layer.route(x, context=state)
         self.assertAllEqual(called.expert_indices, routed.expert_indices)
         self.assertAllEqual(called.expert_weights, routed.expert_weights)
-        # The best expert is that of the largest number.
+        # The largest number belongs to the best expert.
         self.assertAllEqual(
             ops.convert_to_numpy(called.expert_indices)[:, 0],
             np.argmax(state, axis=1),
