@@ -33,8 +33,7 @@ class DeviceBank:
         self._seeds = [v for v in variables if _is_seed(v)]
         self._banks = [v for v in variables if not _is_seed(v)]
         axes = [
-            None if whole else _first_axis(v, distribution)
-            for v in self._banks
+            None if whole else _first_axis(v, distribution) for v in self._banks
         ]
         self.axis = next((axis for axis in axes if axis is not None), None)
         self._divided = self.axis is not None

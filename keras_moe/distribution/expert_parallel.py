@@ -91,9 +91,7 @@ class ExpertParallel:
         self.num_expert_shards = expert_shards
         self.num_data_shards = data_shards
         self.slack = slack
-        self._engine = engine.make(
-            expert_shards, data_shards, devices, slack
-        )
+        self._engine = engine.make(expert_shards, data_shards, devices, slack)
 
     def scope(self):
         """The context in which a model is built, compiled and trained."""

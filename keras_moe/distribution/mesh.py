@@ -18,6 +18,7 @@ from keras_moe.distribution.mesh_engine import MeshEngine
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sizes import is_symbolic_size
 
+
 def token_axes(distribution):
     """The mesh axes that divide the batch, as a tuple."""
     if isinstance(distribution, MeshEngine):
@@ -173,7 +174,9 @@ def _on_devices(compute, distribution, bank, arrays, fills):
     num_tokens = arrays[0].shape[0]
     missing = -num_tokens % num_devices(distribution, axes)
     if missing:
-        arrays = [_pad(x, missing, y) for x, y in zip(arrays, fills, strict=True)]
+        arrays = [
+            _pad(x, missing, y) for x, y in zip(arrays, fills, strict=True)
+        ]
     number = len(arrays)
 
     def on_device(*arrays):

@@ -55,8 +55,8 @@ class MeshEngine(keras.distribution.ModelParallel):
         if self.num_expert_shards > 1 and experts.variables:
             raise ValueError(
                 "The experts are not divided among the devices: they are no "
-                "bank of `keras_moe.experts`, or were built outside the scope "
-                "of the strategy or before their `MoE` layer was made. "
+                "bank of `keras_moe.experts`, or were built before their `MoE` "
+                "layer was made. "
                 f"Received: experts={experts!r}, "
                 f"num_expert_shards={self.num_expert_shards}"
             )
