@@ -27,16 +27,6 @@ def as_mesh(mesh):
 
 def check_divisions(mesh, batch, layers):
     """Raises if the batch or a layer cannot be divided by the mesh."""
-    check_int("batch", batch, 1)
-    devices = mesh["data"] * mesh["expert"]
-    if batch % devices:
-        below = batch // devices * devices
-        nearest = f"{below} and " if below else ""
-        raise ValueError(
-            "`batch` must be a multiple of the devices that share it, "
-            f"mesh['data'] * mesh['expert'] = {devices}. The nearest are "
-            f"{nearest}{below + devices}. Received: batch={batch}, mesh={mesh}"
-        )
     for layer in layers:
         for axis, what, size in (
             ("expert", "number of experts", layer.num_experts),
@@ -53,6 +43,16 @@ def check_divisions(mesh, batch, layers):
                 "mesh['model'] divides only feed-forward experts, which "
                 f"{layer.name!r} has not. Received: mesh={mesh}"
             )
+    check_int("batch", batch, 1)
+    devices = mesh["data"] * mesh["expert"]
+    if batch % devices:
+        below = batch // devices * devices
+        nearest = f"{below} and " if below else ""
+        raise ValueError(
+            "`batch` must be a multiple of the devices that share it, "
+            f"mesh['data'] * mesh['expert'] = {devices}. The nearest are "
+            f"{nearest}{below + devices}. Received: batch={batch}, mesh={mesh}"
+        )
 
 
 def _nearest(number, wanted):

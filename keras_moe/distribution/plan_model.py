@@ -133,7 +133,8 @@ class _Reader:
         if isinstance(layer, keras.layers.Embedding):
             return
         own = _own_variables(layer)
-        self.products += positions * _matrices(own)
+        dims = 3 if isinstance(layer, Experts) else 2  # of a kernel
+        self.products += positions * _matrices(own, dims)
         activation = getattr(layer, "activation", None)
         if own and activation not in (
             *(None, keras.activations.linear, keras.activations.relu),
@@ -240,8 +241,8 @@ def _own_variables(layer):
     return [v for v in layer.variables if id(v) not in of_parts]
 
 
-def _matrices(variables):
-    return sum(math.prod(v.shape) for v in variables if len(v.shape) > 1)
+def _matrices(variables, dims=2):
+    return sum(math.prod(v.shape) for v in variables if len(v.shape) >= dims)
 
 
 def _width(layer):
