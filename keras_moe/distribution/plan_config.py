@@ -58,6 +58,7 @@ def size_of_config(config, sequence_length):
         trained=True,
         products=3 * dim * width,
         kept_per_row=3 * width,
+        kept_fused=2 * width,
         positions=sequence_length,
     )
     return ModelSize(

@@ -64,8 +64,8 @@ def kept_bytes(layer, plan, mesh, compute):
     On the device of the experts, the rows and what comes of them, for the
     busiest device; at home, the rows that came back.
     """
-    if not layer.divided:
-        return round(plan.rows * layer.kept_per_row * compute)
+    if not layer.divided or mesh["expert"] == mesh["model"] == 1:
+        return round(plan.rows * layer.kept_fused * compute)
     inside = layer.input_dim + layer.kept_per_row / mesh["model"]
     return round(
         plan.rows * compute * (plan.imbalance * inside + layer.output_dim)

@@ -171,9 +171,11 @@ class _Reader:
         output_dim = kernels[-1].shape[-1] if kernels else 0
         width = None
         kept = sum(v.shape[-1] for v in kernels)
+        fused = input_dim + kept
         if isinstance(experts, FeedForwardExperts):
             width = experts.intermediate_dim
-            kept += width - output_dim
+            fused = kept - output_dim
+            kept = fused + width
         self.kept += positions * num_experts  # the router's probabilities
         self.moe.append(
             MoESize(
@@ -188,6 +190,7 @@ class _Reader:
                 trained=experts.trainable,
                 products=products,
                 kept_per_row=kept,
+                kept_fused=fused,
                 positions=positions,
             )
         )

@@ -26,6 +26,8 @@ class MoESize(NamedTuple):
         products: int. Multiplications of a row with weights.
         kept_per_row: int. What the backward pass needs of a row on the device
             of its expert, besides the row.
+        kept_fused: int. The same, and in the place of the row too, where rows
+            are not sent: the fused kernels compute the rest again.
         positions: int. Tokens of an example.
     """
 
@@ -40,6 +42,7 @@ class MoESize(NamedTuple):
     trained: bool
     products: int
     kept_per_row: int
+    kept_fused: int
     positions: int
 
     @property
