@@ -1,7 +1,7 @@
 """The only folder that names jax, tensorflow or torch.
 
-The packages `jax`, `tensorflow` and `torch` define the same names; those of the
-active Keras backend are re-exported here:
+The packages `jax`, `tensorflow` and `torch` define the same names. The package
+of the active Keras backend is re-exported here:
 
 - `GROUPED_MATMUL`: implementations of the grouped matmul by name. Each takes
   `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when the arguments,

@@ -8,7 +8,7 @@ class RoutingLoss:
     as a function, the loss returns that times its weight, which is what `MoE`
     adds to the model's loss in training.
 
-    A subclass may declare in class attributes what else `call` takes:
+    `call` takes more if a subclass says so in class attributes:
 
     - `uses_sequences = True`: `num_sequences`. The `T` tokens are that many
       sequences of equal length, one after the other.

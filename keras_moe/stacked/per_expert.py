@@ -16,7 +16,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
     def __init__(self, initializer, stream):
         self.initializer = initializer
-        # Two banks of one layer may share one seeded initializer.
+        # Makes different draws for two banks with the same seeded initializer.
         self.stream = stream
 
     def __call__(self, shape, dtype=None):
@@ -27,7 +27,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
     def _draws(self, num_experts):
         seed = getattr(self.initializer, "seed", None)
         if not isinstance(seed, int):
-            # No seed, or a generator that gives new draws by itself.
+            # No seed, or a generator whose draws differ by themselves.
             return [self.initializer] * num_experts
         config = self.initializer.get_config()
         if "seed" not in config:
@@ -43,7 +43,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
 
 class PerExpertRegularizer(keras.regularizers.Regularizer):
-    """The sum of a regularizer over the experts, plus one of the bank."""
+    """Sums a regularizer over the experts, and adds one of the whole bank."""
 
     def __init__(self, regularizer, of_bank=None):
         self.regularizer = regularizer
