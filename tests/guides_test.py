@@ -1,6 +1,8 @@
 """The guides run, in this process, and show what they say they show."""
 
+import contextlib
 import importlib.util
+import io
 import pathlib
 import re
 import unittest
@@ -27,8 +29,22 @@ class GuidesTest(unittest.TestCase):
         pages = sorted(GUIDES.glob("*.md"))
         numbers = {page.stem: len(run_blocks(page)[0]) for page in pages}
         self.assertEqual(
-            numbers, {"parts": 1, "recommendation": 1, "support": 0}
+            numbers,
+            {"parts": 1, "planning": 4, "recommendation": 1, "support": 0},
         )
+
+    def test_planning(self):
+        page = GUIDES / "planning.md"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            namespaces, _ = run_blocks(page)
+        text = page.read_text("utf-8")
+        self.assertIn(str(namespaces[0]["result"]), text)
+        printed = printed.getvalue()
+        for said in ("52.5 B", "64 GiB", "(64, 5) 4", "1.002"):
+            self.assertIn(f"# {said}", text)
+            self.assertIn(f"\n{said}", printed)
+        self.assertIn("The nearest that do are 4 and 8.", printed)
 
     def test_custom_router(self):
         module, text = load("custom_router")

@@ -72,12 +72,12 @@ def place_experts(
 
     Example:
 
-    Expert 0 does half of the work and gets the slots that are left:
+    Expert 0 does two thirds of the work, and gets the slots that are left:
 
-    >>> loads = np.array([60, 20, 20, 20])
+    >>> loads = np.array([120, 20, 20, 20])
     >>> result = keras_moe.distribution.place_experts(loads, 3, 2)
     >>> result.copies.tolist(), result.device_loads.tolist()
-    ([3, 1, 1, 1], [40.0, 40.0, 40.0])
+    ([3, 1, 1, 1], [60.0, 60.0, 60.0])
     >>> result.placement.tolist()
     [[0, 1], [0, 2], [0, 3]]
 
