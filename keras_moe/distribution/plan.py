@@ -10,7 +10,6 @@ from keras_moe.distribution.plan_config import size_of_config
 from keras_moe.distribution.plan_cost import kept_bytes
 from keras_moe.distribution.plan_cost import layer_plan
 from keras_moe.distribution.plan_cost import products_per_example
-from keras_moe.distribution.plan_cost import tokens_of
 from keras_moe.distribution.plan_cost import traffic
 from keras_moe.distribution.plan_mesh import as_mesh
 from keras_moe.distribution.plan_mesh import check_divisions
@@ -29,7 +28,7 @@ class Plan(NamedTuple):
 
     Fields, of `plan`:
         mesh: dict. Sizes of the axes `"data"`, `"expert"` and `"model"`.
-        parameters: int. Trained and frozen weights of the whole model.
+        parameters: int. Trained weights of the whole model.
         active_parameters: int. Those that a token uses, and the whole of the
             embeddings.
         tokens: int. Tokens of each device in a step.
@@ -100,7 +99,8 @@ def plan(
     - The imbalance is what chance makes of a router that prefers no expert
       (or prefers them as `expert_loads` says): it is never better than this.
     - FLOPs are those of products with weights, and of attention to the whole
-      sequence. The backward pass counts twice, recomputation once more.
+      sequence. The backward pass counts twice, recomputation once more. A layer
+      that a model calls twice counts once.
 
     Args:
         model: A Keras model or layer with `keras_moe` layers in it; a function
@@ -109,8 +109,9 @@ def plan(
             `config.json` of Hugging Face, for gated experts and RMS norms
             (Mixtral, Qwen-MoE, DeepSeek-V3, Kimi K2). What a model has beside
             the layers of such a dict (prediction of further tokens) is not
-            counted. Experts are divided if they are banks, as `GLUExperts` is;
-            others (`LayerExperts`) are on every device.
+            counted. Experts are divided if each of their weights has an axis of
+            experts, as in `GLUExperts`; others (`LayerExperts`) are on every
+            device.
         mesh: dict, with sizes of `"data"`, `"expert"` and `"model"`, each 1 if
             it is not there; or a `keras.distribution.DeviceMesh`.
         batch: int. Examples that all devices compute at once.
@@ -176,52 +177,40 @@ def plan(
     training = optimizer is not None
     per_weight = (0, 0)
     if training:
-        optimizer = as_keras_object(
-            "optimizer", keras.optimizers.get, optimizer
-        )
+        get = keras.optimizers.get
+        optimizer = as_keras_object("optimizer", get, optimizer)
         per_weight = numbers_per_weight(optimizer)
-    passes = 2 + recompute if training else 1
-    layers = [
-        (
-            layer,
-            layer_plan(
-                layer,
-                mesh,
-                batch,
-                expected_imbalance(
-                    layer,
-                    mesh,
-                    batch * layer.positions // (mesh["data"] * mesh["expert"]),
-                    _as_loads(expert_loads, layer),
-                    seed,
-                ),
-                variable,
-                compute,
-                passes,
-            ),
-        )
-        for layer in size.moe
-    ]
     replicas = mesh["data"] * mesh["expert"]
-    dense = size.weights / (replicas if shard_dense else 1) * variable
+    examples = batch // replicas
+    layers = []
+    for layer in size.moe:
+        loads = _as_loads(expert_loads, layer)
+        tokens = examples * layer.positions
+        imbalance = expected_imbalance(layer, mesh, tokens, loads, seed)
+        passes = 2 + recompute if training else 1
+        costs = layer_plan(
+            layer, mesh, tokens, imbalance, variable, compute, passes
+        )
+        layers.append((layer, costs))
+    dense = size.weights * variable / (replicas if shard_dense else 1)
     experts = sum(m.num_layers * p.weights for m, p in layers)
     trained = sum(m.num_layers * p.weights for m, p in layers if m.trained)
-    kept = [(m.num_layers, kept_bytes(m, p, mesh, compute)) for m, p in layers]
-    examples = batch // replicas
-    if recompute or not training:
-        # One layer at a time has all of its own.
-        activations = max((of_layer for _, of_layer in kept), default=0)
-        activations += examples * size.kept_blocks * compute * training
+    if training and not recompute:
+        activations = examples * size.kept * compute + sum(
+            m.num_layers * kept_bytes(m, p, mesh, compute) for m, p in layers
+        )
     else:
-        activations = sum(number * of_layer for number, of_layer in kept)
-        activations += examples * size.kept * compute
+        # One layer at a time has all of its own.
+        activations = examples * size.kept_blocks * compute * training + max(
+            (kept_bytes(m, p, mesh, compute) for m, p in layers), default=0
+        )
     sent = traffic(size, layers, mesh, variable, compute, training, shard_dense)
-    forward = 2 * products_per_example(size, mesh)
+    everywhere = {**mesh, "model": 1}
     return Plan(
         mesh=mesh,
         parameters=size.parameters,
         active_parameters=size.active_parameters,
-        tokens=tokens_of(mesh, batch, size),
+        tokens=examples * size.positions,
         weights=round(dense + experts + size.state * variable),
         gradients=round(dense + trained) * training,
         optimizer_state=round(dense * per_weight[0] + trained * per_weight[1]),
@@ -230,11 +219,14 @@ def plan(
         all_reduce=sent.all_reduce,
         imbalance=max((p.imbalance for _, p in layers), default=1.0),
         flops_per_token=round(
-            2
-            * products_per_example(size, {**mesh, "model": 1})
-            / size.positions
+            2 * products_per_example(size, everywhere) / size.positions
         ),
-        flops=round(examples * forward * ((3 + recompute) if training else 1)),
+        flops=round(
+            2
+            * examples
+            * products_per_example(size, mesh)
+            * (3 + recompute if training else 1)
+        ),
         layers=tuple(p for _, p in layers),
     )
 

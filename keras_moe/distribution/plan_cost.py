@@ -37,14 +37,18 @@ class Traffic(NamedTuple):
     all_reduce: int
 
 
-def tokens_of(mesh, batch, size):
-    return batch * size.positions // (mesh["data"] * mesh["expert"])
+def layer_plan(layer, mesh, tokens, imbalance, variable, compute, passes):
+    """A `LayerPlan`.
 
-
-def layer_plan(layer, mesh, batch, imbalance, variable, compute, passes):
-    """`passes`: how often rows travel there and back in a step."""
+    Args:
+        layer: A `MoESize`.
+        mesh: dict.
+        tokens: int. Tokens of the device.
+        imbalance: float.
+        variable, compute: int. Bytes of a number of weights, and of rows.
+        passes: int. How often rows travel there and back in a step.
+    """
     shards = mesh["expert"] if layer.divided else 1
-    tokens = batch * layer.positions / (mesh["data"] * mesh["expert"])
     rows = round(tokens * layer.rows_per_token)
     both_ways = rows * (layer.input_dim + layer.output_dim) * compute
     return LayerPlan(

@@ -5,12 +5,14 @@ import threading
 
 import keras
 
+from keras_moe.dispatch.dispatcher import Dispatcher
 from keras_moe.distribution.plan_sizes import ModelSize
 from keras_moe.distribution.plan_sizes import MoESize
 from keras_moe.distribution.plan_sizes import merged
 from keras_moe.experts.experts import Experts
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 from keras_moe.routers.router import Router
+from keras_moe.routers.soft_router import SoftRouter
 
 KEEP_NOTHING = (
     *(keras.layers.InputLayer, keras.layers.Flatten, keras.layers.Reshape),
@@ -151,20 +153,28 @@ class _Reader:
         experts, router = layer.experts, layer.router
         num_experts = experts.num_experts
         rows = router.max_rows(positions, 1)
+        if isinstance(router, SoftRouter):
+            rows = num_experts * router.slots_per_expert
         per_token = router.choices_per_token or num_experts
         if rows is not None:
             per_token = rows / positions
         own = _own_variables(experts)
-        divided = [v for v in own if v.shape and v.shape[0] == num_experts]
+        by_expert = [v for v in own if tuple(v.shape[:1]) == (num_experts,)]
+        kernels = [v for v in by_expert if len(v.shape) > 2]
+        others = [v for v in own if all(v is not one for one in by_expert)]
+        # Without a dispatcher (`SoftMoE`), nothing is sent, and experts that
+        # share weights are not divided. Seeds are no weights.
+        shared = any(v.dtype != "uint32" for v in others)
+        dispatcher = getattr(layer, "dispatcher", None)
+        sent = isinstance(dispatcher, Dispatcher) and not shared
+        divided = by_expert if sent else []
         self.banks += divided
         self.dtype = self.dtype or experts.dtype_policy
-        kernels = [v for v in divided if len(v.shape) > 2]
         # What has no axis of experts, every row is multiplied with; but
         # separate layers have a row each.
         products = sum(math.prod(v.shape[1:]) for v in kernels)
         if own:
-            others = {id(v) for v in divided}
-            products += _matrices(v for v in own if id(v) not in others)
+            products += _matrices(others)
         else:
             products += _matrices(experts.variables) // num_experts
         input_dim = kernels[0].shape[1] if kernels else 0
@@ -262,4 +272,4 @@ def _width(layer):
             for letter, size in zip(letters, layer.kernel.shape, strict=True)
             if letter in outputs
         )
-    return max((v.shape[-1] for v in own if v.shape), default=0)
+    return max((v.shape[-1] for v in own if len(v.shape)), default=0)

@@ -12,6 +12,7 @@ from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import MoE
+from keras_moe.layers import SoftMoE
 from keras_moe.routers import ExpertChoiceRouter
 from tests.distribution import configurations as configs
 from tests.published.counting import refuse
@@ -235,7 +236,7 @@ class KerasModelTest(TestCase):
         self.assertEqual(result.parameters, trained // 4)
         self.assertEqual(result.weights, 4 * numbers(model.variables))
         self.assertEqual(result.gradients, trained)
-        slots = [v for v in model.optimizer.variables if v.shape]
+        slots = [v for v in model.optimizer.variables if len(v.shape)]
         self.assertEqual(result.optimizer_state, 4 * numbers(slots))
         self.assertEqual(result.tokens, 12)
         # Dense, router, two of eight experts, shared experts, Dense.
@@ -291,6 +292,16 @@ class KerasModelTest(TestCase):
         self.assertEqual(result.weights, 4 * result.parameters)
         self.assertEqual(result.all_to_all, 0)
         self.assertEqual(result.flops_per_token, 2 * (8 * 3 + 2 * 8 * 8))
+
+    def test_slots_are_not_sent(self):
+        layer = SoftMoE(4, 16, slots_per_expert=2)
+        layer.build((None, 6, 8))
+        result = plan(layer, {"expert": 2}, 4, sequence_length=6)
+        self.assertEqual(result.weights, 4 * numbers(layer.variables))
+        self.assertEqual(result.all_to_all, 0)
+        # Six tokens are scored for eight slots, which the experts compute.
+        of_example = 6 * 8 * 8 + 8 * 3 * 8 * 16
+        self.assertEqual(result.flops_per_token, 2 * of_example // 6)
 
     def test_experts_that_choose(self):
         layer = MoE(router=ExpertChoiceRouter(4, 1.5), intermediate_dim=16)
