@@ -41,7 +41,7 @@ class GuidesTest(unittest.TestCase):
         text = page.read_text("utf-8")
         self.assertIn(str(namespaces[0]["result"]), text)
         printed = printed.getvalue()
-        for said in ("52.5 B", "64 GiB", "(64, 5) 4", "1.002"):
+        for said in ("52.5 B", "65 GiB", "(64, 5) 4", "1.002"):
             self.assertIn(f"# {said}", text)
             self.assertIn(f"\n{said}", printed)
         self.assertIn("The nearest that do are 4 and 8.", printed)

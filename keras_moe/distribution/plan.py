@@ -123,8 +123,9 @@ def plan(
             Defaults to `"adam"`.
         expert_loads: `(E,)`. How often each expert is chosen, in any unit.
             Defaults to equal loads.
-        recompute: bool. Whether only the inputs of each block are kept for the
-            backward pass, and all else computed again. Defaults to `False`.
+        recompute: bool. Whether only the inputs of each block (the outputs of
+            each layer of a functional Keras model) are kept for the backward
+            pass, and all else is computed again. Defaults to `False`.
         shard_dense: bool. Whether weights that are no experts', with gradients
             and optimizer state, are divided over all devices and gathered when
             used (ZeRO-3, FSDP). Defaults to `False`.

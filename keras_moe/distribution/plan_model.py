@@ -14,6 +14,9 @@ from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 from keras_moe.routers.router import Router
 from keras_moe.routers.soft_router import SoftRouter
 
+ATTENTION = (
+    *(keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention),
+)
 KEEP_NOTHING = (
     *(keras.layers.InputLayer, keras.layers.Flatten, keras.layers.Reshape),
 )
@@ -142,12 +145,14 @@ class _Reader:
             *(None, keras.activations.linear, keras.activations.relu),
         ):
             self.kept += positions * _width(layer)
-        if isinstance(layer, keras.layers.MultiHeadAttention):
-            config = layer.get_config()
-            value_dim = config["value_dim"] or config["key_dim"]
-            width = config["num_heads"] * (config["key_dim"] + value_dim)
-            self.products += positions**2 * width
-            self.kept += positions * config["num_heads"] * value_dim
+        config = layer.get_config() if isinstance(layer, ATTENTION) else {}
+        if config:
+            grouped = "num_query_heads" in config
+            heads = config["num_query_heads" if grouped else "num_heads"]
+            key_dim = config["head_dim" if grouped else "key_dim"]
+            value_dim = config.get("value_dim") or key_dim
+            self.products += positions**2 * heads * (key_dim + value_dim)
+            self.kept += positions * heads * value_dim
 
     def _read_moe(self, layer, positions):
         experts, router = layer.experts, layer.router
@@ -255,7 +260,12 @@ def _own_variables(layer):
 
 
 def _matrices(variables, dims=2):
-    return sum(math.prod(v.shape) for v in variables if len(v.shape) >= dims)
+    return sum(
+        math.prod(v.shape)
+        for v in variables
+        # The bias of several heads is two-dimensional.
+        if len(v.shape) >= dims and v.name != "bias"
+    )
 
 
 def _width(layer):

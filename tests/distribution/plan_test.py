@@ -257,6 +257,18 @@ class KerasModelTest(TestCase):
         # 12 rows of 8 numbers of 4 bytes.
         self.assertEqual(layer.all_to_all, 12 * 8 * 4 * 4 * 3 // 4)
 
+    @parameterized.parameters(
+        (keras.layers.MultiHeadAttention(4, 5), 4),
+        (keras.layers.GroupQueryAttention(5, 4, 2), 2),
+    )
+    def test_attention(self, layer, kv_heads):
+        inputs = keras.Input((6, 8))
+        model = keras.Model(inputs, layer(inputs, inputs))
+        result = plan(model, {}, 2, sequence_length=6)
+        kernels = 2 * 8 * 5 * (4 + kv_heads)
+        pairs = 6 * 4 * 2 * 5
+        self.assertEqual(result.flops_per_token, 2 * (kernels + pairs))
+
     def test_policy_of_the_layers(self):
         full = plan(small_model(), {"expert": 4}, 8)
         half = plan(small_model(dtype="mixed_bfloat16"), {"expert": 4}, 8)
