@@ -38,7 +38,8 @@ class DeviceBank:
         self.axis = next((axis for axis in axes if axis is not None), None)
         self._divided = self.axis is not None
         if self._divided and None in axes:
-            names = [v.path for v, a in zip(self._banks, axes) if a is None]
+            pairs = zip(self._banks, axes, strict=True)
+            names = [v.path for v, axis in pairs if axis is None]
             raise ValueError(
                 "The layout must divide all variables of a bank of experts "
                 f"along their first axis, or none. Received: {names} whole, "

@@ -192,7 +192,7 @@ class MeshTest(TestCase):
         self.assert_same(keras.saving.load_model(path), model)
 
     def test_all_tokens_to_one_expert(self):
-        """More rows for one owner than a round has room for, none for others."""
+        """One owner gets more rows than a round has room for, others none."""
         layer = MoE(
             router=TopKRouter(EXPERTS, 1, expert_bias=True),
             experts=GLUExperts(EXPERTS, WIDTH),
