@@ -1,0 +1,1 @@
+"""Experts over many devices, with each backend's own distribution engine."""
