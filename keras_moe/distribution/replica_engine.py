@@ -44,6 +44,37 @@ class ReplicaEngine:
         self.num_replicas = replicas
 
     def distribute(self, model):
+        """Checks a compiled model, and makes its optimizer clip gradients.
+
+        Keras clips the gradient of each replica, and cannot accumulate
+        gradients here. The optimizer of the returned model does both with the
+        gradients of the whole batch, as on one device.
+
+        Args:
+            model: A model that was made and compiled in `scope()`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If it was made elsewhere, or compiled with
+                `run_eagerly=True` or `jit_compile=True`.
+        """
+        replicas = backend.num_replicas(model)
+        if replicas != self.num_replicas:
+            raise ValueError(
+                "The model must be made inside `scope()`. Received a model of "
+                f"{replicas} replicas, and {self.num_replicas} in the strategy"
+            )
+        if self.num_replicas > 1 and model.compiled:
+            if model.run_eagerly or model.jit_compile is True:
+                raise ValueError(
+                    "On several TensorFlow replicas, steps run as graphs: "
+                    "compile with `run_eagerly=False, jit_compile=False`. "
+                    f"Received: run_eagerly={model.run_eagerly}, "
+                    f"jit_compile={model.jit_compile}"
+                )
+            backend.native.update_together(model.optimizer)
         return model
 
     def scope(self):

@@ -16,6 +16,9 @@ from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
+from keras_moe.backend.tensorflow.updates import (
+    update_together as update_together,
+)
 
 GROUPED_MATMUL = {
     "expert_loop": grouped_matmul.expert_loop,
