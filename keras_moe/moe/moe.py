@@ -186,6 +186,7 @@ class MoE(RoutedLayer):
             **kwargs,
         )
         self.experts = foreign.as_experts(experts)
+        self.experts.routed = True
         self.dispatcher = sender
         self._own_dispatcher = dispatcher is not None
         if sender.seed_generator is not None:

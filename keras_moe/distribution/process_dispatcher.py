@@ -1,0 +1,81 @@
+"""Rows to the processes that hold their experts, and back."""
+
+import numpy as np
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.backend.torch import collectives
+from keras_moe.dispatch import Dispatcher
+
+
+class ProcessDispatcher(Dispatcher):
+    """A dispatcher whose rows travel to the processes of an expert group.
+
+    Args:
+        dispatcher: The `Dispatcher` that decides which choices are kept.
+        engine: A `ProcessEngine`.
+    """
+
+    moves_rows = True
+
+    def __init__(self, dispatcher, engine):
+        # What `Dispatcher.__init__` makes, without a second seed.
+        self.capacity = dispatcher.capacity
+        self.weights_on = dispatcher.weights_on
+        self.seed_generator = dispatcher.seed_generator
+        self.engine = engine
+
+    def exchange(
+        self, rows, group_sizes, experts, training=None, max_group_size=None
+    ):
+        shards, group = self.engine.num_expert_shards, self.engine.expert_group
+        by_owner = ops.reshape(group_sizes, (shards, -1))  # (S, own experts)
+        if backend.has_no_values(rows):
+            return experts(rows, by_owner[0], training=training)
+        received = collectives.exchange_sizes(by_owner, group)
+        send, receive = (
+            ops.convert_to_numpy(sizes).sum(axis=1).tolist()
+            for sizes in (by_owner, received)
+        )
+        num_rows, num_used = rows.shape[0], sum(send)
+        link = self.engine.link()
+        rows, link = collectives.exchange_rows(
+            rows[:num_used], link, send, receive, group
+        )
+        outputs = _compute(rows, received, experts, training)
+        outputs, link = collectives.exchange_rows(
+            outputs, link, receive, send, group
+        )
+        self.engine.keep_link(link)
+        unused = (num_rows - num_used, *outputs.shape[1:])
+        return ops.concatenate([outputs, ops.zeros(unused, outputs.dtype)])
+
+
+def _compute(rows, sizes, experts, training):
+    """The own experts' results, in the order in which the rows came.
+
+    Args:
+        rows: `(n, ...)`, sorted by the process they came from, then by expert.
+        sizes: `(S, own experts)` int32, rows of each.
+    """
+    num_shards, num_own = sizes.shape
+    expert = np.tile(np.arange(num_own, dtype="int32"), num_shards)
+    expert = ops.repeat(
+        ops.convert_to_tensor(expert), ops.reshape(sizes, (-1,))
+    )
+    order = backend.stable_argsort(expert, num_own)
+    group_sizes = ops.sum(sizes, axis=0)
+    if rows.shape[0] and rows.dtype == _compute_dtype(experts, rows):
+        ones = ops.ones((rows.shape[0],), "float32")
+        outputs = experts.mix(rows, ones, order, group_sizes, training=training)
+        if outputs is not None:
+            return outputs
+    outputs = experts(
+        ops.take(rows, order, axis=0), group_sizes, training=training
+    )
+    back = backend.stable_argsort(order, rows.shape[0])
+    return ops.take(outputs, back, axis=0)
+
+
+def _compute_dtype(experts, rows):
+    return ops.zeros((), experts.compute_dtype).dtype
