@@ -35,7 +35,10 @@ active Keras backend are re-exported here:
 - `jacobian(function, values)`: the gradients of each entry of
   `function(values)`, `(T,)`, as `T` lists with a gradient for each of `values`,
   a list of tensors; zeros where there is no dependence.
-- `all_reduce_sum(tensor)`: the sum over the replicas that train together.
+- `all_reduce_sum(tensor)`: the sum over the `R` replicas that train together,
+  the same on each. Its gradient is `R` times the gradient of the sum: each
+  replica computes the same loss from it, and training averages gradients over
+  replicas. `tensor` itself if there is one device, or one program for all.
 - `on_gradient(tensor, notice)`: the tensor; `notice()` is called when a
   gradient is computed through it (in compiled steps: when they are traced).
   `None` if gradients cannot be observed.

@@ -128,13 +128,14 @@ class RankingRouter(LinearRouter):
             self.bias_step = self._add_state("bias_step")
 
     def _add_state(self, name, *shape):
-        # Every replica computes the same, from the tokens of all.
+        # Every replica computes the same, from the tokens of all. With an
+        # aggregation, TensorFlow would stop it here until all have come so far.
         return self.add_weight(
             name=name,
             shape=shape,
             initializer="zeros",
             trainable=False,
-            aggregation="only_first_replica",
+            aggregation="none",
         )
 
     def scale_logits(self, logits):

@@ -8,6 +8,7 @@ static, there are blocks of rows (`row_blocks`).
 import tensorflow as tf
 from keras import ops
 
+from keras_moe.backend.tensorflow import collectives
 from keras_moe.backend.tensorflow import fused_blocks
 from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
@@ -90,18 +91,15 @@ def is_symbolic(tensor):
 
 
 def all_reduce_sum(tensor):
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    context = collectives.replica_context()
+    if context is None:
         return tensor
-    # Replicas would wait for each other in the middle of the forward pass. They
-    # share the list of losses that Keras' layers add to: one's are then lost,
-    # another's count twice.
-    raise NotImplementedError(
-        "Under a TensorFlow strategy with several replicas, their loads "
-        "cannot be added up within a step: leave `expert_bias` out, or set "
-        "its `bias_update_rate` to 0, and take `per='batch'` rather than "
-        "'global'; or use JAX. "
-        f"Received: {context.num_replicas_in_sync} replicas"
+
+    def backward(grad, tensor):
+        return (grad * context.num_replicas_in_sync,)
+
+    return with_gradient(
+        lambda x: collectives.reduce(x, context), backward, (tensor,), ()
     )
 
 

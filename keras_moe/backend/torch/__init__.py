@@ -101,14 +101,27 @@ def is_symbolic(tensor):
     return has_no_values(tensor) or plain.is_exporting()
 
 
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.distributed.get_world_size()
+
+
 def all_reduce_sum(tensor):
-    if not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = torch.distributed
+    if (
+        has_no_values(tensor)
+        or not distributed.is_available()
+        or not distributed.is_initialized()
     ):
         return tensor
-    total = tensor.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total
+    return _AllReduceSum.apply(tensor)
 
 
 def slice_bounds(group_sizes):
