@@ -122,10 +122,10 @@ class ProcessEngine:
                     "strategy.distribute(model)`, which lets its processes add "
                     "up their gradients."
                 )
-        if self.num_expert_shards > 1 and marks:
-            dispatcher = ProcessDispatcher(dispatcher, self)
-        elif self.num_expert_shards > 1 and experts.variables:
+        if self.num_expert_shards > 1 and not marks and experts.variables:
             raise ValueError(_not_divided(experts))
+        if self.num_processes > 1 and (marks or experts.variables):
+            dispatcher = ProcessDispatcher(dispatcher, self)
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import keras
 from keras import ops
 
 from keras_moe.backend.torch import collectives
@@ -75,6 +76,11 @@ class ProcessModel:
 
     def compile(self, of_model, *args, **kwargs):
         of_model(*args, **kwargs)
+        if self._model.jit_compile:
+            raise ValueError(
+                "Steps of several processes are not compiled. "
+                "Received: jit_compile=True"
+            )
         self._optimizer = None
         self._take_optimizer()
 
@@ -106,8 +112,48 @@ class ProcessModel:
         with self._engine.linked():
             return of_model(data)
 
-    def compute_loss(self, of_model, *args, **kwargs):
-        return self._engine.close_link(of_model(*args, **kwargs))
+    def compute_loss(
+        self,
+        of_model,
+        x=None,
+        y=None,
+        y_pred=None,
+        sample_weight=None,
+        training=True,
+    ):
+        weights = self._weights_of_masked(y_pred, sample_weight)
+        loss = of_model(x, y, y_pred, weights, training=training)
+        return self._engine.close_link(loss)
+
+    def _weights_of_masked(self, y_pred, sample_weight):
+        """Sample weights for losses over unmasked positions.
+
+        Keras divides by the number in this process, and all processes count
+        the same: those with more must weigh more.
+        """
+        outputs = keras.tree.flatten(y_pred)
+        masks = [getattr(output, "_keras_mask", None) for output in outputs]
+        if all(mask is None for mask in masks):
+            return sample_weight
+        weights = [None] * len(outputs)
+        if sample_weight is not None:
+            weights = keras.tree.flatten(sample_weight)
+        for number, mask in enumerate(masks):
+            if mask is not None:
+                own = ops.sum(ops.cast(mask, "float32"))
+                (total,) = collectives.add_up([own])
+                weight = own * self._engine.num_processes
+                weight = weight / ops.maximum(total, 1.0)
+                # Of the shape of the mask, which Keras multiplies in place.
+                weight = ops.broadcast_to(weight, mask.shape)
+                if weights[number] is not None:
+                    given = ops.cast(weights[number], "float32")
+                    missing = (1,) * (len(mask.shape) - len(given.shape))
+                    weight = weight * ops.reshape(
+                        given, (*given.shape, *missing)
+                    )
+                weights[number] = ops.copy(weight)
+        return keras.tree.pack_sequence_as(y_pred, weights)
 
     def get_metrics_result(self, of_model):
         with self._summed(self._counters()):

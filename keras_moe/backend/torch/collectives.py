@@ -118,6 +118,25 @@ def gather_to_first(tensor, size, group):
     return torch.cat(parts) if is_first else None
 
 
+def gather_rows(tensor):
+    """The rows of all processes, and where those of this one start.
+
+    Args:
+        tensor: `(n, ...)`, with an `n` of each process.
+    """
+    tensor = tensor.detach()
+    number = torch.tensor([tensor.shape[0]], device=tensor.device)
+    numbers = [torch.empty_like(number) for _ in range(num_processes())]
+    dist.all_gather(numbers, number)
+    numbers = torch.cat(numbers).tolist()
+    padded = tensor.new_zeros(max(numbers), *tensor.shape[1:])
+    padded[: tensor.shape[0]] = tensor
+    parts = [torch.empty_like(padded) for _ in numbers]
+    dist.all_gather(parts, padded)
+    parts = [part[:n] for part, n in zip(parts, numbers, strict=True)]
+    return torch.cat(parts), sum(numbers[: process_index()])
+
+
 def exchange_sizes(sizes, group):
     """`(S, n)`, a row for each process -> the rows meant for this one."""
     received = torch.empty_like(sizes)
