@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import weakref
 import zipfile
 
 import keras
@@ -13,7 +14,7 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.distribution.process_dispatcher import ProcessDispatcher
 from keras_moe.distribution.process_model import ProcessModel
-from keras_moe.distribution.process_model import check_same
+from keras_moe.distribution.process_state import check_same
 from keras_moe.stacked import expert_shards
 
 DEFAULT_TIMEOUT = 600.0
@@ -80,6 +81,7 @@ class ProcessEngine:
         self.shard = expert_shards.ExpertShard(index % shards, shards, self)
         self.expert_group = self.replica_group = None
         self._link = None
+        self._models = weakref.WeakSet()
         if size > 1:
             expert_groups = [
                 range(first, first + shards) for first in range(0, size, shards)
@@ -144,8 +146,9 @@ class ProcessEngine:
                 "The model must be built before it is distributed: call it, or "
                 f"`model.build`. Received: {model!r}"
             )
-        if self.num_processes > 1:
+        if self.num_processes > 1 and model not in self._models:
             ProcessModel(model, self)
+            self._models.add(model)
         for variable in model.variables:
             mark = expert_shards.mark_of(variable)
             if mark is not None:
