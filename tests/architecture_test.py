@@ -24,7 +24,8 @@ EVERYWHERE = {
     *("keras", "numpy"),
     *("contextlib", "datetime", "fractions", "functools", "hashlib"),
     *("inspect", "itertools", "json", "math", "numbers", "os", "random", "re"),
-    *("threading", "types", "typing", "warnings", "weakref", "zipfile"),
+    *("shutil", "threading", "types", "typing", "warnings", "weakref"),
+    "zipfile",
 }
 
 

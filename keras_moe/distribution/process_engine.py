@@ -13,7 +13,10 @@ from keras_moe.backend.torch import collectives
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.distribution.process_dispatcher import ProcessDispatcher
+from keras_moe.distribution.process_files import read_sharded
+from keras_moe.distribution.process_files import write_sharded
 from keras_moe.distribution.process_model import ProcessModel
+from keras_moe.distribution.process_state import check_divided
 from keras_moe.distribution.process_state import check_same
 from keras_moe.stacked import expert_shards
 
@@ -38,6 +41,22 @@ def initialize(timeout=DEFAULT_TIMEOUT, seed=None):
         if seed is None:
             seed = collectives.broadcast_object(random.getrandbits(31))
         keras.utils.set_random_seed(seed)
+
+
+def as_devices(devices):
+    """One device for each process, whose number `torchrun` was given."""
+    if devices is not None:
+        raise ValueError(
+            "On PyTorch each process has one device: set the number of "
+            "processes with `torchrun --nproc-per-node`. "
+            f"Received: devices={devices}"
+        )
+    return list(range(collectives.num_processes()))
+
+
+def make(num_expert_shards, num_data_shards, devices, slack):
+    """The engine of an `ExpertParallel`; the rest follows from the shards."""
+    return ProcessEngine(num_expert_shards)
 
 
 class ProcessEngine:
@@ -124,8 +143,6 @@ class ProcessEngine:
                     "strategy.distribute(model)`, which lets its processes add "
                     "up their gradients."
                 )
-        if self.num_expert_shards > 1 and not marks and experts.variables:
-            raise ValueError(_not_divided(experts))
         if self.num_processes > 1 and (marks or experts.variables):
             dispatcher = ProcessDispatcher(dispatcher, self)
         return dispatcher(
@@ -146,6 +163,8 @@ class ProcessEngine:
                 "The model must be built before it is distributed: call it, or "
                 f"`model.build`. Received: {model!r}"
             )
+        if self.num_expert_shards > 1:
+            check_divided(model)
         if self.num_processes > 1 and model not in self._models:
             ProcessModel(model, self)
             self._models.add(model)
@@ -178,6 +197,31 @@ class ProcessEngine:
                 model.compile_from_config(config)
             model.load_weights(filepath)
         return model
+
+    def save_sharded(self, model, folder):
+        """Writes a model that may be too large for one process to hold.
+
+        Each process writes its own experts and their optimizer state to one
+        folder, which `load_sharded` reads in any number of processes: in one,
+        with a model built without `scope()`, `model.save` then makes a plain
+        file of it. A save that is interrupted leaves the folder before whole,
+        as `folder` or, for a moment, as `folder.old`.
+
+        Args:
+            model: A distributed model.
+            folder: Path that all processes can write to.
+        """
+        write_sharded(model, folder, self.num_expert_shards)
+
+    def load_sharded(self, model, folder):
+        """Reads what `save_sharded` wrote into a model of the same layers.
+
+        Args:
+            model: A built model. If it is compiled, its optimizer's state is
+                read too.
+            folder: Path.
+        """
+        read_sharded(model, folder, self.num_expert_shards)
 
     def split(self, *arrays, batch_size):
         """The part of this process in each batch.
@@ -241,15 +285,6 @@ def _own_group(groups, index, timeout):
         group
         for group, members in zip(made, groups, strict=True)
         if index in members
-    )
-
-
-def _not_divided(experts):
-    return (
-        "These experts cannot be divided among processes, or were not built "
-        "under `scope()`: take a bank of `keras_moe.experts` with stacked "
-        "weights, such as `GLUExperts`, or `num_expert_shards=1`. Received: "
-        f"experts={experts!r}"
     )
 
 

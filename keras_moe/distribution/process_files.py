@@ -1,11 +1,14 @@
 """Files of a model that several processes hold together."""
 
 import os
+import shutil
 
 from keras import ops
 
 from keras_moe.backend.torch import collectives
+from keras_moe.backend.torch import sharded_files
 from keras_moe.distribution.process_state import is_counter
+from keras_moe.distribution.process_state import mark_state
 from keras_moe.distribution.process_state import replace_methods
 from keras_moe.distribution.process_state import replaced_values
 from keras_moe.stacked import expert_shards
@@ -85,7 +88,7 @@ class ProcessFiles:
         engine, variables = self._engine, list(self._model.variables)
         if self._trainer.optimizer is not None:
             optimizer = self._model.optimizer
-            self._trainer.optimizer.mark_state(optimizer)
+            mark_state(optimizer, self._model)
             variables += optimizer.variables
         counters = [v for v in variables if is_counter(v)]
         sums = collectives.add_up([variable.value for variable in counters])
@@ -120,3 +123,47 @@ def _write_whole(write, filepath, overwrite):
     finally:
         if os.path.exists(beside):
             os.remove(beside)
+
+
+def write_sharded(model, folder, num_shards):
+    """Lets each process write what it has; see `ProcessEngine.save_sharded`."""
+    folder = os.fspath(folder).rstrip(os.sep)
+    beside = f"{folder}.new"
+    variables, is_divided = _by_name(model)
+    sharded_files.write(beside, variables, is_divided, num_shards)
+    collectives.wait()
+    if collectives.process_index() == 0:
+        # Never without a whole one: the old one goes last.
+        old = f"{folder}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(folder):
+            os.rename(folder, old)
+        os.rename(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    collectives.wait()
+
+
+def read_sharded(model, folder, num_shards):
+    variables, is_divided = _by_name(model)
+    sharded_files.read(os.fspath(folder), variables, is_divided, num_shards)
+
+
+def _by_name(model):
+    """The variables of a model and of its optimizer, and which are divided."""
+    named = {
+        f"model/{number}": variable
+        for number, variable in enumerate(model.weights)
+        if not is_counter(variable)
+    }
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        mark_state(optimizer, model)
+        for number, variable in enumerate(optimizer.variables):
+            named[f"optimizer/{number}"] = variable
+    is_divided = {
+        name: expert_shards.mark_of(variable) is not None
+        for name, variable in named.items()
+    }
+    return named, is_divided

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.backend.torch import collectives
+from keras_moe.distribution.process_state import mark_state
 from keras_moe.stacked import expert_shards
 
 # They divide by norms or means of whole variables.
@@ -54,7 +55,7 @@ class ProcessOptimizer:
 
         def load_own_variables(store):
             variables = optimizer.variables
-            self.mark_state(optimizer)
+            mark_state(optimizer, self._model)
             if len(store.keys()) != len(variables):
                 return load(store)  # which says so
             return load(
@@ -149,24 +150,6 @@ class ProcessOptimizer:
             g * ops.cast(limit / ops.maximum(norm, limit), g.dtype)
             for g, norm in zip(grads, norms, strict=True)
         ]
-
-    def mark_state(self, optimizer):
-        """Marks the variables of an optimizer that belong to divided banks."""
-        references = {
-            variable.path.replace("/", "_"): variable
-            for variable in self._model.trainable_variables
-        }
-        for variable in optimizer.variables:
-            name = variable.path.rpartition("/")[2]
-            fitting = [
-                path for path in references if name.startswith(f"{path}_")
-            ]
-            if not fitting:
-                continue
-            reference = references[max(fitting, key=len)]
-            mark = expert_shards.mark_of(reference)
-            if mark is not None and variable.shape == reference.shape:
-                expert_shards.mark(variable, mark.shard)
 
 
 def _check(optimizer, engine):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import keras
 from keras import ops
 
 from keras_moe.backend.torch import collectives
@@ -41,6 +42,56 @@ def _difference(first, second):
             pairs = zip(first, second, strict=True)
             first, second = next(pair for pair in pairs if pair[0] != pair[1])
     return f"{first} and {second}"
+
+
+def check_divided(model):
+    """Raises unless the experts of all layers are divided."""
+    for layer in _with_sublayers(model):
+        if getattr(layer, "routed", False) and layer.variables:
+            marks = [expert_shards.mark_of(v) for v in layer.variables]
+            if not any(marks):
+                raise ValueError(
+                    "These experts cannot be divided among processes, or were "
+                    "not built under `scope()`: take a bank of "
+                    "`keras_moe.experts` with stacked weights, such as "
+                    "`GLUExperts`, or `num_expert_shards=1`. Received: "
+                    f"experts={layer!r}"
+                )
+
+
+def _with_sublayers(layer):
+    """The layer and all layers that its attributes hold, each once."""
+    found, seen, left = [], set(), [layer]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, keras.layers.Layer):
+            found.append(value)
+            left += vars(value).values()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+    return found
+
+
+def mark_state(optimizer, model):
+    """Marks the variables of an optimizer that belong to divided banks."""
+    references = {
+        variable.path.replace("/", "_"): variable
+        for variable in model.trainable_variables
+    }
+    for variable in optimizer.variables:
+        name = variable.path.rpartition("/")[2]
+        fitting = [path for path in references if name.startswith(f"{path}_")]
+        if not fitting:
+            continue
+        reference = references[max(fitting, key=len)]
+        mark = expert_shards.mark_of(reference)
+        if mark is not None and variable.shape == reference.shape:
+            expert_shards.mark(variable, mark.shard)
 
 
 def signature(model):

@@ -81,16 +81,17 @@ class TorchProcessesTest(unittest.TestCase):
         self.assert_passes(
             2,
             *("training", "gradients", "half_precision", "unused_result"),
-            *("inference", "refusals", "interrupted_save"),
+            *("traffic", "inference", "refusals", "interrupted_save"),
             "batch_normalization",
         )
 
     def test_one_dies_and_others_go_on(self):
-        statuses, texts = run(self.folder, 2, "killed")
+        statuses, texts = run(self.folder, 2, "sharded", "killed")
         self.assertEqual(statuses, [1, 7], "\n".join(texts))
-        self.assertNotIn("passed", texts[0])
+        self.assertIn("passed sharded", texts[0])
+        self.assertNotIn("passed killed", texts[0])
         self.assertIn("peer", texts[0])
-        # From its last file, one process goes on and then four.
+        # From what they left, one process goes on and then four.
         self.assert_passes(
             4, *("moved", "memory", "gradients:2", "gradients:1")
         )

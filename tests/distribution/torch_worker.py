@@ -5,147 +5,43 @@ train together, and the first compares.
 """
 
 import os
-import pathlib
 import re
 import sys
 
-os.environ.setdefault("KERAS_BACKEND", "torch")
 # Keras imports it to save a model if it is there, which takes long.
 sys.modules["tensorflow"] = None
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 from keras_moe.backend.torch import collectives  # noqa: E402
-from keras_moe.dispatch import Capacity  # noqa: E402
-from keras_moe.dispatch import Dispatcher  # noqa: E402
 from keras_moe.distribution import process_engine  # noqa: E402
 from keras_moe.experts import GLUExperts  # noqa: E402
 from keras_moe.experts import LayerExperts  # noqa: E402
-from keras_moe.experts import LowRankExperts  # noqa: E402
+from keras_moe.experts.feed_forward_experts import FeedForwardExperts  # noqa: E402
 from keras_moe.layers import MoE  # noqa: E402
-from keras_moe.routers import ExpertChoiceRouter  # noqa: E402
-from keras_moe.routers import TopKRouter  # noqa: E402
-
-torch.set_num_threads(1)
-RANK = int(os.environ.get("RANK", "0"))
-EXPERTS, LENGTH, VOCABULARY, DIM, BATCH, EXAMPLES = 8, 5, 11, 6, 8, 20
-EPOCHS = 7  # of two whole batches and a smaller one: 21 steps
-TIMEOUT = float(os.environ.get("KERAS_MOE_TEST_TIMEOUT", "60"))
-FOLDER = pathlib.Path(os.environ.get("KERAS_MOE_TEST_FOLDER", "."))
-
-
-class Through(Dispatcher):
-    """Hands over to the engine of the experts."""
-
-    moves_rows = True
-
-    def __init__(self, inner, engine):
-        self.inner, self.engine = inner, engine
-        self.capacity, self.weights_on = inner.capacity, inner.weights_on
-        self.seed_generator = inner.seed_generator
-
-    def __call__(self, *args, **kwargs):
-        return self.engine.dispatch(self.inner, *args, **kwargs)
-
-
-def through(model, engine):
-    for layer in model.layers:
-        if isinstance(layer, MoE):
-            layer.dispatcher = Through(layer.dispatcher, engine)
-    return model
-
-
-def build(engine=None, **kwargs):
-    keras.utils.set_random_seed(3)
-    router = TopKRouter(
-        EXPERTS, 2, score_activation="sigmoid", expert_bias=True
-    )
-    x = inputs = keras.Input((LENGTH,), dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, DIM, mask_zero=True)(x)
-    kwargs = {"losses": "default", **kwargs}
-    x = MoE(
-        router=router,
-        experts=GLUExperts(EXPERTS, 7, use_bias=True),
-        shared_experts=GLUExperts(1, 4),
-        name="first",
-        **kwargs,
-    )(x)
-    x = MoE(EXPERTS, 5, experts="mlp", name="second", **kwargs)(x)
-    x = keras.layers.GlobalAveragePooling1D()(x)
-    model = keras.Model(inputs, keras.layers.Dense(3)(x))
-    return model if engine is None else through(model, engine)
-
-
-def data(seed=0):
-    random = np.random.default_rng(seed)
-    x = random.integers(0, VOCABULARY, (EXAMPLES, LENGTH)).astype("int32")
-    x[:, 0] = np.maximum(x[:, 0], 1)
-    return x, random.normal(size=(EXAMPLES, 3)).astype("float32")
-
-
-def compiled(model, **kwargs):
-    # With a smaller epsilon, Adam makes steps of what gradients near zero are
-    # rounded to.
-    kwargs = {"learning_rate": 0.02, "epsilon": 1e-3, **kwargs}
-    model.compile(keras.optimizers.Adam(**kwargs), "mse", metrics=["mae"])
-    return model
-
-
-def fit(model, engine=None, **kwargs):
-    x, y = data()
-    batch = BATCH
-    if engine is not None:
-        x, y = engine.split(x, y, batch_size=BATCH)
-        batch = BATCH // engine.num_processes
-    kwargs = {"epochs": EPOCHS, "verbose": 0, **kwargs}
-    return model.fit(x, y, batch_size=batch, shuffle=False, **kwargs)
-
-
-SETTINGS = {
-    "plain": {},
-    "clipped": {"global_clipnorm": 0.05},
-    "clipped_each": {"clipnorm": 0.02, "weight_decay": 0.01},
-    "accumulated": {
-        "gradient_accumulation_steps": 2,
-        "global_clipnorm": 0.05,
-    },
-}
-
-
-def alone(arguments):
-    """What one process finds."""
-    results = {"load": {}}
-    if "killed" in arguments:
-        return results
-    trains = {"training", "moved"} & set(arguments)
-    for name, settings in (SETTINGS if trains else {}).items():
-        model = compiled(build(), **settings)
-        history = fit(model)
-        model.save(FOLDER / f"alone_{name}.keras")
-        results[name] = history.history
-        statistics = model.get_layer("first").statistics
-        results["load"][name] = statistics.result()["expert_load"]
-    model = compiled(build())
-    x, y = (array[: 2 * BATCH] for array in data())
-    results["evaluate"] = model.evaluate(
-        x, y, batch_size=BATCH, return_dict=True, verbose=0
-    )
-    results["predict"] = model.predict(x, batch_size=BATCH, verbose=0)
-    results["gradients"] = {
-        name: gradients_of(bare(None, kwargs), None, inputs(name))
-        for name, kwargs in CASES.items()
-    }
-    for policy in ("mixed_bfloat16", "mixed_float16"):
-        model = bare(None, dict, policy=policy)
-        results["gradients"][policy] = gradients_of(model, None, inputs(policy))
-    if "moved" in arguments:
-        # What two processes left, trained on by one.
-        model = keras.saving.load_model(FOLDER / "killed.keras")
-        fit(model, epochs=5, initial_epoch=3)
-        model.save(FOLDER / "moved.keras")
-    return results
+from tests.distribution.torch_cases import BATCH  # noqa: E402
+from tests.distribution.torch_cases import CASES  # noqa: E402
+from tests.distribution.torch_cases import DIM  # noqa: E402
+from tests.distribution.torch_cases import EPOCHS  # noqa: E402
+from tests.distribution.torch_cases import EXPERTS  # noqa: E402
+from tests.distribution.torch_cases import FOLDER  # noqa: E402
+from tests.distribution.torch_cases import LENGTH  # noqa: E402
+from tests.distribution.torch_cases import RANK  # noqa: E402
+from tests.distribution.torch_cases import SETTINGS  # noqa: E402
+from tests.distribution.torch_cases import TIMEOUT  # noqa: E402
+from tests.distribution.torch_cases import alone  # noqa: E402
+from tests.distribution.torch_cases import bare  # noqa: E402
+from tests.distribution.torch_cases import build  # noqa: E402
+from tests.distribution.torch_cases import compiled  # noqa: E402
+from tests.distribution.torch_cases import data  # noqa: E402
+from tests.distribution.torch_cases import fit  # noqa: E402
+from tests.distribution.torch_cases import gradients_of  # noqa: E402
+from tests.distribution.torch_cases import inputs  # noqa: E402
+from tests.distribution.torch_cases import same_files  # noqa: E402
+from tests.distribution.torch_cases import state  # noqa: E402
+from tests.distribution.torch_cases import through  # noqa: E402
 
 
 def check_training(engine, references):
@@ -164,107 +60,6 @@ def check_training(engine, references):
                 np.testing.assert_allclose(
                     history.history[key], values, rtol=1e-5, err_msg=key
                 )
-
-
-def same_files(first, second):
-    """All variables of the models, and of their optimizers."""
-    one, other = (
-        keras.saving.load_model(FOLDER / name) for name in (first, second)
-    )
-    variables = [
-        [*model.variables, *model.optimizer.variables] for model in (one, other)
-    ]
-    assert len(variables[0]) == len(variables[1]) > 60
-    for a, b in zip(*variables, strict=True):
-        a, b = (keras.ops.convert_to_numpy(v.value) for v in (a, b))
-        np.testing.assert_allclose(
-            a, b, rtol=1e-5, atol=1e-5 * max(np.abs(a).max(), 1e-6)
-        )
-
-
-def bare(engine, kwargs, policy="float32", recompute=False):
-    """Two layers, whose input of zeros may be masked."""
-    keras.utils.set_random_seed(5)
-    x = inputs = keras.Input((LENGTH, DIM))
-    mask = keras.layers.Lambda(lambda x: keras.ops.any(x != 0, axis=-1))(x)
-    with keras.RematScope("full" if recompute else None):
-        for name in ("one", "two"):
-            x = MoE(
-                **{"num_experts": EXPERTS, "intermediate_dim": 4, **kwargs()},
-                dtype=policy,
-                name=name,
-            )(x, mask=mask)
-    model = keras.Model(inputs, x)
-    return model if engine is None else through(model, engine)
-
-
-def gradients_of(model, engine, x):
-    """The loss of one step, and what it subtracted from each variable."""
-    optimizer = keras.optimizers.SGD(1.0)
-    model.compile(optimizer, "mse", jit_compile=False)
-    if engine is not None:
-        model = engine.distribute(model)
-    y = np.cos(np.arange(x.size).reshape(x.shape)).astype("float32")
-    if engine is not None:
-        x, y = engine.split(x, y, batch_size=len(x))
-    before = [np.array(v.numpy()) for v in model.trainable_variables]
-    loss = model.train_on_batch(x, y)
-    return loss, [
-        b - v.numpy()
-        for b, v in zip(before, model.trainable_variables, strict=True)
-    ]
-
-
-def inputs(case):
-    x = np.random.default_rng(1).normal(size=(BATCH, LENGTH, DIM))
-    if case == "no_tokens":  # in the last process
-        x[BATCH // 2 :] = 0.0
-    return x.astype("float32")
-
-
-def only_first_experts():
-    # Equal scores: all tokens go to the experts 0 and 1.
-    return {
-        "router": TopKRouter(EXPERTS, 2, kernel_initializer="zeros"),
-    }
-
-
-def expert_choice():
-    return {
-        "router": ExpertChoiceRouter(EXPERTS, 1.5, per="sequence"),
-    }
-
-
-def regularized():
-    return {
-        "kernel_regularizer": "l2",
-        "kernel_constraint": keras.constraints.MaxNorm(0.9),
-        "weights_on": "input",
-    }
-
-
-def dropping(policy):
-    return lambda: {
-        "capacity": Capacity(
-            0.6, drop_policy=policy, normalize_kept_weights=True
-        )
-    }
-
-
-CASES = {
-    "no_tokens": dict,
-    "empty_experts": only_first_experts,
-    "expert_choice": expert_choice,
-    "regularized": regularized,
-    "low_rank": lambda: {
-        "experts": LowRankExperts(EXPERTS, 4, rank=2),
-        "intermediate_dim": None,
-    },
-    "recomputed": dict,
-    "position": dropping("position"),
-    "priority": dropping("priority"),
-    "weight": dropping("weight"),
-}
 
 
 def check_gradients(engine, references):
@@ -328,6 +123,46 @@ def check_unused_result(engine, references):
     assert all(np.isfinite(f).all() for f in found)
 
 
+def check_traffic(engine, references):
+    """Rows travel once each way, and are computed where they arrive."""
+    with engine.scope():
+        model = bare(engine, dict)
+    sent, computed = [], []
+    exchange = collectives.exchange_rows
+    mix = FeedForwardExperts.mix
+
+    def counting(rows, link, send, receive, group):
+        own = dist.get_group_rank(group, RANK)
+        sent.append(sum(send) - send[own])
+        return exchange(rows, link, send, receive, group)
+
+    def counting_mix(self, tokens, *args, **kwargs):
+        computed.append(tokens.shape[0])
+        return mix(self, tokens, *args, **kwargs)
+
+    x = engine.split(inputs(""), batch_size=BATCH)
+    collectives.exchange_rows = counting
+    FeedForwardExperts.mix = counting_mix
+    try:
+        model(x)
+    finally:
+        collectives.exchange_rows = exchange
+        FeedForwardExperts.mix = mix
+    routing = model.get_layer("one").route(x, mask=np.any(x != 0, -1))
+    owner = routing.expert_indices.numpy() // (
+        EXPERTS // engine.num_expert_shards
+    )
+    everyone = collectives.gather_objects(owner.ravel().tolist())
+    own = engine.process_index
+    away = sum(number != own for number in everyone[own])
+    mine = sum(numbers.count(own) for numbers in everyone)
+    back = mine - everyone[own].count(own)
+    assert sent[:2] == [away, back], (sent, away, back)
+    assert computed[0] == mine, (computed, mine)
+    # No other rows: half of the choices of random tokens at two processes.
+    assert len(sent) == 4 and len(computed) == 2
+
+
 def check_memory(engine, references):
     """Each process has its share of the experts and of their moments."""
     shards = engine.num_expert_shards
@@ -385,7 +220,7 @@ def check_refusals(engine, references):
     )
     layers = LayerExperts(keras.layers.Dense(DIM), EXPERTS)
     model = build_bank(engine, layers)
-    raises(ValueError, "cannot be divided", model, inputs(""))
+    raises(ValueError, "cannot be divided", engine.distribute, model)
     raises(
         ValueError,
         "bank_regularizer",
@@ -499,6 +334,24 @@ def check_moved(engine, references):
     model.save(FOLDER / "arrived.keras")
     if RANK == 0:
         same_files("alone_accumulated.keras", "arrived.keras")
+
+
+def check_sharded(engine, references):
+    """Each process writes its part, and any number of processes read it."""
+    with engine.scope():
+        model = compiled(build(engine))
+    model = engine.distribute(model)
+    fit(model, engine, epochs=1)
+    for _ in range(2):  # the second replaces the first
+        engine.save_sharded(model, FOLDER / "sharded")
+    model.save(FOLDER / "sharded.keras")
+    with engine.scope():
+        other = engine.distribute(compiled(build()))
+    for variable in other.trainable_variables:
+        variable.assign(keras.ops.zeros_like(variable.value))
+    engine.load_sharded(other, FOLDER / "sharded")
+    for a, b in zip(state(model), state(other), strict=True):
+        np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
 def check_killed(engine, references):
