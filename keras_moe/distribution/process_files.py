@@ -6,7 +6,6 @@ import shutil
 from keras import ops
 
 from keras_moe.backend.torch import collectives
-from keras_moe.backend.torch import sharded_files
 from keras_moe.distribution.process_state import is_counter
 from keras_moe.distribution.process_state import mark_state
 from keras_moe.distribution.process_state import replace_methods
@@ -127,6 +126,9 @@ def _write_whole(write, filepath, overwrite):
 
 def write_sharded(model, folder, num_shards):
     """Lets each process write what it has; see `ProcessEngine.save_sharded`."""
+    # Here, since it takes a second to import.
+    from keras_moe.backend.torch import sharded_files
+
     folder = os.fspath(folder).rstrip(os.sep)
     beside = f"{folder}.new"
     variables, is_divided = _by_name(model)
@@ -144,6 +146,9 @@ def write_sharded(model, folder, num_shards):
 
 
 def read_sharded(model, folder, num_shards):
+    """Reads such a folder; see `ProcessEngine.load_sharded`."""
+    from keras_moe.backend.torch import sharded_files
+
     variables, is_divided = _by_name(model)
     sharded_files.read(os.fspath(folder), variables, is_divided, num_shards)
 
