@@ -95,7 +95,7 @@ def to_file(variable, value):
         value: Its value, returned if the variable is whole.
     """
     of_bank = mark_of(variable)
-    if of_bank is None:
+    if of_bank is None or of_bank.shard.count == 1:
         return value
     values = of_bank.shard.full_values
     if values is None:
