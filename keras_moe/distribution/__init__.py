@@ -1,1 +1,1 @@
-"""Experts over many devices."""
+"""Experts over many devices, with each backend's own distribution engine."""

@@ -48,9 +48,12 @@ class LoadBalancingLoss(GroupedLoss):
         weight: float. Factor of the loss. Defaults to `1e-2`.
         per: Groups of tokens that have a loss each: all tokens of the
             `"batch"`, those of each `"sequence"`, or of an int number of
-            sequences. `"global"` sums the assignments of all replicas, and
-            takes `P` from each. The loss is the mean over the groups that have
-            a token. Defaults to `"batch"`.
+            sequences. The loss is the mean over the groups that have a token.
+            Where several devices train together, `"batch"` is the batch of all
+            of them. `"global"` takes the assignments of all, and `P` from the
+            tokens of each device; if these are equally many, the mean of the
+            devices' losses, and its gradient, are those of `"batch"`. Defaults
+            to `"batch"`.
         normalize_by_top_k: bool. If `False`, `f` is the number of assignments
             divided by the number of tokens. Defaults to `True`.
         assignments: `"all"` counts every choice of the router, `"first"` only

@@ -200,11 +200,9 @@ class RankingRouter(LinearRouter):
             counts = expert_counts(routing, self.num_experts, mask)
             found = backend.all_reduce_sum(counts)[: ranked.shape[-1]]
         else:
-            target = equalizing_bias(
+            found = equalizing_bias(
                 ops.stop_gradient(ranked), bias, top_k, mask
             )
-            replicas = backend.all_reduce_sum(ops.ones((), target.dtype))
-            found = backend.all_reduce_sum(target) / replicas
         return ops.cast(ops.stop_gradient(found), bias.dtype)
 
     def _bias_change(self, found, bias, candidates):

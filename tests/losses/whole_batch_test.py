@@ -11,7 +11,7 @@ from tests.losses.cases import arrays
 from tests.losses.cases import tensor_routing_of
 from tests.losses.cases import with_per
 from tests.losses.gradients import value_and_gradient
-from tests.losses.replicas import values_and_gradients
+from tests.losses.two_devices import values_and_gradients
 from tests.test_case import TestCase
 
 # Two devices have two sequences of three tokens each.

@@ -5,6 +5,8 @@ groups have the shapes that the data give them. For XLA, where every shape is
 static, there are blocks of rows (`row_blocks`).
 """
 
+import os
+
 import tensorflow as tf
 from keras import ops
 
@@ -14,6 +16,9 @@ from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
+from keras_moe.backend.tensorflow.updates import (
+    update_together as update_together,
+)
 
 GROUPED_MATMUL = {
     "expert_loop": grouped_matmul.expert_loop,
@@ -94,13 +99,21 @@ def all_reduce_sum(tensor):
     context = collectives.replica_context()
     if context is None:
         return tensor
+    team = collectives.Team(context)
 
     def backward(grad, tensor):
         return (grad * context.num_replicas_in_sync,)
 
-    return with_gradient(
-        lambda x: collectives.reduce(x, context), backward, (tensor,), ()
-    )
+    return with_gradient(team.sum, backward, (tensor,), ())
+
+
+def world_size():
+    context = collectives.replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def sum_over_processes(tensor):
+    return tensor  # variables with `aggregation="sum"` do it
 
 
 def slice_bounds(group_sizes):
@@ -132,6 +145,19 @@ def _graph():
     if tf.executing_eagerly():
         return None
     return tf.compat.v1.get_default_graph()
+
+
+def as_strategy(strategy=None):
+    """A `tf.distribute.Strategy`: the given, the present, or all devices."""
+    if strategy is not None:
+        return strategy
+    if tf.distribute.has_strategy():
+        return tf.distribute.get_strategy()
+    if "TF_CONFIG" in os.environ:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU")
+    devices = devices or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
 def num_replicas(model):

@@ -1,4 +1,4 @@
-"""Sums over the replicas of a strategy, inside the forward pass.
+"""Sums and exchanges over the replicas of a strategy, inside the forward pass.
 
 The replicas of a `MirroredStrategy` are threads that trace one graph, and share
 Keras' layers with their lists of losses. TensorFlow's own way to add up over
@@ -34,46 +34,93 @@ def replica_context():
     return context
 
 
-def reduce(tensor, context, operation="Add"):
-    """The sum, or with `"Max"` the largest, of the replicas' tensors."""
-    if len(context.strategy.extended.worker_devices) == 1:
+class Team:
+    """Some replicas of a strategy, and which of them this one is.
+
+    Args:
+        context: As `replica_context` returns it.
+        size: int. Number of replicas of a team, next to each other. A divisor
+            of the number of all; `None` for all.
+    """
+
+    def __init__(self, context, size=None):
+        self._context = context
+        self.size = size or context.num_replicas_in_sync
+        devices = context.strategy.extended.worker_devices
         # One replica for each worker or, on a TPU, one trace for all.
-        name = {"Add": "SUM"}[operation]
-        return context.all_reduce(name, tensor)
-    return tf.raw_ops.CollectiveReduce(
-        input=tensor,
-        merge_op=operation,
-        final_op="Id",
-        subdiv_offsets=[0],
-        **_keys(context),
-    )
-
-
-def gather(tensor, context):
-    """The tensors of all replicas, which have one shape: `(R, ...)`."""
-    size = context.num_replicas_in_sync
-    return tf.raw_ops.CollectiveGather(
-        input=tensor[tf.newaxis], shape=(size, *tensor.shape), **_keys(context)
-    )
-
-
-def _keys(context):
-    """Attributes that tell TensorFlow which operations belong together."""
-    _check_compiled()
-    size = context.num_replicas_in_sync
-    devices = context.strategy.extended.worker_devices
-    with _lock:
-        group = _group_keys.setdefault(
-            devices, FIRST_GROUP_KEY + len(_group_keys)
+        self._is_alone = len(devices) == 1
+        if self._is_alone:
+            if self.size < context.num_replicas_in_sync:
+                raise NotImplementedError(
+                    "With one device for each worker, all replicas exchange "
+                    "with each other. Received: "
+                    f"{context.num_replicas_in_sync} replicas in teams of "
+                    f"{self.size}"
+                )
+            self.rank = context.replica_id_in_sync_group
+            return
+        self._replica = int(
+            tf.get_static_value(context.replica_id_in_sync_group)
         )
-        trace = _traces.setdefault(_outermost_graph(), _Trace())
-        instance = trace.instance_key(context)
-    return {
-        "group_size": size,
-        "group_key": group,
-        "instance_key": instance,
-        "communication_hint": "ring",
-    }
+        self.rank = self._replica % self.size
+        first = self._replica - self.rank
+        self._devices = devices[first : first + self.size]
+
+    def sum(self, tensor):
+        """The sum of the replicas' tensors. It has no gradient."""
+        if self._is_alone:
+            return self._context.all_reduce("SUM", tensor)
+        return tf.raw_ops.CollectiveReduce(
+            input=tensor,
+            merge_op="Add",
+            final_op="Id",
+            subdiv_offsets=[0],
+            **self._keys(),
+        )
+
+    def gather(self, tensor):
+        """The tensors of all, `(S, ...)`, of one shape and not empty."""
+        tensor = tensor[tf.newaxis]
+        if self._is_alone:
+            return self._context.all_gather(tensor, axis=0)
+        shape = (self.size, *tensor.shape[1:])
+        return tf.raw_ops.CollectiveGather(
+            input=tensor, shape=shape, **self._keys()
+        )
+
+    def differentiable_sum(self, tensor):
+        """The same as `sum`. Each gradient is the sum of the replicas'."""
+
+        @tf.custom_gradient
+        def call(tensor):
+            return self.sum(tensor), self.sum
+
+        return call(tensor)
+
+    def differentiable_gather(self, tensor):
+        """The same as `gather`. Each gets the gradients of its own tensor."""
+
+        @tf.custom_gradient
+        def call(tensor):
+            return self.gather(tensor), lambda grad: self.sum(grad)[self.rank]
+
+        return call(tensor)
+
+    def _keys(self):
+        """Attributes that tell TensorFlow which operations belong together."""
+        _check_compiled()
+        with _lock:
+            group = _group_keys.setdefault(
+                self._devices, FIRST_GROUP_KEY + len(_group_keys)
+            )
+            trace = _traces.setdefault(_outermost_graph(), _Trace())
+            instance = trace.instance_key(self._replica)
+        return {
+            "group_size": self.size,
+            "group_key": group,
+            "instance_key": instance,
+            "communication_hint": "ring",
+        }
 
 
 class _Trace:
@@ -83,9 +130,8 @@ class _Trace:
         self._keys = []
         self._used = {}  # replica -> int
 
-    def instance_key(self, context):
+    def instance_key(self, replica):
         global _last_instance_key
-        replica = int(tf.get_static_value(context.replica_id_in_sync_group))
         n = self._used.get(replica, 0)
         self._used[replica] = n + 1
         if n == len(self._keys):

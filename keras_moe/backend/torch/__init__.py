@@ -114,14 +114,21 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum(tensor):
-    distributed = torch.distributed
-    if (
-        has_no_values(tensor)
-        or not distributed.is_available()
-        or not distributed.is_initialized()
-    ):
+    if world_size() == 1 or has_no_values(tensor):
         return tensor
     return _AllReduceSum.apply(tensor)
+
+
+def world_size():
+    if not torch.distributed.is_available():
+        return 1
+    if not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size()
+
+
+def sum_over_processes(tensor):
+    return all_reduce_sum(tensor.detach())
 
 
 def slice_bounds(group_sizes):
