@@ -187,8 +187,7 @@ class MoE(RoutedLayer):
             name=name or parts.default_name(),
             **kwargs,
         )
-        self.experts = foreign.as_experts(experts)
-        self.experts.routed = True
+        self.experts = foreign.as_experts(experts, routed=True)
         self.dispatcher = sender
         self._own_dispatcher = dispatcher is not None
         if sender.seed_generator is not None:
