@@ -22,9 +22,10 @@ FACES = set(FLOORS[-1])
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
-    *("contextlib", "fractions", "functools", "hashlib", "inspect"),
-    *("itertools", "math", "numbers", "re", "threading", "types", "typing"),
-    *("warnings", "weakref"),
+    *("contextlib", "datetime", "fractions", "functools", "hashlib"),
+    *("inspect", "itertools", "json", "math", "numbers", "os", "random", "re"),
+    *("shutil", "threading", "types", "typing", "warnings", "weakref"),
+    "zipfile",
 }
 
 

@@ -35,7 +35,15 @@ of the active Keras backend is re-exported here:
 - `jacobian(function, values)`: the gradients of each entry of
   `function(values)`, `(T,)`, as `T` lists with a gradient for each of `values`,
   a list of tensors; zeros where there is no dependence.
-- `all_reduce_sum(tensor)`: the sum over the replicas that train together.
+- `all_reduce_sum(tensor)`: the sum over the `R` replicas that train together,
+  the same on each. Its gradient is `R` times the gradient of the sum: each
+  replica computes the same loss from it, and training averages gradients over
+  replicas. `tensor` itself if there is one device, or one program for all.
+- `world_size()`: `R`, the number of replicas whose tensors `all_reduce_sum`
+  adds up, an int.
+- `sum_over_processes(tensor)`: the sum over those replicas that have variables
+  of their own, without a gradient; the tensor where variables are shared or
+  added up when they are read.
 - `on_gradient(tensor, notice)`: the tensor; `notice()` is called when a
   gradient is computed through it (in compiled steps: when they are traced).
   `None` if gradients cannot be observed.
@@ -96,6 +104,8 @@ has_no_values = native.has_no_values
 jacobian = native.jacobian
 is_symbolic = native.is_symbolic
 all_reduce_sum = native.all_reduce_sum
+world_size = native.world_size
+sum_over_processes = native.sum_over_processes
 slice_bounds = native.slice_bounds
 on_gradient = native.on_gradient
 num_replicas = native.num_replicas

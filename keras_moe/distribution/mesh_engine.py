@@ -3,7 +3,7 @@
 import keras
 
 from keras_moe import backend
-from keras_moe.experts import experts as experts_lib
+from keras_moe.stacked import expert_shards
 
 # Room for the rows of one owner beyond an even division.
 DEFAULT_SLACK = 0.0625
@@ -78,7 +78,7 @@ class MeshEngine(keras.distribution.ModelParallel):
         return _BatchLayout(["data"] + [None] * (len(data_shape) - 1), self)
 
     def get_variable_layout(self, variable):
-        if not experts_lib.is_bank(variable):
+        if not expert_shards.is_bank(variable):
             return super().get_variable_layout(variable)
         check_divides(variable.shape[0], self.num_expert_shards)
         axes = ["expert"] + [None] * (len(variable.shape) - 1)

@@ -6,18 +6,8 @@ from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
 from keras_moe.ops.grouped_matmul import check_implementation
 from keras_moe.ops.grouped_matmul import grouped_matmul
+from keras_moe.stacked import expert_shards
 from keras_moe.stacked import per_expert
-
-# Paths of the variables that hold a bank of routed experts.
-_BANK_PATHS = set()
-
-
-def is_bank(variable):
-    """Whether a variable holds the weights of routed experts, `(E, ...)`.
-
-    A distribution asks this as the variable is made.
-    """
-    return variable.path in _BANK_PATHS
 
 
 class Experts(keras.layers.Layer):
@@ -125,25 +115,62 @@ class Experts(keras.layers.Layer):
                 `"bias"`. Defaults to `"kernel"`.
 
         Returns:
-            A variable of shape `(num_experts,) + shape`.
+            A variable of shape `(num_experts,) + shape`. Where experts are
+            divided among processes, the first axis is that of the own experts.
         """
         initializer = getattr(self, f"{kind}_initializer")
         regularizer = getattr(self, f"{kind}_regularizer", None)
         constraint = getattr(self, f"{kind}_constraint", None)
         of_bank = None if kind == "bias" else self.bank_regularizer
+        num_experts = self.num_experts
+        shard = expert_shards.active() if self.routed else None
+        if shard is not None:
+            start, stop = shard.bounds(num_experts)
+            num_experts = stop - start
+            self._check_divisible(shard, of_bank)
         self._num_banks += 1
         if self.routed:
-            _BANK_PATHS.add(f"{self.path}/{name}")
-        return self.add_weight(
+            expert_shards.note_bank(f"{self.path}/{name}")
+        variable = self.add_weight(
             name=name,
-            shape=(self.num_experts, *shape),
+            shape=(num_experts, *shape),
             initializer=per_expert.PerExpertInitializer(
-                initializer, stream=self._num_banks
+                initializer, self._num_banks, shard
             ),
             regularizer=(regularizer or of_bank)
-            and per_expert.PerExpertRegularizer(regularizer, of_bank),
+            and per_expert.PerExpertRegularizer(regularizer, of_bank, shard),
             constraint=constraint
             and per_expert.PerExpertConstraint(constraint),
+        )
+        if shard is not None:
+            expert_shards.mark(variable, shard)
+        return variable
+
+    def _check_divisible(self, shard, of_bank):
+        if shard.count > 1 and (of_bank or self.activity_regularizer):
+            raise ValueError(
+                "Experts that are divided among processes take no "
+                "`bank_regularizer` and no `activity_regularizer`, which look "
+                f"at all experts. Received: bank_regularizer={of_bank}, "
+                f"activity_regularizer={self.activity_regularizer}"
+            )
+
+    def save_own_variables(self, store):
+        own = {}
+        super().save_own_variables(own)
+        for key, value in own.items():
+            store[key] = expert_shards.to_file(value, value)
+
+    def load_own_variables(self, store):
+        own = {}
+        super().save_own_variables(own)  # which variable has which key
+        super().load_own_variables(
+            {
+                key: expert_shards.from_file(own[key], store[key])
+                if key in own
+                else store[key]
+                for key in store.keys()
+            }
         )
 
     def grouped_dense(self, rows, group_sizes, kernel, bias=None):

@@ -3,7 +3,6 @@ from keras import ops
 
 from keras_moe.checks import check_int_up_to
 from keras_moe.losses.device_balance_loss import DeviceBalanceLoss
-from keras_moe.ops.masking import group_means
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -77,7 +76,7 @@ class CommunicationBalanceLoss(DeviceBalanceLoss):
         each = ops.arange(self.num_devices, dtype="int32")
         sent = ops.any(ops.equal(devices, each), axis=1)  # (T, num_devices)
         sent = ops.cast(sent, "float32")
-        return group_means(sent, mask, groups) / self.max_devices
+        return self.means(sent, mask, groups) / self.max_devices
 
     def get_config(self):
         return {**super().get_config(), "max_devices": self.max_devices}

@@ -5,7 +5,6 @@ from keras_moe.checks import check_int
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import counts_by_expert
 from keras_moe.ops.assignments import expert_scores
-from keras_moe.ops.masking import group_means
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -84,7 +83,7 @@ class DeviceBalanceLoss(GroupedLoss):
         scores = expert_scores(routing, "router", mask)  # (T, E)
         size = self.experts_per_device(scores.shape[-1])
         scores = ops.reshape(scores, (-1, self.num_devices, size))
-        scores = group_means(
+        scores = self.means(
             ops.sum(scores, axis=-1), mask, groups
         )  # (G, num_devices)
         return self.num_devices * ops.sum(share * scores, axis=-1)
@@ -95,6 +94,7 @@ class DeviceBalanceLoss(GroupedLoss):
         # The expert of a missing choice gives a device that does not exist.
         devices = ops.floor_divide(routing.expert_indices, size)
         counts = counts_by_expert(devices, self.num_devices, mask, groups)
+        counts = self.over_devices(counts)
         total = ops.sum(counts, axis=-1, keepdims=True)
         return counts / ops.maximum(total, 1.0)
 

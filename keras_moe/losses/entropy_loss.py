@@ -7,7 +7,6 @@ from keras_moe.checks import is_number
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.balance import entropy
-from keras_moe.ops.masking import group_means
 
 KINDS = ("token", "marginal")
 
@@ -124,8 +123,8 @@ class EntropyLoss(GroupedLoss):
     def group_losses(self, routing, mask, groups):
         probs = expert_scores(routing, "router", mask)  # (T, E)
         if self.kind == "token":
-            return group_means(entropy(probs), mask, groups)
-        marginal = entropy(group_means(probs, mask, groups))  # (G,)
+            return self.means(entropy(probs), mask, groups)
+        marginal = entropy(self.means(probs, mask, groups))  # (G,)
         if self.threshold is None:
             return -marginal
         return ops.relu(self.threshold - marginal)

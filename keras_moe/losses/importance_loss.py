@@ -7,7 +7,6 @@ from keras_moe.ops.assignments import SCORES
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.assignments import sums_by_expert
 from keras_moe.ops.balance import squared_variation
-from keras_moe.ops.masking import group_means
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -81,16 +80,18 @@ class ImportanceLoss(GroupedLoss):
 
     def group_losses(self, routing, mask, groups):
         if self.scores == "weights":
-            importance = sums_by_expert(
-                ops.cast(routing.expert_weights, "float32"),
-                routing.expert_indices,
-                routing.probs.shape[-1],
-                mask,
-                groups,
+            importance = self.over_devices(
+                sums_by_expert(
+                    ops.cast(routing.expert_weights, "float32"),
+                    routing.expert_indices,
+                    routing.probs.shape[-1],
+                    mask,
+                    groups,
+                )
             )
         else:
             scores = expert_scores(routing, self.scores, mask)
-            importance = group_means(scores, mask, groups)  # (G, E)
+            importance = self.means(scores, mask, groups)  # (G, E)
         return squared_variation(importance, self.ddof)
 
     def get_config(self):

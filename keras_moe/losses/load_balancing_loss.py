@@ -10,7 +10,6 @@ from keras_moe.ops.assignments import SCORES
 from keras_moe.ops.assignments import assigned_experts
 from keras_moe.ops.assignments import counts_by_expert
 from keras_moe.ops.assignments import expert_scores
-from keras_moe.ops.masking import group_means
 from keras_moe.ops.masking import token_counts
 
 
@@ -49,9 +48,12 @@ class LoadBalancingLoss(GroupedLoss):
         weight: float. Factor of the loss. Defaults to `1e-2`.
         per: Groups of tokens that have a loss each: all tokens of the
             `"batch"`, those of each `"sequence"`, or of an int number of
-            sequences. `"global"` sums the assignments of all replicas, and
-            takes `P` from each. The loss is the mean over the groups that have
-            a token. Defaults to `"batch"`.
+            sequences. The loss is the mean over the groups that have a token.
+            Where several devices train together, `"batch"` is the batch of all
+            of them. `"global"` takes the assignments of all, and `P` from the
+            tokens of each device; if these are equally many, the mean of the
+            devices' losses, and its gradient, are those of `"batch"`. Defaults
+            to `"batch"`.
         normalize_by_top_k: bool. If `False`, `f` is the number of assignments
             divided by the number of tokens. Defaults to `True`.
         assignments: `"all"` counts every choice of the router, `"first"` only
@@ -123,25 +125,28 @@ class LoadBalancingLoss(GroupedLoss):
         num_experts = routing.probs.shape[-1]
         experts = assigned_experts(routing, self.assignments)
         counts = counts_by_expert(experts, num_experts, mask, groups)  # (G, E)
-        if self.per == "global":
-            counts = backend.all_reduce_sum(counts)
+        counts = self._shared(counts)
         if self.normalize_by_top_k:
             total = ops.sum(counts, axis=-1, keepdims=True)
         else:
             total = self._token_counts(experts, mask, groups)
         share = ops.stop_gradient(counts / ops.maximum(total, 1.0))
         scores = expert_scores(routing, self.scores, mask)
-        scores = group_means(scores, mask, groups)  # (G, E)
+        scores = self.means(scores, mask, groups)  # (G, E)
         return num_experts * ops.sum(share * scores, axis=-1)
 
     def _token_counts(self, experts, mask, groups):
         """`(G, 1)`."""
         if mask is None:
             mask = ops.ones_like(experts[:, 0], dtype="bool")
-        tokens = token_counts(mask, groups)
-        if self.per == "global":
-            tokens = backend.all_reduce_sum(tokens)
+        tokens = self._shared(token_counts(mask, groups))
         return ops.expand_dims(tokens, -1)
+
+    def _shared(self, sums):
+        """The assignments are those of all devices with `"global"` too."""
+        if self.per == "global":
+            return backend.all_reduce_sum(sums)
+        return self.over_devices(sums)
 
     def get_config(self):
         return {

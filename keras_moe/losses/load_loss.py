@@ -4,7 +4,6 @@ from keras import ops
 from keras_moe.checks import check_one_of
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.balance import squared_variation
-from keras_moe.ops.masking import group_means
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -84,7 +83,7 @@ class LoadLoss(GroupedLoss):
                 "`keras_moe.routers.NoisyTopKRouter` returns it. "
                 f"Received: routing={type(routing).__name__}"
             )
-        load = group_means(ops.cast(load, "float32"), mask, groups)  # (G, E)
+        load = self.means(ops.cast(load, "float32"), mask, groups)  # (G, E)
         return squared_variation(load, self.ddof)
 
     def get_config(self):

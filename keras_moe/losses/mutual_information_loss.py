@@ -3,7 +3,6 @@ import keras
 from keras_moe.losses.grouped_loss import GroupedLoss
 from keras_moe.ops.assignments import expert_scores
 from keras_moe.ops.balance import entropy
-from keras_moe.ops.masking import group_means
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -60,5 +59,5 @@ class MutualInformationLoss(GroupedLoss):
 
     def group_losses(self, routing, mask, groups):
         probs = expert_scores(routing, "router", mask)  # (T, E)
-        of_tokens = group_means(entropy(probs), mask, groups)
-        return of_tokens - entropy(group_means(probs, mask, groups))
+        of_tokens = self.means(entropy(probs), mask, groups)
+        return of_tokens - entropy(self.means(probs, mask, groups))

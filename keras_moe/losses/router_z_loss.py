@@ -47,4 +47,5 @@ class RouterZLoss(RoutingLoss):
 
     def call(self, routing, mask=None):
         logits = zero_masked(ops.cast(routing.logits, "float32"), mask)
-        return masked_mean(ops.square(ops.logsumexp(logits, axis=-1)), mask)
+        squares = ops.square(ops.logsumexp(logits, axis=-1))
+        return masked_mean(squares, mask, all_reduce=True)

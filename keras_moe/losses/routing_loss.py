@@ -8,6 +8,11 @@ class RoutingLoss:
     as a function, the loss returns that times its weight, which is what `MoE`
     adds to the model's loss in training.
 
+    Where several devices train together, `call` gets the tokens of its own
+    device, and training averages over the devices. Every loss of this library
+    counts the whole batch: its means come from
+    `keras_moe.ops.masked_mean(values, mask, all_reduce=True)`.
+
     `call` takes more if a subclass says so in class attributes:
 
     - `uses_sequences = True`: `num_sequences`. The `T` tokens are that many

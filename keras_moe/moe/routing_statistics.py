@@ -19,8 +19,9 @@ class RoutingStatistics(keras.layers.Layer):
 
     The counts are non-trainable float32 state, zeroed whenever Keras resets
     metrics (each epoch of `fit`), and appear in the logs of `fit` like any
-    metric. Under a distribution strategy each replica counts on its own, and
-    reading adds the replicas up: nothing is synchronized in the forward pass.
+    metric. Where several devices train together, they are those of all. Under a
+    TensorFlow strategy each replica counts on its own, and reading adds the
+    replicas up; on PyTorch, processes add up what they count.
 
     The logs of a model have these entries, whatever the number of its layers:
 
@@ -248,7 +249,7 @@ class _RoutingMetric(keras.metrics.Metric):
 
 
 def _add(counter, increment):
-    counter.assign(counter + increment)
+    counter.assign(counter + backend.sum_over_processes(increment))
 
 
 def _entropy(probs):

@@ -2,16 +2,20 @@
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.ops.groups import to_groups
 
 
-def masked_mean(values, mask=None):
+def masked_mean(values, mask=None, all_reduce=False):
     """Mean over the tokens, the first axis; 0 if there are none.
 
     Args:
         values: `(T, ...)`.
         mask: `(T,)` bool, or `None`. `False` tokens do not count, even if they
             are NaN. Defaults to `None`.
+        all_reduce: bool. Whether the tokens of all devices that train together
+            count, as in a loss of the whole batch. Each device must then call
+            this function. Defaults to `False`.
 
     Returns:
         `(...)`, in the dtype of `values`.
@@ -28,7 +32,11 @@ def masked_mean(values, mask=None):
     else:
         count = ops.sum(ops.cast(mask, values.dtype))
         values = zero_masked(values, mask)
-    return ops.sum(values, axis=0) / ops.maximum(count, 1.0)
+    total = ops.sum(values, axis=0)
+    if all_reduce:
+        total = backend.all_reduce_sum(total)
+        count = backend.all_reduce_sum(count)
+    return total / ops.maximum(count, 1.0)
 
 
 def zero_masked(values, mask=None):
@@ -50,20 +58,23 @@ def zero_masked(values, mask=None):
     return ops.where(mask, values, ops.zeros_like(values))
 
 
-def token_counts(mask, groups):
+def token_counts(mask, groups, all_reduce=False):
     """Number of tokens of each group that are not masked.
 
     Args:
         mask: `(T,)` bool.
         groups: `G`, an int or an integer tensor.
+        all_reduce: bool. Whether the tokens of all devices that train together
+            count; for one group. Defaults to `False`.
 
     Returns:
         `(G,)` float32.
     """
-    return ops.sum(to_groups(ops.cast(mask, "float32"), groups), axis=1)
+    counts = ops.sum(to_groups(ops.cast(mask, "float32"), groups), axis=1)
+    return backend.all_reduce_sum(counts) if all_reduce else counts
 
 
-def group_means(values, mask, groups):
+def group_means(values, mask, groups, all_reduce=False):
     """Mean over the tokens of each group; 0 for a group without tokens.
 
     Args:
@@ -71,14 +82,19 @@ def group_means(values, mask, groups):
         mask: `(T,)` bool, or `None`. `False` tokens do not count, even if
             they are NaN.
         groups: `G`, an int or an integer tensor.
+        all_reduce: bool. Whether the tokens of all devices that train together
+            count; for one group. Defaults to `False`.
 
     Returns:
         `(G, ...)`.
     """
     if mask is None and isinstance(groups, int) and groups == 1:
-        return ops.expand_dims(masked_mean(values), 0)
+        mean = masked_mean(values, all_reduce=all_reduce)
+        return ops.expand_dims(mean, 0)
     if mask is None:
         mask = ops.ones((ops.shape(values)[0],), "bool")
     totals = ops.sum(to_groups(zero_masked(values, mask), groups), axis=1)
-    counts = ops.maximum(token_counts(mask, groups), 1.0)
+    if all_reduce:
+        totals = backend.all_reduce_sum(totals)
+    counts = ops.maximum(token_counts(mask, groups, all_reduce), 1.0)
     return totals / ops.reshape(counts, (-1,) + (1,) * (len(values.shape) - 1))

@@ -237,11 +237,15 @@ class DSelectKRouter(Router):
         selectors = ops.cast(selectors, "float32")
         if self.entropy_weight > 0:
             entropy = -selectors * ops.log(selectors + 1e-6)
-            entropy = masked_mean(ops.sum(entropy, axis=(1, 2)), mask)
+            entropy = masked_mean(
+                ops.sum(entropy, axis=(1, 2)), mask, all_reduce=True
+            )
             self.add_loss(self.entropy_weight * entropy)
         if self.num_experts < 2**self.num_bits and self.unused_code_weight > 0:
             used = ops.maximum(ops.sum(selectors, axis=-1), 1e-6)  # (T, K)
-            penalty = masked_mean(ops.sum(1 / used, axis=-1), mask)
+            penalty = masked_mean(
+                ops.sum(1 / used, axis=-1), mask, all_reduce=True
+            )
             self.add_loss(self.unused_code_weight * penalty)
 
     def get_config(self):

@@ -10,8 +10,10 @@
 
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_one_of
+from keras_moe.ops.order_statistics import kth_largest
 from keras_moe.ops.scores import rankable
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
@@ -59,6 +61,8 @@ def equalizing_bias(scores, bias, top_k, mask=None):
         top_k: int, below `E`.
         mask: `(T,)` bool, or `None`. `False` tokens do not count.
 
+    Where several devices train together, the tokens of all of them count.
+
     Returns:
         `(E,)`; `bias` itself if there is no token.
     """
@@ -71,8 +75,11 @@ def equalizing_bias(scores, bias, top_k, mask=None):
     margins = ops.where(ops.expand_dims(mask, -1), margins, float("-inf"))
     # One row more, which is there if no token is.
     margins = ops.pad(margins, [[1, 0], [0, 0]], constant_values=float("-inf"))
-    count = ops.sum(ops.cast(mask, "int32"))
-    last = ops.sum(ops.ones_like(mask, dtype="int32"))
-    place = last - count * top_k // scores.shape[-1]
-    result = -ops.take(ops.sort(margins, axis=0), place, axis=0)
+    count = backend.all_reduce_sum(ops.sum(ops.cast(mask, "int32")))
+    larger = count * top_k // scores.shape[-1]
+    if backend.world_size() > 1:
+        result = -kth_largest(margins, larger + 1)
+    else:
+        last = ops.sum(ops.ones_like(mask, dtype="int32"))
+        result = -ops.take(ops.sort(margins, axis=0), last - larger, axis=0)
     return ops.where(count > 0, result, bias)

@@ -128,13 +128,14 @@ class RankingRouter(LinearRouter):
             self.bias_step = self._add_state("bias_step")
 
     def _add_state(self, name, *shape):
-        # Every replica computes the same, from the tokens of all.
+        # Every replica computes the same, from the tokens of all. With an
+        # aggregation, TensorFlow would stop it here until all have come so far.
         return self.add_weight(
             name=name,
             shape=shape,
             initializer="zeros",
             trainable=False,
-            aggregation="only_first_replica",
+            aggregation="none",
         )
 
     def scale_logits(self, logits):
@@ -199,11 +200,9 @@ class RankingRouter(LinearRouter):
             counts = expert_counts(routing, self.num_experts, mask)
             found = backend.all_reduce_sum(counts)[: ranked.shape[-1]]
         else:
-            target = equalizing_bias(
+            found = equalizing_bias(
                 ops.stop_gradient(ranked), bias, top_k, mask
             )
-            replicas = backend.all_reduce_sum(ops.ones((), target.dtype))
-            found = backend.all_reduce_sum(target) / replicas
         return ops.cast(ops.stop_gradient(found), bias.dtype)
 
     def _bias_change(self, found, bias, candidates):

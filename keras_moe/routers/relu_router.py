@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.checks import check_at_least
 from keras_moe.checks import is_number
 from keras_moe.ops.choices import positive_choices
@@ -49,9 +50,9 @@ class ReLURouter(LinearRouter):
     nowhere. Choices that `max_experts` cuts off count all the same. All of it
     is computed in float32, and the coefficient stays between 1e-30 and 1e30.
 
-    Each router has its own coefficient, as has each replica of a
-    `MirroredStrategy`; their mean is saved. The paper has one for all layers,
-    moved by their mean sparsity.
+    Each router has its own coefficient; the paper has one for all layers, moved
+    by their mean sparsity. Where several devices train together, the tokens of
+    all of them count.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -169,11 +170,14 @@ class ReLURouter(LinearRouter):
         if mask is not None:
             probs = zero_masked(probs, mask)
             num_tokens = ops.sum(ops.cast(mask, "float32"))
+        num_tokens = backend.all_reduce_sum(num_tokens)
         counts = ops.sum(ops.cast(probs > 0, "float32"), axis=0)  # (E,)
+        counts = backend.all_reduce_sum(counts)
+        totals = backend.all_reduce_sum(ops.sum(probs, axis=0))
         scale = self.num_experts / self.top_k
         scale = scale / ops.square(ops.maximum(num_tokens, 1.0))
         prices = ops.stop_gradient(self.l1_coefficient * scale * counts)
-        self.add_loss(ops.sum(prices * ops.sum(probs, axis=0)))
+        self.add_loss(ops.sum(prices * totals))
         if self.trainable:
             self._adapt(ops.sum(counts), num_tokens)
 

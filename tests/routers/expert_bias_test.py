@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.experts import GLUExperts
 from keras_moe.layers import MoE
 from keras_moe.routers import TopKRouter
+from tests.replicas import together
 from tests.test_case import TestCase
 
 RATE = 0.01
@@ -289,3 +290,32 @@ class ExpertBiasTest(TestCase):
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
             make(**kwargs)
+
+
+class SeveralDevicesTest(TestCase):
+    @parameterized.product(rule=("sign", "quantile"), count=(1, 2))
+    def test_the_tokens_of_all_devices_count(self, rule, count):
+        """One step a call or every other; once a device has no token."""
+        batches = [tokens(seed=s) for s in range(4)]
+        masks = [np.random.default_rng(s).random(40) < 0.6 for s in range(4)]
+        masks[3][25:] = False
+        whole, first, second = (
+            make(
+                bias_update=rule, bias_update_steps=count, bias_update_rate=0.3
+            )
+            for _ in range(3)
+        )
+
+        def train(router, part):
+            for batch, mask in zip(batches, masks, strict=True):
+                own = ops.array(mask[part])
+                router(batch[part], mask=own, training=True)
+
+        train(whole, slice(None))
+        together(
+            lambda: train(first, slice(25)),
+            lambda: train(second, slice(25, None)),
+        )
+        self.assertGreater(np.abs(bias_of(whole)).max(), 0.05)
+        for router in (first, second):
+            self.assertAllClose(bias_of(router), bias_of(whole), atol=1e-6)

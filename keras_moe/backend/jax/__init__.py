@@ -95,6 +95,14 @@ def all_reduce_sum(tensor):
     return tensor  # one program sees the batch of all devices
 
 
+def world_size():
+    return 1
+
+
+def sum_over_processes(tensor):
+    return tensor
+
+
 def slice_bounds(group_sizes):
     return None  # whatever is not compiled now will be somewhere else
 

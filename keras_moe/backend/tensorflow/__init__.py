@@ -8,11 +8,15 @@ static, there are blocks of rows (`row_blocks`).
 import tensorflow as tf
 from keras import ops
 
+from keras_moe.backend.tensorflow import collectives
 from keras_moe.backend.tensorflow import fused_blocks
 from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
+from keras_moe.backend.tensorflow.updates import (
+    update_together as update_together,
+)
 
 GROUPED_MATMUL = {
     "expert_loop": grouped_matmul.expert_loop,
@@ -90,19 +94,24 @@ def is_symbolic(tensor):
 
 
 def all_reduce_sum(tensor):
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    context = collectives.replica_context()
+    if context is None:
         return tensor
-    # Replicas would wait for each other in the middle of the forward pass. They
-    # share the list of losses that Keras' layers add to: one's are then lost,
-    # another's count twice.
-    raise NotImplementedError(
-        "Under a TensorFlow strategy with several replicas, their loads "
-        "cannot be added up within a step: leave `expert_bias` out, or set "
-        "its `bias_update_rate` to 0, and take `per='batch'` rather than "
-        "'global'; or use JAX. "
-        f"Received: {context.num_replicas_in_sync} replicas"
-    )
+    team = collectives.Team(context)
+
+    def backward(grad, tensor):
+        return (grad * context.num_replicas_in_sync,)
+
+    return with_gradient(team.sum, backward, (tensor,), ())
+
+
+def world_size():
+    context = collectives.replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def sum_over_processes(tensor):
+    return tensor  # variables with `aggregation="sum"` do it
 
 
 def slice_bounds(group_sizes):
@@ -134,6 +143,20 @@ def _graph():
     if tf.executing_eagerly():
         return None
     return tf.compat.v1.get_default_graph()
+
+
+def as_strategy(strategy=None):
+    """A `tf.distribute.Strategy`: the given, the present, or all devices."""
+    if strategy is not None:
+        return strategy
+    if tf.distribute.has_strategy():
+        return tf.distribute.get_strategy()
+    workers = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if workers.cluster_spec().as_dict():
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU")
+    devices = devices or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
 def num_replicas(model):

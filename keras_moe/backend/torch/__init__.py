@@ -101,14 +101,34 @@ def is_symbolic(tensor):
     return has_no_values(tensor) or plain.is_exporting()
 
 
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.distributed.get_world_size()
+
+
 def all_reduce_sum(tensor):
-    if not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()
-    ):
+    if world_size() == 1 or has_no_values(tensor):
         return tensor
-    total = tensor.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total
+    return _AllReduceSum.apply(tensor)
+
+
+def world_size():
+    if not torch.distributed.is_available():
+        return 1
+    if not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size()
+
+
+def sum_over_processes(tensor):
+    return all_reduce_sum(tensor.detach())
 
 
 def slice_bounds(group_sizes):

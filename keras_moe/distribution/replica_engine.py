@@ -1,0 +1,184 @@
+"""Experts over the replicas of a TensorFlow strategy.
+
+`MirroredStrategy` keeps a copy of each variable on each device, so what is
+shared is the computation and the memory for rows, not the memory for weights:
+each replica computes its experts with its slice of the copied weights.
+"""
+
+from keras import ops
+
+from keras_moe import backend
+from keras_moe.checks import check_int
+from keras_moe.dispatch.dispatcher import Dispatcher
+from keras_moe.ops.routing import Routing
+
+
+class ReplicaEngine:
+    """Runs each expert on one replica of a team of TensorFlow replicas.
+
+    Args:
+        num_expert_shards: int. Number of replicas that share out the experts,
+            a divisor of the number of replicas. `None` for all of them.
+            Defaults to `None`.
+        strategy: A `tf.distribute.Strategy`, or `None` for a
+            `MirroredStrategy` of all GPUs, or of several workers if the
+            environment has a `TF_CONFIG`. Defaults to `None`.
+
+    Raises:
+        ValueError: If the number of shards does not divide the replicas.
+    """
+
+    def __init__(self, num_expert_shards=None, strategy=None):
+        self.strategy = backend.native.as_strategy(strategy)
+        replicas = self.strategy.num_replicas_in_sync
+        if num_expert_shards is None:
+            num_expert_shards = replicas
+        check_int("num_expert_shards", num_expert_shards, minimum=1)
+        if replicas % num_expert_shards:
+            raise ValueError(
+                "`num_expert_shards` must be a divisor of the number of "
+                "replicas of the TensorFlow strategy. Received: "
+                f"num_expert_shards={num_expert_shards}, {replicas} replicas"
+            )
+        self.num_expert_shards = num_expert_shards
+        self.num_replicas = replicas
+
+    def distribute(self, model):
+        """Checks a compiled model, and makes its optimizer clip gradients.
+
+        Keras clips the gradient of each replica, and cannot accumulate
+        gradients here. The optimizer of the returned model does both with the
+        gradients of the whole batch, as on one device.
+
+        Args:
+            model: A model that was made and compiled in `scope()`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If it was made elsewhere, or compiled with
+                `run_eagerly=True` or `jit_compile=True`.
+        """
+        replicas = backend.num_replicas(model)
+        if replicas != self.num_replicas:
+            raise ValueError(
+                "The model must be made inside `scope()`. Received a model of "
+                f"{replicas} replicas, and {self.num_replicas} in the strategy"
+            )
+        if self.num_replicas > 1 and model.compiled:
+            if model.run_eagerly or model.jit_compile is True:
+                raise ValueError(
+                    "On several TensorFlow replicas, steps run as graphs: "
+                    "compile with `run_eagerly=False, jit_compile=False`. "
+                    f"Received: run_eagerly={model.run_eagerly}, "
+                    f"jit_compile={model.jit_compile}"
+                )
+            backend.native.update_together(model.optimizer)
+        return model
+
+    def scope(self):
+        """The context in which the model is made."""
+        return self.strategy.scope()
+
+    def check_experts(self, num_experts):
+        """Raises unless each shard gets as many experts as any other."""
+        if num_experts % self.num_expert_shards:
+            raise ValueError(
+                "`num_expert_shards` must be a divisor of the number of "
+                f"experts. Received: num_experts={num_experts}, "
+                f"num_expert_shards={self.num_expert_shards}"
+            )
+
+    def dispatch(
+        self,
+        dispatcher,
+        tokens,
+        routing,
+        experts,
+        mask=None,
+        training=None,
+        router=None,
+        num_sequences=1,
+    ):
+        """What `dispatcher` returns, with the experts on their replicas.
+
+        Args:
+            dispatcher: A `keras_moe.dispatch.Dispatcher`.
+            tokens, routing, experts, mask, training, router, num_sequences: As
+                for a call of it.
+
+        Returns:
+            `(outputs, group_sizes)` of this replica's own tokens.
+        """
+        self.check_experts(experts.num_experts)
+        context = backend.native.collectives.replica_context()
+        if context is not None and self.num_expert_shards > 1:
+            team = backend.native.collectives.Team(
+                context, self.num_expert_shards
+            )
+            dispatcher = _ReplicaDispatcher(dispatcher, team)
+        return dispatcher(
+            tokens, routing, experts, mask, training, router, num_sequences
+        )
+
+
+class _ReplicaDispatcher(Dispatcher):
+    """Sends rows to the replicas of a team that compute their experts.
+
+    Rows are gathered: each replica gets those of all and computes its own
+    experts' rows among them. The sum over the replicas, in which one replica
+    has a result for each row and the others have zero, brings them back.
+    """
+
+    moves_rows = True
+
+    def __init__(self, dispatcher, team):
+        self.capacity = dispatcher.capacity
+        self.weights_on = dispatcher.weights_on
+        self.seed_generator = dispatcher.seed_generator
+        self._team = team
+
+    def exchange(
+        self, rows, group_sizes, experts, training=None, max_group_size=None
+    ):
+        team, num_experts = self._team, experts.num_experts
+        sizes = team.gather(group_sizes)  # (S, E)
+        own, used = ops.shape(rows)[0], ops.max(ops.sum(sizes, axis=1))
+        # Collectives need one shape on all replicas, and one row at least.
+        most = ops.maximum(used, 1)
+        rows = _resized(rows, most)
+        rows = team.differentiable_gather(rows)  # (S, most, ...)
+        shape = ops.shape(rows)[2:]
+        indices = ops.concatenate(
+            [_experts_of_rows(sizes[i], most) for i in range(team.size)]
+        )  # (S * most,)
+        owners = ops.floor_divide(indices, num_experts // team.size)
+        mine = ops.expand_dims(ops.equal(owners, team.rank), -1)
+        indices = ops.where(mine, ops.expand_dims(indices, -1), num_experts)
+        outputs, _ = Dispatcher()(
+            ops.reshape(rows, (team.size * most, *shape)),
+            Routing(None, None, indices, ops.cast(mine, "float32")),
+            experts,
+            training=training,
+        )
+        outputs = ops.reshape(
+            outputs, (team.size, most, *ops.shape(outputs)[1:])
+        )
+        outputs = team.differentiable_sum(outputs)
+        return _resized(outputs[team.rank], own)
+
+
+def _resized(rows, size):
+    """The first `size` rows, with zeros after the last."""
+    rows = rows[:size]
+    num_rows, *shape = ops.shape(rows)
+    zeros = ops.zeros((size - num_rows, *shape), rows.dtype)
+    return ops.concatenate([rows, zeros])
+
+
+def _experts_of_rows(group_sizes, num_rows):
+    """The expert of each row, `(num_rows,)`; `E` after the last group."""
+    ends = ops.cumsum(group_sizes)
+    rows = ops.arange(num_rows, dtype="int32")
+    return ops.searchsorted(ends, rows, side="right")

@@ -1,0 +1,138 @@
+"""Which variables hold experts, and banks that are divided among processes.
+
+While `dividing(shard)` is active, a bank of experts that is built makes
+variables of its own experts alone, and marks each with a `BankShard`. Whoever
+trains or saves such variables reads the mark.
+"""
+
+import contextlib
+
+_active = None
+_bank_paths = set()
+
+
+class ExpertShard:
+    """Which share of all experts this process holds.
+
+    Args:
+        index: int. Number of this share.
+        count: int. Number of shares, each with the same number of experts.
+        engine: What sends rows to the processes that hold their experts.
+    """
+
+    def __init__(self, index, count, engine=None):
+        self.index = index
+        self.count = count
+        self.engine = engine
+        # Values of whole banks and of their optimizer state, by the id of the
+        # variable; there while a file is written.
+        self.full_values = None
+
+    def bounds(self, num_experts):
+        """The first own expert, and the one after the last."""
+        if num_experts % self.count:
+            raise ValueError(
+                "`num_expert_shards` must divide the number of experts of "
+                f"each bank; the nearest for {num_experts} experts: "
+                f"{_nearest_divisors(num_experts, self.count)}. Received: "
+                f"num_expert_shards={self.count}, num_experts={num_experts}"
+            )
+        size = num_experts // self.count
+        return self.index * size, (self.index + 1) * size
+
+
+class BankShard:
+    """The mark of a variable, of which this process holds a share.
+
+    Attributes:
+        shard: The `ExpertShard`.
+        is_distributed: bool. Whether the model's training takes care of it.
+    """
+
+    def __init__(self, shard):
+        self.shard = shard
+        self.is_distributed = False
+
+
+def note_bank(path):
+    """Notes that the variable of this path holds routed experts, `(E, ...)`."""
+    _bank_paths.add(path)
+
+
+def is_bank(variable):
+    """Whether a variable holds routed experts; asked as it is made (JAX)."""
+    return variable.path in _bank_paths
+
+
+@contextlib.contextmanager
+def dividing(shard):
+    """Banks built inside hold only the experts of the `ExpertShard`."""
+    global _active
+    before, _active = _active, shard
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def active():
+    """The `ExpertShard` of banks that are built now, or `None`."""
+    return _active
+
+
+def mark(variable, shard):
+    variable.expert_shard = BankShard(shard)
+
+
+def mark_of(variable):
+    """The `BankShard` of a variable, `None` of one that is whole."""
+    return getattr(variable, "expert_shard", None)
+
+
+def engine_of(layer):
+    """What sends rows to the experts of a layer; `None` if it has all."""
+    for variable in layer.variables:
+        mark = mark_of(variable)
+        if mark is not None:
+            return mark.shard.engine
+    return None
+
+
+def to_file(variable, value):
+    """What a file holds for a variable: the experts of all processes.
+
+    Args:
+        variable: The variable.
+        value: Its value, returned if the variable is whole.
+    """
+    of_bank = mark_of(variable)
+    if of_bank is None or of_bank.shard.count == 1:
+        return value
+    values = of_bank.shard.full_values
+    if values is None:
+        raise RuntimeError(
+            "The experts of this model are divided among processes. Save it "
+            "with `model.save` or `model.save_weights` after "
+            "`model = strategy.distribute(model)`, and on all processes."
+        )
+    return values[id(variable)]
+
+
+def from_file(variable, value):
+    """The own part of what a file holds for a variable."""
+    of_bank = mark_of(variable)
+    if of_bank is None:
+        return value
+    size = variable.shape[0]
+    if value.shape[0] != size * of_bank.shard.count:
+        return value  # of other experts: the caller will say so
+    start = size * of_bank.shard.index
+    return value[start : start + size]
+
+
+def _nearest_divisors(number, wanted):
+    """The next smaller and the next larger divisor, as words."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wanted][-1:]
+    above = [n for n in divisors if n > wanted][:1]
+    return " and ".join(map(str, below + above))

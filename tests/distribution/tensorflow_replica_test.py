@@ -1,0 +1,233 @@
+"""TensorFlow's MirroredStrategy: training equals that of one device.
+
+Two logical CPU devices (see conftest.py).
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from absl.testing import parameterized
+from keras import ops
+
+from keras_moe import losses
+from keras_moe import routers
+from keras_moe.dispatch import Dispatcher
+from keras_moe.distribution.replica_engine import ReplicaEngine
+from keras_moe.experts import GLUExperts
+from keras_moe.layers import MoE
+from tests.replicas import two_replicas
+from tests.test_case import TestCase
+
+pytestmark = [
+    pytest.mark.multi_device,
+    pytest.mark.skipif(
+        keras.config.backend() != "tensorflow",
+        reason="tf.distribute is TensorFlow's",
+    ),
+    # TensorFlow says that two devices on one machine do not need NCCL.
+    pytest.mark.filterwarnings("ignore:.*NCCL"),
+]
+EXPERTS, EXAMPLES, LENGTH, DIM = 4, 80, 3, 5
+BIAS = {"expert_bias": True, "bias_update_rate": 0.02}
+CASES = {
+    "sign": {"router": {**BIAS, "score_activation": "sigmoid"}},
+    "quantile": {
+        "router": {**BIAS, "bias_update": "quantile", "bias_update_steps": 2}
+    },
+    "losses": {
+        "losses": [
+            losses.ImportanceLoss(),
+            losses.MutualInformationLoss(),
+            losses.DeviceBalanceLoss(2),
+            losses.LoadBalancingLoss(per="sequence"),
+        ],
+    },
+}
+
+
+class EngineDispatcher(Dispatcher):
+    """Asks an engine, if there is one."""
+
+    engine = None
+
+    def __call__(self, *args, **kwargs):
+        dispatcher = Dispatcher(self.capacity, self.weights_on)
+        if self.engine is None:
+            return dispatcher(*args, **kwargs)
+        return self.engine.dispatch(dispatcher, *args, **kwargs)
+
+
+def train(case, engine=None, optimizer=None):
+    """The weights, the optimizer's, and the logs of ten steps an epoch."""
+    keras.utils.set_random_seed(4)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(EXAMPLES, LENGTH, DIM)).astype("float32")
+    # Unevenly masked, which only the layer knows: Keras would divide the loss
+    # of each replica by the number of its own unmasked positions.
+    mask = rng.random((EXAMPLES, LENGTH)) < 0.7
+    mask[::8] = mask[16:20] = False
+    mask = mask.astype("float32")
+    arguments = dict(CASES[case])
+    router = routers.TopKRouter(EXPERTS, 2, **arguments.pop("router", {}))
+    dispatcher = EngineDispatcher()
+    dispatcher.engine = engine
+    scope = engine.scope() if engine else contextlib.nullcontext()
+    with scope:
+        inputs = keras.Input((LENGTH, DIM))
+        masks = keras.Input((LENGTH,))  # Keras averages a batch: no bools
+        layer = MoE(
+            router=router,
+            intermediate_dim=6,
+            dispatcher=dispatcher,
+            name="moe",
+            shared_experts=GLUExperts(1, 4),
+            **arguments,
+        )
+        h = layer(inputs, mask=ops.greater(masks, 0))
+        outputs = keras.layers.Dense(1)(1.0 * h)
+        model = keras.Model([inputs, masks], outputs)
+        model.compile(keras.optimizers.Adam(0.02, **optimizer), "mse")
+        if engine is not None:
+            model = engine.distribute(model)
+    validation = ([x[:8], mask[:8]], x[:8, :, :1]) if case == "sign" else None
+    history = model.fit(
+        *([x, mask], x[..., :1]),
+        batch_size=8,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+        validation_data=validation,
+    ).history
+    return (
+        [np.array(ops.convert_to_numpy(v)) for v in model.weights],
+        [np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables],
+        history,
+    )
+
+
+class FitTest(TestCase):
+    @parameterized.parameters(
+        ("sign", 2, {"global_clipnorm": 0.1}),
+        ("quantile", 2, {"gradient_accumulation_steps": 2, "clipnorm": 0.1}),
+        ("losses", 1, {"clipvalue": 0.02, "weight_decay": 0.1}),
+    )
+    def test_as_one_device(self, case, shards, optimizer):
+        alone = train(case, optimizer=optimizer)
+        engine = ReplicaEngine(shards, two_replicas())
+        weights, state, logs = train(case, engine, optimizer)
+        for ours, wanted in ((weights, alone[0]), (state, alone[1])):
+            for one, other in zip(ours, wanted, strict=True):
+                self.assertAllClose(one, other, atol=1e-5)
+        self.assertEqual(set(logs), set(alone[2]))
+        for name, values in logs.items():
+            self.assertAllClose(values, alone[2][name], atol=1e-5)
+
+
+class NotingExperts(GLUExperts):
+    """Notes the rows of each expert of the last call."""
+
+    def mix(self, tokens, row_weights, choices, group_sizes, training=None):
+        self.noted = group_sizes
+        return super().mix(tokens, row_weights, choices, group_sizes, training)
+
+
+class DispatchTest(TestCase):
+    def run_each(self, engine, router, experts, parts):
+        """Outputs, gradients of the tokens, and rows of each replica."""
+        import tensorflow as tf
+
+        def run(x):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                mask = ops.any(x != 0, axis=-1)
+                outputs, sizes = engine.dispatch(
+                    Dispatcher(), x, router(x), experts, mask, router=router
+                )
+                total = tf.reduce_sum(outputs**2)
+            gradient, *kernels = tape.gradient(
+                total, [x, *(v.value for v in experts.trainable_variables)]
+            )
+            return outputs, gradient, sizes, experts.noted, kernels
+
+        strategy = engine.strategy
+        each = strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(parts[context.replica_id_in_sync_group])
+        )
+        results = tf.function(lambda x: strategy.run(run, (x,)))(each)
+        local = [
+            strategy.experimental_local_results(x)
+            for x in tf.nest.flatten(results)
+        ]
+        return [
+            tf.nest.pack_sequence_as(results, [np.array(x[i]) for x in local])
+            for i in range(2)
+        ]
+
+    def test_each_replica_computes_its_experts(self):
+        # The second replica has fewer tokens, at last only a masked one.
+        x = np.random.default_rng(0).normal(size=(9, DIM)).astype("float32")
+        x[1] = x[8] = 0.0
+        alone, both = (
+            ReplicaEngine(1, two_replicas()),
+            ReplicaEngine(2, two_replicas()),
+        )
+        with both.scope():
+            router = routers.TopKRouter(EXPERTS, 2)
+            experts = NotingExperts(EXPERTS, 6)
+            router.build((None, DIM))
+            experts.build((None, DIM))
+        for split in (6, 8):
+            parts = x[:split], x[split:]
+            wanted = self.run_each(alone, router, experts, parts)
+            results = self.run_each(both, router, experts, parts)
+            rows = wanted[0][2] + wanted[1][2]
+            for i, (result, other) in enumerate(
+                zip(results, wanted, strict=True)
+            ):
+                for one, expected in zip(result[:3], other[:3], strict=True):
+                    self.assertAllClose(one, expected, atol=1e-5)
+                own = np.arange(EXPERTS) // 2 == i
+                self.assertAllEqual(result[3], np.where(own, rows, 0))
+            for k, kernel in enumerate(wanted[0][4]):
+                self.assertAllClose(
+                    results[0][4][k] + results[1][4][k],
+                    kernel + wanted[1][4][k],
+                    atol=1e-5,
+                )
+
+
+class ErrorsTest(TestCase):
+    def test_divisions(self):
+        strategy = two_replicas()
+        with self.assertRaisesRegex(ValueError, "num_expert_shards=3, 2 repl"):
+            ReplicaEngine(3, strategy)
+        with self.assertRaisesRegex(ValueError, "num_experts=5"):
+            ReplicaEngine(2, strategy).check_experts(5)
+
+    def test_models(self):
+        engine = ReplicaEngine(2, two_replicas())
+
+        def model(**kwargs):
+            model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+            model.compile(loss="mse", **kwargs)
+            return model
+
+        with self.assertRaisesRegex(ValueError, "inside `scope"):
+            engine.distribute(model())
+        with engine.scope():
+            for name in ("run_eagerly", "jit_compile"):
+                with self.assertRaisesRegex(ValueError, f"{name}=True"):
+                    engine.distribute(model(**{name: True}))
+            schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
+            adam = keras.optimizers.Adam(
+                schedule, gradient_accumulation_steps=2
+            )
+            with self.assertRaisesRegex(ValueError, "rate schedule"):
+                engine.distribute(model(optimizer=adam))
+
+    def test_eager_replicas(self):
+        layer = MoE(2, intermediate_dim=4)
+        with self.assertRaisesRegex(NotImplementedError, "run_eagerly=False"):
+            two_replicas().run(lambda: layer(ops.ones((2, 3)), training=True))
