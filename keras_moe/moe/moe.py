@@ -264,15 +264,9 @@ class MoE(RoutedLayer):
         rows, mask = tokens.rows, tokens.mask
         if self.pre_experts is not None:
             rows = call_masked(self.pre_experts, rows, mask)
+        sent = (rows, routing, self.experts, mask, training, self.router)
         outputs, group_sizes = send(
-            self.dispatcher,
-            rows,
-            routing,
-            self.experts,
-            mask,
-            training,
-            self.router,
-            num_sequences=tokens.positions[0],
+            self.dispatcher, *sent, num_sequences=tokens.positions[0]
         )
         foreign.check_width(self.experts, rows.shape, outputs.shape)
         if self.post_experts is not None:

@@ -121,7 +121,7 @@ class CompiledForDevicesTest(TestCase):
     @parameterized.parameters((1, 4), (2, 2))
     def test_memory_and_traffic(self, data, expert):
         devices = keras.distribution.list_devices("cpu")[: data * expert]
-        strategy = ExpertParallel(expert, data, devices)
+        strategy = ExpertParallel(expert, data, devices=devices)
         with strategy.scope():
             model = strategy.distribute(make_model())
             compiled, batch = compiled_step(model)
