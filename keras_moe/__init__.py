@@ -3,6 +3,7 @@
 from keras_moe import callbacks as callbacks
 from keras_moe import conversion as conversion
 from keras_moe import dispatch as dispatch
+from keras_moe import distribution as distribution
 from keras_moe import experts as experts
 from keras_moe import layers as layers
 from keras_moe import losses as losses

@@ -52,6 +52,36 @@ def check_several(name, value):
         )
 
 
+def check_ordered(name, value):
+    """Raises unless it is a collection whose order means something.
+
+    A dict would be read as its keys, and a set has no order that lasts.
+    """
+    check_several(name, value)
+    if isinstance(value, (dict, set, frozenset)):
+        raise ValueError(
+            f"`{name}` must be a sequence, not a {type(value).__name__}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_text(name, value):
+    if not isinstance(value, str) or not value:
+        raise ValueError(
+            f"`{name}` must be a string that is not empty. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_name(name, value):
+    """Raises unless it can be part of the name of a layer."""
+    if not isinstance(value, str) or not value or "/" in value:
+        raise ValueError(
+            f"`{name}` must be a string that is not empty and has no '/'. "
+            f"Received: {name}={value!r}"
+        )
+
+
 def as_ints(name, value, length, minimum=0):
     """A list of ints, from one for all or one for each."""
     several = [value] * length if is_int(value) else value

@@ -52,7 +52,7 @@ KINDS = {
     "expert_bias": "expert_bias",
     "noise_stddev": "number",
 }
-# What else a class, or an argument, needs.
+# What a class or an argument needs besides.
 NEEDED = {
     routers.HashRouter: {"num_ids": 4},
     routers.TaskRouter: {"num_tasks": 2},

@@ -1,4 +1,4 @@
-"""Two or four simulated CPU devices, so that distribution is tested too."""
+"""Two or eight simulated CPU devices, so that distribution is tested too."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Read when jax is imported, by keras.
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 # Most of the time on JAX goes into compiling what then runs once.
 XLA_FLAGS = [
     "--xla_backend_optimization_level=0",

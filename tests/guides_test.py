@@ -1,6 +1,8 @@
 """The guides run, in this process, and show what they say they show."""
 
+import contextlib
 import importlib.util
+import io
 import pathlib
 import re
 import unittest
@@ -9,6 +11,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.distribution import plan
+from tests.distribution import configurations
 from tests.readme_test import run_blocks
 
 GUIDES = pathlib.Path(__file__).parent.parent / "guides"
@@ -27,8 +31,46 @@ class GuidesTest(unittest.TestCase):
         pages = sorted(GUIDES.glob("*.md"))
         numbers = {page.stem: len(run_blocks(page)[0]) for page in pages}
         self.assertEqual(
-            numbers, {"parts": 1, "recommendation": 1, "support": 0}
+            numbers,
+            {"parts": 1, "planning": 4, "recommendation": 1, "support": 0},
         )
+
+    def test_planning(self):
+        page = GUIDES / "planning.md"
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            namespaces, _ = run_blocks(page)
+        text = page.read_text("utf-8")
+        self.assertIn(str(namespaces[0]["result"]), text)
+        printed = printed.getvalue()
+        for said in ("52.5 B", "65 GiB", "(64, 5) 4", "1.002"):
+            self.assertIn(f"# {said}", text)
+            self.assertIn(f"\n{said}", printed)
+        self.assertIn("The nearest that do are 4 and 8.", printed)
+        for name, config, mesh in (
+            ("Mixtral 8x7B", configurations.MIXTRAL_8X7B, (256, 8)),
+            ("DeepSeek-V3", configurations.DEEPSEEK_V3, (8, 256)),
+            ("Kimi K2", configurations.KIMI_K2, (16, 128)),
+        ):
+            result = plan(
+                *(config, dict(zip(("data", "expert"), mesh, strict=True))),
+                *(2048, 4096, "mixed_bfloat16", "adamw"),
+                recompute=True,
+                shard_dense=True,
+            )
+            gigabytes = (
+                f"{number / 2**30:.1f}"
+                for number in (
+                    *(result.weights, result.gradients),
+                    *(result.optimizer_state, result.activations),
+                    *(result.memory, result.all_to_all, result.all_reduce),
+                )
+            )
+            row = (
+                *(name, f"{result.parameters / 1e9:,.1f} B"),
+                *(f"{mesh[0]} data, {mesh[1]} expert", *gigabytes),
+            )
+            self.assertIn(f"| {' | '.join(row)} |", text)
 
     def test_custom_router(self):
         module, text = load("custom_router")

@@ -41,8 +41,8 @@ def trunk_from_case(config, arrays):
     Returns:
         A `keras.Model` with the weights of the case. It is called with a dict
         of the arrays under `in/` by name, and gives a dict of what is recorded
-        under `out/`. Its `recorded_gradients(by_path)` makes of the gradients
-        of its variables, by their path, those of the recorded weights.
+        under `out/`. Its `recorded_gradients(by_path)` turns the gradients
+        of its variables, by their path, into gradients of the recorded weights.
     """
     if isinstance(config, dict) and "config" in config:
         config = config["config"]

@@ -13,8 +13,8 @@ import numpy as np
 import keras_moe
 
 FOLDERS = (
-    *("callbacks", "conversion", "dispatch", "experts", "layers", "losses"),
-    *("metrics", "models", "ops", "routers"),
+    *("callbacks", "conversion", "dispatch", "distribution", "experts"),
+    *("layers", "losses", "metrics", "models", "ops", "routers"),
 )
 
 

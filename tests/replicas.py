@@ -11,7 +11,7 @@ from keras_moe import backend
 
 @functools.cache
 def two_replicas():
-    """One for a process: those of another would reuse its collectives' keys.
+    """One for a process: a second would reuse the keys of its collectives.
 
     TensorFlow then finds tensors of other shapes than before, and aborts.
     """

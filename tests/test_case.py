@@ -17,8 +17,8 @@ class TestCase(testing.TestCase):
         """Runs a built layer, and differentiates `sum(outputs * cotangent)`.
 
         With `losses`, the losses the layer adds are part of the sum. Returns
-        the outputs, the gradient of the inputs, and those of the trainable
-        variables by the end of their path.
+        the outputs, the gradient of the inputs, and the gradients of the
+        trainable variables by the end of their path.
         """
         differentiate = {
             "jax": _gradients_jax,

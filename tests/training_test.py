@@ -1,4 +1,4 @@
-"""Each family of routers trains on real images, and none of its experts dies.
+"""Each family of routers trains on real images, and no expert dies.
 
 The task is scikit-learn's handwritten digits: eight rows of eight pixels are
 the tokens. With the losses recommended for it, gradients reach all weights of

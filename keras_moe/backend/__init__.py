@@ -1,7 +1,7 @@
 """The only folder that names jax, tensorflow or torch.
 
-The packages `jax`, `tensorflow` and `torch` define the same names; those of the
-active Keras backend are re-exported here:
+The packages `jax`, `tensorflow` and `torch` define the same names. The package
+of the active Keras backend is re-exported here:
 
 - `GROUPED_MATMUL`: implementations of the grouped matmul by name. Each takes
   `(lhs, rhs, group_sizes)` and raises `NotImplementedError` when the arguments,
@@ -109,3 +109,10 @@ sum_over_processes = native.sum_over_processes
 slice_bounds = native.slice_bounds
 on_gradient = native.on_gradient
 num_replicas = native.num_replicas
+
+if keras.config.backend() == "jax":
+    batch_sharding = native.batch_sharding
+    device_index = native.device_index
+    exchange_rows = native.exchange_rows
+    per_device = native.per_device
+    sum_over = native.sum_over

@@ -1,7 +1,7 @@
 import keras
 
-from keras_moe.routers.eval_top_k import has_eval_top_k
-from keras_moe.routers.eval_top_k import replace_eval_top_k
+from keras_moe.moe.causal import check_causal_layers
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.router import Router
 
 
@@ -9,9 +9,10 @@ def set_eval_top_k(model, top_k):
     """Sets the number of experts per token in inference.
 
     Every router in the model that has an `eval_top_k` gets it: `TopKRouter` and
-    its subclasses, `SinkhornRouter`, `SparseMixerRouter`. Other routers stay as
-    they are. Training still uses the `top_k` of the router.
-    The number is saved with the model.
+    its subclasses, `SinkhornRouter`, `SparseMixerRouter`, and
+    `HierarchicalRouter`, in each of its groups. Other routers stay as they are.
+    Training still uses the `top_k` of the router. The number is saved with the
+    model.
 
     Compiled steps of `predict`, `evaluate` and `fit` are compiled again, in
     `model` and the models inside it. If a model is part of another, pass the
@@ -24,8 +25,11 @@ def set_eval_top_k(model, top_k):
             not counting experts that are always on.
 
     Raises:
-        ValueError: If `model` is not a layer, has no such router, or one of its
-            routers cannot choose that many experts. Nothing is changed then.
+        ValueError: If `model` is not a layer, has no such router, one of its
+            routers cannot choose that many experts, or a causal layer with one
+            of these routers would no longer be causal: with several experts
+            per token its drop policy must be `"token"`. Nothing is changed
+            then.
 
     Example:
 
@@ -42,25 +46,31 @@ def set_eval_top_k(model, top_k):
             f"`model` must be a model or a layer. Received: model={model!r}"
         )
     layers = _with_sublayers(model)
-    routers = [layer for layer in layers if has_eval_top_k(layer)]
+    routers = [layer for layer in layers if isinstance(layer, EvalTopK)]
     if not routers:
-        others = [layer for layer in layers if isinstance(layer, Router)]
-        looked_at = ", ".join(
-            f"{layer.name} ({type(layer).__name__})"
-            for layer in others or layers
-        )
-        raise ValueError(
-            "`model` must contain a router with `eval_top_k`, as TopKRouter. "
-            f"Received: model={model.name!r} with "
-            f"{'the routers' if others else 'no router among'} {looked_at}"
-        )
+        _refuse(model, layers)
     for router in routers:
         router.check_eval_top_k(top_k)
+        check_causal_layers(router, router.max_choices(top_k))
     for router in routers:
-        replace_eval_top_k(router, top_k)
+        router.replace_eval_top_k(top_k)
     for layer in layers:
         if isinstance(layer, keras.Model):
             _recompile(layer)
+
+
+def _refuse(model, layers):
+    """Says which routers there are, and why they have no `eval_top_k`."""
+    found = [layer for layer in layers if isinstance(layer, Router)]
+    names = [f"{x.name} ({type(x).__name__})" for x in found or layers]
+    for i, router in enumerate(found):
+        if router.why_no_eval_top_k:
+            names[i] += f": {router.why_no_eval_top_k}"
+    raise ValueError(
+        "`model` must contain a router with `eval_top_k`, as TopKRouter. "
+        f"Received: model={model.name!r} with "
+        f"{'the routers' if found else 'no router among'} {', '.join(names)}"
+    )
 
 
 def _recompile(model):

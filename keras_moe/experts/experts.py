@@ -129,6 +129,8 @@ class Experts(keras.layers.Layer):
             num_experts = stop - start
             self._check_divisible(shard, of_bank)
         self._num_banks += 1
+        if self.routed:
+            expert_shards.note_bank(f"{self.path}/{name}")
         variable = self.add_weight(
             name=name,
             shape=(num_experts, *shape),

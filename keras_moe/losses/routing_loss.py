@@ -10,10 +10,10 @@ class RoutingLoss:
 
     Where several devices train together, `call` gets the tokens of its own
     device, and training averages over the devices. Every loss of this library
-    is the one of the whole batch: its means come from
+    counts the whole batch: its means come from
     `keras_moe.ops.masked_mean(values, mask, all_reduce=True)`.
 
-    A subclass may declare in class attributes what else `call` takes:
+    `call` takes more if a subclass says so in class attributes:
 
     - `uses_sequences = True`: `num_sequences`. The `T` tokens are that many
       sequences of equal length, one after the other.

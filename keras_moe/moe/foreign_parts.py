@@ -15,7 +15,7 @@ from keras_moe.routers import Router
 _ROUTER_DECLARATIONS = (
     *("uses_context", "needs_context", "looks_ahead", "allow_lookahead"),
     "distinct_choices",
-    *("choices_per_token", "per", "routing_class", "max_rows"),
+    *("choices_per_token", "per", "routing_class", "max_rows", "max_choices"),
 )
 _EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix")
 

@@ -1,8 +1,10 @@
 import keras
 from keras import ops
 
+from keras_moe.distribution.sending import send
 from keras_moe.moe import foreign_parts as foreign
 from keras_moe.moe import part_arguments as parts
+from keras_moe.moe.causal import add_causal_layer
 from keras_moe.moe.routed_layer import RoutedLayer
 from keras_moe.moe.shared_experts import GATE_WIDTHS
 from keras_moe.moe.shared_experts import check_shared_experts
@@ -193,14 +195,13 @@ class MoE(RoutedLayer):
             self.seed_generator = sender.seed_generator
         parts.check_kept_weights(self.capacity, self.router)
         if causal:
-            parts.check_causal(self.router, self.capacity, route_per)
+            add_causal_layer(self, self.router, self.capacity, route_per)
         self.shared_experts = parts.as_layer("shared_experts", shared_experts)
         self.shared_experts_mode = shared_experts_mode
         check_shared_experts(self.shared_experts, shared_experts_mode)
         self.pre_experts = parts.as_layer("pre_experts", pre_experts)
         self.post_experts = parts.as_layer("post_experts", post_experts)
         self.add_statistics(statistics, self.capacity.limits(training=True))
-        parts.hold(self)
 
     @property
     def capacity(self):
@@ -264,7 +265,8 @@ class MoE(RoutedLayer):
         rows, mask = tokens.rows, tokens.mask
         if self.pre_experts is not None:
             rows = call_masked(self.pre_experts, rows, mask)
-        outputs, group_sizes = self.dispatcher(
+        outputs, group_sizes = send(
+            self.dispatcher,
             rows,
             routing,
             self.experts,

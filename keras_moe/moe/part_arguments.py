@@ -1,7 +1,5 @@
 """Makes the parts of a layer from its arguments, and saves them."""
 
-import weakref
-
 import keras
 
 from keras_moe import experts as experts_lib
@@ -119,29 +117,15 @@ def check_agreement(num_experts, router, experts):
         )
 
 
-# The layers that hold a part. Several layers may share one part.
-_HOLDERS = weakref.WeakKeyDictionary()
-_PARTS = ("router", "experts", "shared_experts", "pre_experts", "post_experts")
-
-
-def hold(layer):
-    """Notes that a layer holds its parts."""
-    for name in _PARTS:
-        part = getattr(layer, name, None)
-        if part is not None:
-            _HOLDERS.setdefault(part, weakref.WeakSet()).add(layer)
-
-
 def serialize_part(layer):
     """The config of a part, or `None`."""
     if layer is None:
         return None
+    # While it saves a model, Keras marks an object that it meets again, so that
+    # it is one object after loading. The first mention needs the mark too, and
+    # the others may be anywhere in the model.
+    keras.saving.serialize_keras_object(layer)
     config = keras.saving.serialize_keras_object(layer)
-    if len(_HOLDERS.get(layer, ())) > 1:
-        # While it saves a model, Keras marks an object that it meets again, so
-        # that it is one object after loading. The first mention needs the mark
-        # too.
-        config = keras.saving.serialize_keras_object(layer)
     # Otherwise loading would build the part on its own, and the paths of its
     # variables would lack the name of this layer.
     config.pop("build_config", None)
@@ -182,7 +166,7 @@ def split_arguments(layer_name, kwargs, experts):
     if wrong:
         raise ValueError(
             f"{layer_name} does not know {', '.join(f'`{k}`' for k in wrong)}. "
-            f"Besides its own arguments it takes those of experts={experts!r}: "
+            f"Besides its own it takes the arguments of experts={experts!r}: "
             f"{sorted(known - set(_LAYER_ARGUMENTS))}. "
             f"Received: { {k: rest[k] for k in wrong} }"
         )
@@ -240,7 +224,7 @@ def as_dispatcher(
         raise ValueError(
             "In a causal layer the `dispatcher` must say what its capacity is "
             "in inference: `eval_capacity_factor=math.inf` drops nothing, "
-            "with any other an output depends on what else is in the batch. "
+            "with any other an output depends on the rest of the batch. "
             "Received: causal=True, dispatcher.capacity with "
             "eval_capacity_factor=None"
         )
@@ -262,35 +246,9 @@ def _refuse_beside(name, arguments):
 
 def check_kept_weights(capacity, router):
     """Raises if normalizing would make every kept weight one."""
-    if capacity.normalize_kept_weights and router.choices_per_token == 1:
+    if capacity.normalize_kept_weights and router.max_choices(None) == 1:
         raise ValueError(
             "With one expert a token, `normalize_kept_weights` makes its "
             "weight always one, and the router would get no gradient. "
             f"Received: router={router!r} with top_k=1"
-        )
-
-
-def check_causal(router, capacity, route_per):
-    """Raises if a token's output could depend on later tokens."""
-    if router.allow_lookahead:
-        return
-    # With several choices per token, first choices of later tokens come before
-    # second choices of earlier tokens.
-    one = router.choices_per_token == 1
-    in_order = ("token", "position") if one else ("token",)
-    looks_ahead = None
-    if router.looks_ahead:
-        looks_ahead = f"router={router!r}"
-    elif capacity.drops and capacity.drop_policy not in in_order:
-        looks_ahead = f"a capacity with drop_policy={capacity.drop_policy!r}"
-    elif route_per == "example":
-        looks_ahead = f"route_per={route_per!r}"
-    if looks_ahead is not None:
-        raise ValueError(
-            "In a causal layer what a token gets must not depend on later "
-            "tokens, as it does where tokens compete for their experts: in "
-            "training a model could read ahead, in generation it would be "
-            "missing. Use another router, or the drop policy 'token', or give "
-            "the router `allow_lookahead=True` where whole sequences are "
-            f"scored. Received: causal=True, {looks_ahead}"
         )

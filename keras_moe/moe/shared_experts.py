@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe.distribution.sending import apply_to_tokens
 from keras_moe.experts import Experts
 from keras_moe.moe.tokens import call_masked
 from keras_moe.ops.masking import zero_masked
@@ -16,15 +17,19 @@ def shared_output(shared_experts, tokens, mask, training):
     """`(T, D)` -> `(T, D')`, zero where masked. A bank's experts are summed."""
     if not isinstance(shared_experts, Experts):
         return zero_masked(call_masked(shared_experts, tokens, mask), mask)
-    copies = shared_experts.num_experts
-    num_tokens = ops.shape(tokens)[0]
-    rows = shared_experts(
-        ops.tile(tokens, (copies,) + (1,) * (len(tokens.shape) - 1)),
-        ops.zeros((copies,), "int32") + num_tokens,
-        training=training,
-    )
-    rows = ops.reshape(rows, (copies, num_tokens, *ops.shape(rows)[1:]))
-    return zero_masked(ops.sum(rows, axis=0), mask)
+
+    def summed(bank, tokens):
+        copies, num_tokens = bank.num_experts, ops.shape(tokens)[0]
+        rows = bank(
+            ops.tile(tokens, (copies,) + (1,) * (len(tokens.shape) - 1)),
+            ops.zeros((copies,), "int32") + num_tokens,
+            training=training,
+        )
+        rows = ops.reshape(rows, (copies, num_tokens, *ops.shape(rows)[1:]))
+        return ops.sum(rows, axis=0)
+
+    outputs = apply_to_tokens(shared_experts, summed, tokens)
+    return zero_masked(outputs, mask)
 
 
 def join(routed, shared, mode, features=None, gate_kernel=None):

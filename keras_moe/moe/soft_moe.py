@@ -112,7 +112,6 @@ class SoftMoE(keras.layers.Layer):
         )
         self.experts = as_experts(experts)
         self.num_experts = self.experts.num_experts
-        parts.hold(self)
         check_bool("causal", causal)
         if causal and not self.router.allow_lookahead:
             raise ValueError(

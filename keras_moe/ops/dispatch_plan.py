@@ -1,4 +1,4 @@
-"""The dispatch plan: which row is for which choice of which token."""
+"""The dispatch plan: which row holds which choice of which token."""
 
 from typing import Any
 from typing import NamedTuple

@@ -85,6 +85,7 @@ class BASERouter(LinearRouter):
     looks_ahead = True
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "an assignment gives each token one expert"
     choices_per_token = 1
 
     def __init__(

@@ -1,8 +1,12 @@
 """Checks of arguments that only routers have."""
 
+from keras_moe.checks import check_at_least
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
+from keras_moe.checks import check_number
+from keras_moe.checks import check_one_of
 from keras_moe.checks import is_int
+from keras_moe.ops.scores import SCORE_ACTIVATIONS
 
 
 def check_choices(
@@ -83,6 +87,13 @@ def check_zero_weight_experts(
             f"score_after_selection={score_after_selection}, "
             f"num_always_on={num_always_on}"
         )
+
+
+def check_weights(score_activation, normalize_epsilon, weight_scale):
+    """Checks how scores become weights."""
+    check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
+    check_at_least("normalize_epsilon", normalize_epsilon, 0)
+    check_number("weight_scale", weight_scale)
 
 
 def as_max_experts(max_experts, num_experts):

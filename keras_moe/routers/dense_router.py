@@ -62,6 +62,7 @@ class DenseRouter(LinearRouter):
 
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "each token has all experts"
 
     def __init__(self, num_experts, score_activation="softmax", **kwargs):
         super().__init__(num_experts, **kwargs)

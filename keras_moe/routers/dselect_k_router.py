@@ -110,6 +110,7 @@ class DSelectKRouter(Router):
 
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "its selectors learn which weights are above 0"
 
     def __init__(
         self,

@@ -80,6 +80,7 @@ class EntmaxRouter(LinearRouter):
 
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "each token has the experts with a probability above 0"
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class ExpertChoiceRouter(LinearRouter):
     looks_ahead = True
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "the experts choose their tokens"
 
     def __init__(
         self,

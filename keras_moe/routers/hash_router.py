@@ -2,19 +2,17 @@ import keras
 from keras import ops
 
 from keras_moe import backend
-from keras_moe.checks import check_at_least
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
-from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
 from keras_moe.routers.choice_arguments import as_normalize_weights
+from keras_moe.routers.choice_arguments import check_weights
 from keras_moe.routers.hash_table import as_table
 from keras_moe.routers.hash_table import balanced_table
 from keras_moe.routers.linear_router import LinearRouter
@@ -103,6 +101,9 @@ class HashRouter(LinearRouter):
     uses_context = True
     needs_context = True
     routing_class = Routing
+    why_no_eval_top_k = (
+        "its table holds the experts of an id in no order of rank"
+    )
 
     def __init__(
         self,
@@ -143,9 +144,7 @@ class HashRouter(LinearRouter):
             check_int("num_ids", num_ids, 1)
             check_int_up_to("top_k", top_k, "num_experts", num_experts)
         check_one_of("weights", weights, WEIGHTS)
-        check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
-        check_at_least("normalize_epsilon", normalize_epsilon, 0)
-        check_number("weight_scale", weight_scale)
+        check_weights(score_activation, normalize_epsilon, weight_scale)
         if normalize_weights is None:
             normalize_weights = top_k > 1
         check_bool("normalize_weights", normalize_weights)

@@ -12,12 +12,13 @@ from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.choice_arguments import as_normalize_weights
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.linear_router import LinearRouter
 from keras_moe.stacked.draws import own_draws
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class HierarchicalRouter(LinearRouter):
+class HierarchicalRouter(EvalTopK, LinearRouter):
     """Chooses groups of experts, then experts within each of them.
 
     ```
@@ -46,6 +47,8 @@ class HierarchicalRouter(LinearRouter):
             Defaults to `True` for `top_k > 1`.
         noise_stddev: float. Standard deviation of the normal noise added to
             the logits of both levels in training. Defaults to `0.0`.
+        eval_top_k: int, or `None` for `top_k`. Experts per group in inference;
+            see `keras_moe.conversion.set_eval_top_k`. Defaults to `None`.
         **kwargs: Arguments of `keras_moe.routers.LinearRouter` except
             `use_bias`: `jitter`, `temperature` (of both levels),
             `normalize_inputs`, `kernel_initializer`, `seed`.
@@ -61,11 +64,11 @@ class HierarchicalRouter(LinearRouter):
 
     Output:
         A `keras_moe.routers.Routing` with `E = A * B` and
-        `K = top_k_groups * top_k`, the largest weight first. Its `probs` are
-        `group_probs * inner_probs`, its `logits` the logit of the group plus
-        the logarithm of `inner_probs`. Without noise the softmax of these is
-        `probs`. Their `logsumexp`, which `RouterZLoss` keeps small, is the one
-        of the groups.
+        `K = top_k_groups * top_k`, in inference `top_k_groups * eval_top_k`,
+        the largest weight first. Its `probs` are `group_probs * inner_probs`,
+        its `logits` the logit of the group plus the logarithm of `inner_probs`.
+        Without noise the softmax of these is `probs`. Their `logsumexp`, which
+        `RouterZLoss` keeps small, is the one of the groups.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -97,6 +100,7 @@ class HierarchicalRouter(LinearRouter):
         normalize_group_weights=None,
         normalize_weights=None,
         noise_stddev=0.0,
+        eval_top_k=None,
         **kwargs,
     ):
         check_int("num_groups", num_groups, minimum=1)
@@ -107,34 +111,30 @@ class HierarchicalRouter(LinearRouter):
                 "`use_bias` must be False: HierarchicalRouter has no bias. "
                 "Received: use_bias=True"
             )
-        self.normalize_group_weights = _as_level(
-            "top_k_groups",
-            top_k_groups,
-            "num_groups",
-            num_groups,
-            "normalize_group_weights",
-            normalize_group_weights,
-        )
-        self.normalize_weights = _as_level(
-            "top_k",
-            top_k,
-            "experts_per_group",
-            experts_per_group,
-            "normalize_weights",
-            normalize_weights,
-        )
-        check_at_least("noise_stddev", noise_stddev, 0)
         self.num_groups = num_groups
         self.experts_per_group = experts_per_group
         self.top_k_groups = top_k_groups
-        self.top_k = top_k
+        check_int_up_to("top_k_groups", top_k_groups, "num_groups", num_groups)
+        self.normalize_group_weights = as_normalize_weights(
+            normalize_group_weights,
+            top_k_groups,
+            name="normalize_group_weights",
+            limit_name="top_k_groups",
+        )
+        self.assign_top_k(top_k, eval_top_k)
+        self.normalize_weights = as_normalize_weights(normalize_weights, top_k)
+        check_at_least("noise_stddev", noise_stddev, 0)
         self.noise_stddev = noise_stddev
         if noise_stddev > 0:
             self.add_seed_generator()
 
-    @property
-    def choices_per_token(self):
-        return self.top_k_groups * self.top_k
+    def check_top_k(self, name, number):
+        check_int_up_to(
+            name, number, "experts_per_group", self.experts_per_group
+        )
+
+    def max_choices(self, eval_top_k):
+        return self.top_k_groups * super().max_choices(eval_top_k)
 
     def build_logits(self, dim):
         first = self.kernel_initializer
@@ -173,8 +173,9 @@ class HierarchicalRouter(LinearRouter):
         group_weights = take_chosen(group_probs, groups)
         if self.normalize_group_weights:
             group_weights = normalized(group_weights)
+        top_k = self.num_choices(training)
         experts = top_k_indices(
-            self._of_groups(inner_logits, groups), self.top_k
+            self._of_groups(inner_logits, groups), top_k
         )  # (T, K1, K2)
         weights = ops.take_along_axis(
             self._of_groups(inner_probs, groups), experts, axis=-1
@@ -183,7 +184,7 @@ class HierarchicalRouter(LinearRouter):
             weights = normalized(weights)
         weights = ops.expand_dims(group_weights, -1) * weights
         experts = experts + ops.expand_dims(groups, -1) * self.experts_per_group
-        top_k = self.choices_per_token
+        top_k = self.top_k_groups * top_k
         weights = ops.reshape(weights, (-1, top_k))
         experts = ops.reshape(experts, (-1, top_k))
         order = top_k_indices(weights, top_k)
@@ -217,16 +218,7 @@ class HierarchicalRouter(LinearRouter):
             "num_groups": self.num_groups,
             "experts_per_group": self.experts_per_group,
             "top_k_groups": self.top_k_groups,
-            "top_k": self.top_k,
             "normalize_group_weights": self.normalize_group_weights,
             "normalize_weights": self.normalize_weights,
             "noise_stddev": self.noise_stddev,
         }
-
-
-def _as_level(name, top_k, size_name, size, normalize_name, normalize):
-    """Checks the choices on one level; whether to normalize their weights."""
-    check_int_up_to(name, top_k, size_name, size)
-    return as_normalize_weights(
-        normalize, top_k, name=normalize_name, limit_name=name
-    )

@@ -9,7 +9,6 @@ from keras_moe.checks import check_one_of
 from keras_moe.checks import is_int
 from keras_moe.checks import is_number
 from keras_moe.ops.noise import expected_load
-from keras_moe.routers.eval_top_k import num_choices
 from keras_moe.routers.top_k_router import TopKRouter
 
 
@@ -158,7 +157,7 @@ class NoisyTopKRouter(TopKRouter):
                 dtype=self.compute_dtype,
                 seed=self.seed_generator,
             )
-        top_k = num_choices(self.top_k, self.eval_top_k, training)
+        top_k = self.num_choices(training)
         load = expected_load(logits, noisy, stddev, top_k, self.load_threshold)
         return NoisyRouting(*self.route(logits, noisy, mask, training), load)
 

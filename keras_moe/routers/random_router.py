@@ -62,6 +62,7 @@ class RandomRouter(Router):
     looks_ahead = True
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "it does not rank the experts"
 
     def __init__(
         self, num_experts, top_k=2, kind="uniform", seed=None, **kwargs

@@ -104,6 +104,7 @@ class ReLURouter(LinearRouter):
 
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "each token has the experts with a score above 0"
 
     def __init__(
         self,

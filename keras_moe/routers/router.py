@@ -32,6 +32,8 @@ class Router(keras.layers.Layer):
       int, a number of sequences.
     - `routing_class`: the class of what `call` returns, or `None` if it is not
       known. Losses that need more than a `Routing` check it.
+    - `why_no_eval_top_k`: str. Why the number of experts cannot be another one
+      in inference; `keras_moe.conversion.set_eval_top_k` says so.
 
     Args:
         num_experts: int. Number of experts to choose from.
@@ -69,6 +71,7 @@ class Router(keras.layers.Layer):
     choices_per_token = None
     per = "batch"
     routing_class = None
+    why_no_eval_top_k = ""
 
     def __init__(
         self, num_experts, *, allow_lookahead=False, dtype=None, **kwargs
@@ -89,6 +92,13 @@ class Router(keras.layers.Layer):
         far fewer choices saves memory by telling their number.
         """
         return None
+
+    def max_choices(self, eval_top_k):
+        """The most choices of a token if `eval_top_k` were that of inference.
+
+        With `None` these are the choices in training.
+        """
+        return self.choices_per_token
 
     def compute_mask(self, inputs, previous_mask):
         return None  # a Routing has no positions to mask

@@ -2,7 +2,6 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_int
-from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_one_of
 from keras_moe.ops.choices import existing_choices
 from keras_moe.ops.groups import check_per
@@ -15,13 +14,12 @@ from keras_moe.ops.scores import score
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 from keras_moe.ops.sinkhorn import sinkhorn
-from keras_moe.routers.eval_top_k import FixedNumber
-from keras_moe.routers.eval_top_k import num_choices
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.linear_router import LinearRouter
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SinkhornRouter(LinearRouter):
+class SinkhornRouter(EvalTopK, LinearRouter):
     """Chooses the `top_k` experts after balancing the scores of a group.
 
     ```
@@ -92,8 +90,6 @@ class SinkhornRouter(LinearRouter):
     looks_ahead = True
     distinct_choices = True
     routing_class = Routing
-    top_k = FixedNumber()
-    eval_top_k = FixedNumber()
 
     def __init__(
         self,
@@ -106,29 +102,15 @@ class SinkhornRouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_int_up_to("top_k", top_k, "num_experts", num_experts)
-        self.check_eval_top_k(eval_top_k)
+        self.assign_top_k(top_k, eval_top_k)
         check_int("num_iterations", num_iterations, minimum=1)
         check_per(per)
         if score_activation is None:
             score_activation = "sigmoid" if top_k == 1 else "softmax"
         check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
-        self.top_k = top_k
-        self.eval_top_k = eval_top_k
         self.num_iterations = num_iterations
         self.per = per
         self.score_activation = score_activation
-
-    @property
-    def choices_per_token(self):
-        return max(self.top_k, self.eval_top_k or 0)
-
-    def check_eval_top_k(self, eval_top_k):
-        """Raises unless it may be the number of experts in inference."""
-        if eval_top_k is not None:
-            check_int_up_to(
-                "eval_top_k", eval_top_k, "num_experts", self.num_experts
-            )
 
     def call(self, tokens, mask=None, training=None, num_sequences=1):
         if mask is not None:
@@ -138,7 +120,7 @@ class SinkhornRouter(LinearRouter):
         ranked = logits
         if training:
             ranked = self._balanced(logits, mask, num_sequences)
-        top_k = num_choices(self.top_k, self.eval_top_k, training)
+        top_k = self.num_choices(training)
         indices = top_k_indices(ranked, top_k)  # (T, K)
         weights = take_chosen(probs, indices)
         if mask is not None:
@@ -159,8 +141,6 @@ class SinkhornRouter(LinearRouter):
     def get_config(self):
         return {
             **super().get_config(),
-            "top_k": self.top_k,
-            "eval_top_k": self.eval_top_k,
             "num_iterations": self.num_iterations,
             "per": self.per,
             "score_activation": self.score_activation,

@@ -124,6 +124,7 @@ class SoftRouter(Router):
 
     looks_ahead = True
     routing_class = SoftRouting
+    why_no_eval_top_k = "it mixes tokens instead of choosing experts"
 
     def __init__(
         self,

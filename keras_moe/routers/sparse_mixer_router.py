@@ -2,7 +2,6 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_at_least
-from keras_moe.checks import check_int_up_to
 from keras_moe.ops.masking import zero_masked
 from keras_moe.ops.noise import gumbel
 from keras_moe.ops.routing import Routing
@@ -10,13 +9,12 @@ from keras_moe.ops.scores import rankable
 from keras_moe.ops.scores import softmax
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.routers.eval_top_k import FixedNumber
-from keras_moe.routers.eval_top_k import num_choices
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.linear_router import LinearRouter
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class SparseMixerRouter(LinearRouter):
+class SparseMixerRouter(EvalTopK, LinearRouter):
     """Samples experts one after the other, with a gradient for the choice.
 
     ```
@@ -93,8 +91,6 @@ class SparseMixerRouter(LinearRouter):
 
     distinct_choices = True
     routing_class = Routing
-    top_k = FixedNumber()
-    eval_top_k = FixedNumber()
 
     def __init__(
         self,
@@ -105,30 +101,16 @@ class SparseMixerRouter(LinearRouter):
         **kwargs,
     ):
         super().__init__(num_experts, **kwargs)
-        check_int_up_to("top_k", top_k, "num_experts", num_experts)
-        self.check_eval_top_k(eval_top_k)
+        self.assign_top_k(top_k, eval_top_k)
         check_at_least("jitter_epsilon", jitter_epsilon, 0)
-        self.top_k = top_k
-        self.eval_top_k = eval_top_k
         self.jitter_epsilon = jitter_epsilon
         self.add_seed_generator()
-
-    @property
-    def choices_per_token(self):
-        return max(self.top_k, self.eval_top_k or 0)
-
-    def check_eval_top_k(self, eval_top_k):
-        """Raises unless it may be the number of experts in inference."""
-        if eval_top_k is not None:
-            check_int_up_to(
-                "eval_top_k", eval_top_k, "num_experts", self.num_experts
-            )
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(zero_masked(tokens, mask), training)  # (T, E)
         left = ops.ones_like(logits, dtype="bool")
         indices, weights = [], []
-        for _ in range(num_choices(self.top_k, self.eval_top_k, training)):
+        for _ in range(self.num_choices(training)):
             expert, weight = self._choose(logits, left, training)  # (T, 1)
             left = ops.logical_and(
                 left, ops.logical_not(_is_expert(expert, self.num_experts))
@@ -178,8 +160,6 @@ class SparseMixerRouter(LinearRouter):
     def get_config(self):
         return {
             **super().get_config(),
-            "top_k": self.top_k,
-            "eval_top_k": self.eval_top_k,
             "jitter_epsilon": self.jitter_epsilon,
         }
 

@@ -3,11 +3,9 @@ import keras
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
-from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_rate
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.scores import SCORE_ACTIVATIONS
 from keras_moe.ops.scores import normalize_weights as normalized
 from keras_moe.ops.scores import score
 from keras_moe.ops.selection import limit_to_groups
@@ -16,8 +14,8 @@ from keras_moe.ops.selection import top_k_indices
 from keras_moe.routers.choice_arguments import as_normalize_weights
 from keras_moe.routers.choice_arguments import check_choices
 from keras_moe.routers.choice_arguments import check_quantiles
-from keras_moe.routers.eval_top_k import FixedNumber
-from keras_moe.routers.eval_top_k import num_choices
+from keras_moe.routers.choice_arguments import check_weights
+from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.ranking_router import RankingRouter
 from keras_moe.routers.token_choice import append_last_experts
 from keras_moe.routers.token_choice import drop_experts
@@ -27,7 +25,7 @@ LEARNED_SCALES = (None, "expert", "global")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class TopKRouter(RankingRouter):
+class TopKRouter(EvalTopK, RankingRouter):
     """Sends each token to its `top_k` best experts.
 
     ```
@@ -125,8 +123,6 @@ class TopKRouter(RankingRouter):
 
     distinct_choices = True
     routing_class = Routing
-    top_k = FixedNumber()
-    eval_top_k = FixedNumber()
 
     def __init__(
         self,
@@ -150,11 +146,9 @@ class TopKRouter(RankingRouter):
     ):
         super().__init__(num_experts, **kwargs)
         check_int("num_always_on", num_always_on, minimum=0)
-        check_one_of("score_activation", score_activation, SCORE_ACTIVATIONS)
+        check_weights(score_activation, normalize_epsilon, weight_scale)
         check_bool("score_after_selection", score_after_selection)
         check_at_least("normalize_order", normalize_order, 1)
-        check_at_least("normalize_epsilon", normalize_epsilon, 0)
-        check_number("weight_scale", weight_scale)
         check_one_of("learned_scale", learned_scale, LEARNED_SCALES)
         check_rate("expert_dropout", expert_dropout)
         check_bool("noisy_weights", noisy_weights)
@@ -170,10 +164,7 @@ class TopKRouter(RankingRouter):
         self.num_always_on = num_always_on
         self.expert_dropout = expert_dropout
         self.noisy_weights = noisy_weights
-        self._check_choices("top_k", top_k)
-        self.check_eval_top_k(eval_top_k)
-        self.top_k = top_k
-        self.eval_top_k = eval_top_k
+        self.assign_top_k(top_k, eval_top_k)
         total = top_k + num_always_on
         self.normalize_weights = as_normalize_weights(normalize_weights, total)
         if score_after_selection and score_activation == "softmax":
@@ -185,16 +176,10 @@ class TopKRouter(RankingRouter):
         if expert_dropout > 0:
             self.add_seed_generator()
 
-    @property
-    def choices_per_token(self):
-        return max(self.top_k, self.eval_top_k or 0) + self.num_always_on
+    def max_choices(self, eval_top_k):
+        return super().max_choices(eval_top_k) + self.num_always_on
 
-    def check_eval_top_k(self, eval_top_k):
-        """Raises unless it may be the number of experts in inference."""
-        if eval_top_k is not None:
-            self._check_choices("eval_top_k", eval_top_k)
-
-    def _check_choices(self, name, number):
+    def check_top_k(self, name, number):
         check_choices(
             name,
             number,
@@ -254,10 +239,8 @@ class TopKRouter(RankingRouter):
                 self.top_k_groups,
                 self.group_score,
             )
-        top_k = num_choices(self.top_k, self.eval_top_k, training)
-        return append_last_experts(
-            top_k_indices(ranked, top_k), self.num_always_on, self.num_experts
-        )
+        chosen = top_k_indices(ranked, self.num_choices(training))
+        return append_last_experts(chosen, self.num_always_on, self.num_experts)
 
     def weigh(self, logits, probs, indices):
         """The weights of the chosen experts, `(T, K)`."""
@@ -281,7 +264,6 @@ class TopKRouter(RankingRouter):
     def get_config(self):
         return {
             **super().get_config(),
-            "top_k": self.top_k,
             "score_activation": self.score_activation,
             "score_after_selection": self.score_after_selection,
             "normalize_weights": self.normalize_weights,
@@ -295,5 +277,4 @@ class TopKRouter(RankingRouter):
             "num_always_on": self.num_always_on,
             "expert_dropout": self.expert_dropout,
             "noisy_weights": self.noisy_weights,
-            "eval_top_k": self.eval_top_k,
         }

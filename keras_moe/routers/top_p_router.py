@@ -85,6 +85,7 @@ class TopPRouter(LinearRouter):
 
     distinct_choices = True
     routing_class = Routing
+    why_no_eval_top_k = "`top_p` sets how many experts a token has"
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Different seeds and initializers for the parts of a layer."""
+"""Seeds and initializers that differ between the parts of a layer."""
 
 import numpy as np
 

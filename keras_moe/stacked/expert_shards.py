@@ -1,4 +1,4 @@
-"""Banks of which each process holds only its own experts.
+"""Which variables hold experts, and banks that are divided among processes.
 
 While `dividing(shard)` is active, a bank of experts that is built makes
 variables of its own experts alone, and marks each with a `BankShard`. Whoever
@@ -8,6 +8,7 @@ trains or saves such variables reads the mark.
 import contextlib
 
 _active = None
+_bank_paths = set()
 
 
 class ExpertShard:
@@ -51,6 +52,16 @@ class BankShard:
     def __init__(self, shard):
         self.shard = shard
         self.is_distributed = False
+
+
+def note_bank(path):
+    """Notes that the variable of this path holds routed experts, `(E, ...)`."""
+    _bank_paths.add(path)
+
+
+def is_bank(variable):
+    """Whether a variable holds routed experts; asked as it is made (JAX)."""
+    return variable.path in _bank_paths
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Copies of a layer, and facts about a layer that runs on rows."""
+"""Copies of a layer, and questions about a layer that runs on rows."""
 
 import inspect
 
@@ -18,12 +18,12 @@ def make_copies(layer, number, scope):
     """New layers from a layer's config, each with its own name and seeds."""
     config = config_of(layer)
     copies = []
-    # So that classes are found even if they are not registered.
+    # Finds classes that are not registered.
     with keras.saving.custom_object_scope(_classes(layer)):
         for e in range(number):
             own = with_seeds(config, e)
             own["config"]["name"] = f"expert_{e}"
-            # For the paths of variables that a model makes in its constructor.
+            # Names the variables that a model makes in its constructor.
             with keras.name_scope(scope), keras.name_scope(f"expert_{e}"):
                 copies.append(keras.saving.deserialize_keras_object(own))
     return copies
@@ -56,14 +56,15 @@ def output_shape(layer, rows_shape, dtype):
         )
     if not output.shape or output.shape[0] != rows_shape[0]:
         raise ValueError(
-            "`layer` must return a row for each of its rows. Received: "
-            f"layer={layer.name!r}, which makes {tuple(output.shape)} of rows "
-            f"of shape {tuple(rows_shape)}"
+            "`layer` must return a row for each row of its input. Received: "
+            f"layer={layer.name!r}, whose output is {tuple(output.shape)} for "
+            f"rows of shape {tuple(rows_shape)}"
         )
     return tuple(output.shape)
 
 
 def takes(layer, argument):
+    """Whether `call` has this argument."""
     return argument in inspect.signature(layer.call).parameters
 
 

@@ -20,7 +20,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
     def __init__(self, initializer, stream, shard=None):
         self.initializer = initializer
-        # Two banks of one layer may share one seeded initializer.
+        # Makes different draws for two banks with the same seeded initializer.
         self.stream = stream
         self.shard = shard
 
@@ -44,7 +44,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
     def _draws(self, num_experts):
         seed = getattr(self.initializer, "seed", None)
         if not self._has_seed():
-            # No seed, or a generator that gives new draws by itself.
+            # No seed, or a generator whose draws differ by themselves.
             return [self.initializer] * num_experts
         config = self.initializer.get_config()
         if "seed" not in config:
@@ -60,7 +60,7 @@ class PerExpertInitializer(keras.initializers.Initializer):
 
 
 class PerExpertRegularizer(keras.regularizers.Regularizer):
-    """The sum of a regularizer over the experts, plus one of the bank.
+    """Sums a regularizer over the experts, and adds one of the whole bank.
 
     With a `shard`, an `ExpertShard`, it is called with the own experts. Their
     penalty counts as often as there are shards, since the loss is the mean over

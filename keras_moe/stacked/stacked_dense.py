@@ -25,14 +25,14 @@ class StackedDense(keras.layers.Layer):
     ```
 
     It computes the same as a list of `num_networks` dense layers, with one
-    variable for all their kernels, so it compiles and trains faster. Each
-    network is initialised, normalized and regularized on its own.
+    variable for all kernels, so it compiles and trains faster. Each network is
+    initialised, normalized and regularized separately.
 
     Args:
         num_networks: int. Number of dense layers.
         units: int. Output width of each layer.
         activation: Any Keras activation. Defaults to `None`.
-        use_bias: bool. Defaults to `True`.
+        use_bias: bool. Whether the layers have a bias. Defaults to `True`.
         normalization: `None`, `"batch"` or `"layer"`. Normalizes each network's
             output, with a scale and an offset. Batch normalization runs
             over the examples, layer normalization over the `units`. Defaults
@@ -41,8 +41,8 @@ class StackedDense(keras.layers.Layer):
             `1e-3`.
         normalization_place: `"before_activation"` or `"after_activation"`.
             Defaults to `"before_activation"`.
-        dropout: float. Rate of the dropout of the output, in training.
-            Defaults to `0.0`.
+        dropout: float. Rate of the dropout of the output, in training. Defaults
+            to `0.0`.
         seed: int, or `None`. Seed of the dropout. Defaults to `None`.
         kernel_initializer: Initializer of each network's kernel. A seeded one
             draws differently for each network. Defaults to `"glorot_uniform"`.

@@ -23,19 +23,19 @@ class StackedMLP(keras.layers.Layer):
     y[:, n] = output dense[n](h[:, n])                  with `output_units`
     ```
 
-    It serves as the experts of a `MultiGateMoE`, or as the towers of several
-    tasks.
+    It can be the experts of a `MultiGateMoE`, or the towers of several tasks.
 
     Args:
         num_networks: int. Number of networks.
-        units: int, or a list of ints. Widths of the layers of each network. May
-            be empty with `output_units`.
+        units: int, or a list of ints. Widths of the layers of each network. The
+            list may be empty if there are `output_units`.
         output_units: int, or `None`. Width of one more layer, without
             activation, normalization and dropout. Defaults to `None`.
-        activation: Any Keras activation, of all layers but the output layer.
+        activation: Any Keras activation, for all layers but the output layer.
             Defaults to `"relu"`.
-        use_bias: bool. Whether these layers have a bias. Defaults to `True`.
-        output_use_bias: bool. Whether the output layer has one. Defaults to
+        use_bias: bool. Whether all layers but the output layer have a bias.
+            Defaults to `True`.
+        output_use_bias: bool. Whether the output layer has a bias. Defaults to
             `True`.
         normalization, normalization_epsilon, normalization_place, dropout,
             seed, kernel_initializer, bias_initializer, kernel_regularizer: As

@@ -255,11 +255,11 @@ class FusedExpertsTest(TestCase):
     @parameterized.named_parameters((name, name) for name in NAMES)
     def test_nan_stays_with_its_token_and_expert(self, name):
         """Neither other tokens nor the weights of other experts see it."""
-        num_tokens, top_k, sizes = 6, 1, (2, 3, 0)  # and a row of nobody
+        num_tokens, top_k, sizes = 6, 1, (2, 3, 0)  # and an unused row
         arrays = operands(num_tokens, top_k, sizes)
         arrays["choices"] = np.arange(6, dtype="int32")
         wanted = expected(**arrays)
-        arrays["tokens"][[1, 5]] = np.nan  # of expert 0, of nobody
+        arrays["tokens"][[1, 5]] = np.nan  # of expert 0, and unused
         for jit in modes(name):
             out, d_tokens, d_weights, d_kernels, _ = run(
                 name, **arrays, jit=jit

@@ -196,7 +196,7 @@ class FusedTorchTest(TestCase):
 
 
 class MemoryTest(TestCase):
-    def test_is_used_again_once_nobody_has_it(self):
+    def test_is_used_again_once_it_is_free(self):
         memory.release()
         first = memory.empty((4, 8), torch.float32)
         place = first.data_ptr()

@@ -1,5 +1,7 @@
 """Another number of experts in inference than in training."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from keras_moe.conversion import set_eval_top_k
 from keras_moe.experts import MLPExperts
 from keras_moe.layers import MoE
 from keras_moe.routers import DenseRouter
+from keras_moe.routers import DSelectKRouter
 from keras_moe.routers import GShardRouter
 from keras_moe.routers import HashRouter
+from keras_moe.routers import HierarchicalRouter
 from keras_moe.routers import MLPRouter
 from keras_moe.routers import NoisyTopKRouter
+from keras_moe.routers import RandomRouter
 from keras_moe.routers import SinkhornRouter
 from keras_moe.routers import SparseMixerRouter
 from keras_moe.routers import TaskRouter
@@ -59,7 +64,7 @@ class SetEvalTopKTest(TestCase):
         )
         routing = inner.layers[0].route(X)
         self.assertEqual(tuple(routing.expert_indices.shape), (12, 1))
-        # Weights of training are normalized, so that of one expert is 1.
+        # As in training, weights are normalized: one expert has weight 1.
         self.assertAllClose(routing.expert_weights, np.ones((12, 1)))
         path = f"{self.get_temp_dir()}/model.keras"
         model.save(path)
@@ -150,7 +155,10 @@ class SetEvalTopKTest(TestCase):
                 self.assertLess(indices.max(), 4)
 
     def test_assigned_directly(self):
-        for make in (TopKRouter, SinkhornRouter, SparseMixerRouter):
+        hierarchical = functools.partial(HierarchicalRouter, 2)
+        for make in (
+            *(TopKRouter, SinkhornRouter, SparseMixerRouter, hierarchical),
+        ):
             for name in ("top_k", "eval_top_k"):
                 with self.assertRaisesRegex(
                     AttributeError,
@@ -164,6 +172,7 @@ class SetEvalTopKTest(TestCase):
             (0, lambda k=None: SinkhornRouter(4, 2, eval_top_k=k)),
             (True, lambda k=None: SparseMixerRouter(4, 2, eval_top_k=k)),
             (4, lambda k=None: TopKRouter(4, 2, num_always_on=1, eval_top_k=k)),
+            (5, lambda k=None: HierarchicalRouter(2, 4, 2, 3, eval_top_k=k)),
         ):
             message = f"`eval_top_k` must be an int .*eval_top_k={value}"
             with self.assertRaisesRegex(ValueError, message):
@@ -193,13 +202,67 @@ class SetEvalTopKTest(TestCase):
         found = [layer.router.eval_top_k for layer in model.layers]
         self.assertEqual(found, [4, 4])
 
+    def test_hierarchical_takes_the_best_of_each_group(self):
+        layer = moe(HierarchicalRouter(2, 3, 2, 2))
+        layer.build((None, 6))
+        before = layer.route(X)
+        set_eval_top_k(layer, 1)
+        routing = layer.route(X)
+        self.assertEqual(layer.router.choices_per_token, 4)
+        self.assertEqual(
+            tuple(layer.route(X, training=True).expert_indices.shape), (12, 4)
+        )
+        probs = ops.convert_to_numpy(before.probs).reshape(12, 2, 3)
+        chosen = ops.convert_to_numpy(routing.expert_indices)
+        weights = ops.convert_to_numpy(routing.expert_weights)
+        for token in range(12):
+            groups = probs[token].sum(axis=-1)
+            first = np.argmax(groups)  # the group with the larger weight
+            best = [3 * i + np.argmax(probs[token, i]) for i in range(2)]
+            self.assertEqual(
+                chosen[token].tolist(), [best[first], best[1 - first]]
+            )
+            self.assertAllClose(
+                weights[token], [groups[first], groups[1 - first]], atol=1e-6
+            )
+
+    def test_causal_layers_stay_causal(self):
+        router = TopKRouter(4, 1)
+        capacity = {"capacity_factor": 1.0, "causal": True}
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                moe(TopKRouter(4, 2)),
+                moe(router, drop_policy="token", **capacity),
+            ]
+        )
+        set_eval_top_k(model, 2)
+        set_eval_top_k(model, None)
+        # Another layer with the router, which is not in the model.
+        other = moe(router, drop_policy="position", **capacity)
+        message = "causal=True.*drop_policy='position'.*choices_per_token=2"
+        for target in (model, other, router):
+            with self.assertRaisesRegex(ValueError, message):
+                set_eval_top_k(target, 2)
+        found = [layer.router.eval_top_k for layer in model.layers]
+        self.assertEqual(found, [None, None])
+        set_eval_top_k(model, 1)
+        self.assertEqual(router.eval_top_k, 1)
+
     def test_no_router(self):
         dense = keras.Sequential([keras.layers.Dense(2, name="last")])
         with self.assertRaisesRegex(ValueError, r"no router.*last \(Dense\)"):
             set_eval_top_k(dense, 1)
-        for router in (DenseRouter(4), HashRouter(4, num_ids=2)):
+        for router, why in (
+            (DenseRouter(4), "each token has all experts"),
+            (HashRouter(4, num_ids=2), "its table .* no order of rank"),
+            (RandomRouter(4), "it does not rank"),
+            (DSelectKRouter(4), "its selectors learn"),
+        ):
             name = type(router).__name__
-            with self.assertRaisesRegex(ValueError, rf"routers.*\({name}\)"):
+            with self.assertRaisesRegex(
+                ValueError, rf"routers.*\({name}\): {why}"
+            ):
                 set_eval_top_k(moe(router), 1)
         with self.assertRaisesRegex(ValueError, "model=None"):
             set_eval_top_k(None, 1)

@@ -6,6 +6,8 @@ from absl.testing import parameterized
 from keras import ops
 
 from keras_moe import experts
+from tests import token_loop
+from tests.experts.low_rank_experts_test import one_row
 from tests.test_case import TestCase
 
 
@@ -88,3 +90,41 @@ class Float64Test(TestCase):
             up = np.clip(up, -kwargs["limit"], kwargs["limit"])
         wanted = (gate / (1 + np.exp(-gate)) * up) @ down
         self.assertLess(np.abs(ops.convert_to_numpy(out) - wanted).max(), 1e-14)
+
+    @parameterized.parameters(
+        (experts.MLPExperts, {"activation": "relu"}),
+        (experts.MLPExperts, {"activation": "tanh", "output_dim": 2}),
+        (experts.LowRankExperts, {"rank": 2, "alpha": 3}),
+        (experts.LowRankExperts, {"rank": 2, "gated": False}),
+    )
+    def test_several_experts(self, bank_class, kwargs):
+        if keras.config.backend() == "jax":
+            self.skipTest("JAX has no float64 by default")
+        if bank_class is experts.LowRankExperts:
+            kwargs = {**kwargs, "lora_b_initializer": "he_uniform"}
+        bank = bank_class(
+            *(3, 5),
+            use_bias=True,
+            bias_initializer="normal",
+            dtype="float64",
+            **kwargs,
+        )
+        x = np.random.default_rng(0).normal(size=(6, 4))
+        out = ops.convert_to_numpy(bank(x, ops.array([3, 0, 3], "int32")))
+        weights = {
+            v.name: ops.convert_to_numpy(v) for v in bank.trainable_variables
+        }
+        self.assertEqual({w.dtype.name for w in weights.values()}, {"float64"})
+        if bank_class is experts.LowRankExperts:
+            formula = one_row(2, kwargs.get("alpha"), bank.gated, "silu")
+        else:
+            named = {f"experts/{name}": w for name, w in weights.items()}
+
+            def formula(row, weights, e):
+                return token_loop.expert(row, named, e, kwargs["activation"])
+
+        wanted = [
+            formula(row, weights, e)
+            for row, e in zip(x, (0, 0, 0, 2, 2, 2), strict=True)
+        ]
+        self.assertAllClose(out, np.stack(wanted), rtol=0, atol=1e-13)

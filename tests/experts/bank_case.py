@@ -52,7 +52,7 @@ class BankTestCase(TestCase):
         """Outputs, gradients and compiled outputs against a NumPy loop.
 
         `one_row(row, weights, expert)` is the formula, with the trainable
-        weights by the end of their path. Rows of nobody hold NaN.
+        weights by the end of their path. Unused rows hold NaN.
         """
         experts = np.repeat(np.arange(len(sizes)), sizes)
         rng = np.random.default_rng(7)
@@ -99,9 +99,9 @@ class BankTestCase(TestCase):
                     self.assertAllEqual(d_weights[name][e], 0 * gradient[e])
 
     def check_no_rows(self, layer, row_shape, out_shape=None):
-        """No rows at all, and rows that all belong to nobody."""
+        """No rows at all, and unused rows alone."""
         layer.build((None, *row_shape))
-        nobody = [0] * layer.num_experts
+        no_rows = [0] * layer.num_experts
         for number in (0, 3):
             rows = np.ones((number, *row_shape), "float32")
             wanted = (number, *(out_shape or row_shape))
@@ -110,7 +110,7 @@ class BankTestCase(TestCase):
                 rows,
                 # TensorFlow's optimizer of graphs fails on empty constants.
                 np.zeros(wanted) if number else None,
-                group_sizes=ops.array(nobody, "int32"),
+                group_sizes=ops.array(no_rows, "int32"),
                 training=True,
             )
             self.assertEqual(out.shape, wanted)
@@ -118,7 +118,7 @@ class BankTestCase(TestCase):
             self.assertAllEqual(d_rows, np.zeros(rows.shape))
             for gradient in d_weights.values():
                 self.assertAllEqual(gradient, np.zeros(gradient.shape))
-            self.assertEqual(compiled(layer, rows, nobody).shape, wanted)
+            self.assertEqual(compiled(layer, rows, no_rows).shape, wanted)
 
     def check_saving(self, layer, rows, sizes):
         """Config, and weights through a file."""

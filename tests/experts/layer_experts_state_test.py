@@ -114,7 +114,7 @@ class LayerExpertsStateTest(TestCase):
             layer, self.rows, SIZES, compiler, max_group_size=max_group_size
         )
         losses = sorted(losses)
-        while len(losses) > len(wanted):  # those of the expert without rows
+        while len(losses) > len(wanted):  # of the expert without rows
             self.assertEqual(losses.pop(0), 0)
         self.assertAllClose(losses, sorted(wanted), rtol=1e-5)
         for copy in layer.layers:  # as they were

@@ -1,4 +1,4 @@
-"""The products that a forward pass executes are those of the chosen experts.
+"""A forward pass executes the products of the chosen experts alone.
 
 Each backend is asked what it really ran: torch by its FLOP counter, TensorFlow
 by counting rows inside of the graph, JAX by interpreting the traced program
@@ -58,7 +58,7 @@ class CostTest(TestCase):
 
 
 def _free_places(rows_of_experts):
-    """Rows that may be computed although they belong to nobody."""
+    """Rows that may be computed although they are unused."""
     rows = int(rows_of_experts.sum())
     if keras.config.backend() == "jax":
         from keras_moe.backend.jax import block_sizes
@@ -115,7 +115,7 @@ def _flops_tensorflow(layer, x):
     einsum = tf.einsum
 
     def counting_einsum(subscripts, a, b, **kwargs):
-        # Only that of `combine`: "tk,tkd->td".
+        # Only the einsum of `combine`: "tk,tkd->td".
         total.assign_add(2 * tf.size(b, tf.int64))
         return einsum(subscripts, a, b, **kwargs)
 

@@ -38,7 +38,7 @@ def data_parallel():
         with two_replicas().scope():
             yield 2
     else:
-        devices = keras.distribution.list_devices("cpu")
+        devices = keras.distribution.list_devices("cpu")[:4]
         assert len(devices) == 4, devices
         before = keras.distribution.distribution()
         keras.distribution.set_distribution(

@@ -28,11 +28,11 @@ def data(num_examples=12):
     return x, x[..., :1]
 
 
-# Some models here have no loss but that of the router.
+# The router adds the only loss of some models here.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 class FitTest(TestCase):
     def test_losses_reach_the_router(self):
-        # A model whose only loss is that of the layer.
+        # A model whose only loss comes from the layer.
         layer = MoE(
             num_experts=4,
             intermediate_dim=3,

@@ -188,7 +188,7 @@ class AroundTheExpertsTest(TestCase):
 class CausalTest(TestCase):
     def test_looking_ahead_is_refused(self):
         make(causal=True)
-        # Without a limit nobody competes; in this order nobody waits for
+        # Without a limit no token competes; in this order none waits for
         # later tokens.
         make(causal=True, drop_policy="weight")
         make(causal=True, capacity_factor=1.0, drop_policy="token")
@@ -272,3 +272,18 @@ class OptionsConfigTest(TestCase):
     def test_errors(self, kwargs, message):
         with self.assertRaisesRegex(ValueError, message):
             make(**kwargs)
+
+    def test_kept_weights_of_training(self):
+        capacity = Capacity(normalize_kept_weights=True)
+        experts = GLUExperts(4, 3)
+        with self.assertRaisesRegex(ValueError, "no gradient"):
+            MoE(
+                router=TopKRouter(4, 1, eval_top_k=2),
+                experts=experts,
+                capacity=capacity,
+            )
+        MoE(
+            router=TopKRouter(4, 2, eval_top_k=1),
+            experts=experts,
+            capacity=capacity,
+        )

@@ -71,6 +71,23 @@ class SharedPartsTest(TestCase):
         x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
         self.assertAllClose(loaded(x), model(x), atol=1e-6)
 
+    @parameterized.parameters(True, False)
+    def test_a_part_that_the_model_calls_too(self, moe_first):
+        dense = keras.layers.Dense(5)
+        layers = [MoE(4, 3, shared_experts=dense), dense]
+        inputs = x = keras.Input((5,))
+        for layer in layers if moe_first else reversed(layers):
+            x = layer(x)
+        model = keras.Model(inputs, x)
+        path = f"{self.get_temp_dir()}/model.keras"
+        model.save(path)
+        loaded = keras.saving.load_model(path)
+        (moe,) = (x for x in loaded.layers if isinstance(x, MoE))
+        (plain,) = (x for x in loaded.layers if type(x) is keras.layers.Dense)
+        self.assertIs(moe.shared_experts, plain)
+        x = np.random.default_rng(0).normal(size=(6, 5)).astype("float32")
+        self.assertAllClose(loaded(x), model(x), atol=1e-6)
+
     def test_two_parts_stay_two(self):
         x = keras.Input((5,))
         model = keras.Model(x, MoE(4, 3)(MoE(4, 3)(x)))
@@ -102,7 +119,7 @@ class ContextTest(TestCase):
         routed = layer.route(x, context=state)
         self.assertAllEqual(called.expert_indices, routed.expert_indices)
         self.assertAllEqual(called.expert_weights, routed.expert_weights)
-        # The best expert is that of the largest number.
+        # The largest number belongs to the best expert.
         self.assertAllEqual(
             ops.convert_to_numpy(called.expert_indices)[:, 0],
             np.argmax(state, axis=1),

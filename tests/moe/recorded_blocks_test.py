@@ -2,7 +2,7 @@
 
 Two go beyond the library, and are done here with parts of their own: Doge's
 router mixes the logits of different tokens, which its source keeps for
-compatibility and nobody else would want; ViTPose has no router at all, but
+compatibility alone; ViTPose has no router at all, but
 heads for its datasets, half of whose channels are shared.
 """
 

@@ -20,7 +20,7 @@ class ChainsTest(TestCase):
         )
         self.assertAllEqual(moves[0, :2], [[0.0, -1.0, 1.0], [5.0, 0.0, 5.0]])
         self.assertAllEqual(moves[1, 1], [-2.0, 0.0, -1.0])
-        # Nobody to move.
+        # No token to move.
         empty = np.full((3, 3), chains.LOWEST, "float32")
         self.assertAllEqual(moves[[0, 1, 1], [2, 0, 2]], empty)
 

@@ -115,7 +115,7 @@ class DispatchTest(TestCase):
         self.assertAllEqual(
             sizes, np.bincount(indices[kept], minlength=num_experts)
         )
-        # Every kept choice has its token's row among those of its expert.
+        # Every kept choice has its token's row among the rows of its expert.
         rows, ends = ops.convert_to_numpy(rows), np.cumsum(sizes)
         positions = ops.convert_to_numpy(plan.positions)
         for t, k in np.argwhere(kept):

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 from absl.testing import parameterized
 from keras import ops
@@ -48,6 +49,16 @@ class SinkhornTest(TestCase):
         self.assertAllEqual(matrix[~mask], np.zeros((13, 4)))
         expected = by_loop(logits[0, :5], 7)
         self.assert_relative(matrix[0, :5], expected, 1e-6)
+
+    def test_mask_in_float64(self):
+        if keras.config.backend() == "jax":
+            self.skipTest("JAX has no float64 unless told so as it starts.")
+        logits = np.random.default_rng(2).normal(size=(9, 4))
+        mask = np.arange(9) % 3 > 0
+        matrix = sinkhorn(logits, 5, mask)
+        self.assertDType(matrix, "float64")
+        expected = by_loop(logits, 5, mask)
+        self.assertAllClose(matrix, expected, rtol=0, atol=1e-14)
 
     def test_large_logits(self):
         # In float32 exp() of these is infinite; what counts is the difference.

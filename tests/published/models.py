@@ -151,7 +151,7 @@ VIT = {
 
 
 def v_moe(size, patch, moe_layers, num_experts=32, head=18291):
-    """V-MoE. The head is that of JFT-300M."""
+    """V-MoE. The head is for JFT-300M."""
     dim, intermediate_dim, layers = VIT[size]
     block = Block(
         dim, num_experts, 2, intermediate_dim, bank="mlp", use_bias=True

@@ -8,10 +8,10 @@ How sure a number is (`mark`), as in the notes this was made from:
   source, or quoted from it by others ("quoted").
 - `"mem"`: from memory of the paper. Kept for the reader, never asserted.
 
-The sizes are those of the configuration files that were released, for GLaM and
-the vision models of the tables in the papers. Some of them (heads and
-vocabularies of Mixtral, OLMoE and Qwen1.5-MoE, head width and vocabulary of
-GLaM) are from memory too: they are as sure as the counts that they give.
+The sizes come from the released configuration files, for GLaM and the vision
+models from the tables in the papers. Some of them (heads and vocabularies of
+Mixtral, OLMoE and Qwen1.5-MoE, head width and vocabulary of GLaM) are from
+memory too: they are as sure as the counts that they give.
 """
 
 import functools
@@ -190,7 +190,7 @@ SYSTEMS = {
             "seen",
             T // 100,
             "pages on the technical report",
-            differs="nobody here knows why: the configuration gives 1.03T",
+            differs="for an unknown reason: the configuration gives 1.03T",
         ),
         Figure("active", 32.6 * B, "mem", B // 10, "technical report"),
     ),
@@ -303,8 +303,8 @@ SYSTEMS = {
         lambda: v_moe("B", 16, 6, num_experts=8, head=0),
         Figure("total", 284 * M, "calc", M),
     ),
-    # The notes say "body", and not what that is: all five figures are those of
-    # the encoder alone, without patches and positions.
+    # The notes say "body", and not what that is: all five figures count the
+    # encoder alone, without patches and positions.
     "soft_moe_s16_128e": (
         lambda: soft_moe("S", 16, 128),
         Figure("body", 0.922 * B, "calc", M),

@@ -86,6 +86,7 @@ class DeclarationsTest(TestCase):
     def check(self, indices, router):
         indices = ops.convert_to_numpy(indices)
         self.assertEqual(indices.shape[1], router.choices_per_token)
+        self.assertEqual(indices.shape[1], router.max_choices(None))
         self.assertTrue(((indices >= 0) & (indices <= EXPERTS)).all())
         for row in indices:
             existing = row[row < EXPERTS]

@@ -56,7 +56,7 @@ def numpy_mixture(combine, x, kernel, bias):
 
 
 def router_gradient(gradients, name="kernel"):
-    """That of the router's kernel, wherever the router was built."""
+    """The gradient of the router's kernel, wherever it was built."""
     (found,) = (
         value
         for path, value in gradients.items()

@@ -120,9 +120,9 @@ class STMoETest(TestCase):
 
 
 def through_dispatch(config, arrays, parts):
-    """The outputs, where the weights that experts' inputs are multiplied by are
-    those of `parts`, and all else is as recorded: ones in the original, with
-    the gradient of the weights.
+    """The outputs, if the experts' inputs are multiplied by the weights of
+    `parts`; all else is as recorded. In the original these weights are ones,
+    with the gradient of the weights.
     """
     logits = parts["x"] @ parts["gate_weight"].T
     if "gumbel_uniform" in arrays:

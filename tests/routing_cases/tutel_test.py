@@ -73,9 +73,9 @@ class TutelTest(TestCase):
     @parameterized.named_parameters(LOAD_IMPORTANCE)
     def test_importance(self, case):
         # Its load compares softmax values with the widths of logits, or, as
-        # recorded too, with those of noisy probabilities. Half of the recorded
-        # loss is such a load, recomputed here; the other half is the importance
-        # loss.
+        # recorded too, with the widths of noisy probabilities. Half of the
+        # recorded loss is such a load, recomputed here; the other half is the
+        # importance loss.
         _, config, arrays = case
         loss = losses.ImportanceLoss(1.0, scores="router", ddof=1)
         layer = self.layer_of_loss(config, arrays, loss)

@@ -8,6 +8,11 @@ from keras import ops
 from keras_moe.backend.jax import fused_experts
 from keras_moe.backend.jax import grouped_matmul
 from keras_moe.backend.jax.blocks import block_sizes as block_sizes
+from keras_moe.backend.jax.collectives import batch_sharding as batch_sharding
+from keras_moe.backend.jax.collectives import device_index as device_index
+from keras_moe.backend.jax.collectives import exchange_rows as exchange_rows
+from keras_moe.backend.jax.collectives import per_device as per_device
+from keras_moe.backend.jax.collectives import sum_over as sum_over
 from keras_moe.backend.jax.grouped_matmul import best_first as best_first
 
 GROUPED_MATMUL = {

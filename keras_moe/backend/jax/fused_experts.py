@@ -7,7 +7,7 @@ are read once a block. What the backward pass needs is little, since fresh
 memory costs as much as products: the inputs, and what the hidden kernels gave.
 
 Rows that are not a block's own get a token number beyond the last, so that
-adding to the tokens drops them; the order of the additions is that of the rows.
+adding to the tokens drops them; additions follow the order of the rows.
 """
 
 import functools
@@ -25,11 +25,11 @@ class _Block(NamedTuple):
     group: Any  # ()
     first: Any  # (), its first row
     own: Any  # (R,) bool
-    token: Any  # (R,) int32, that of each row; T if it is not its own
-    weight: Any  # (R,), zero if it is not its own
+    token: Any  # (R,) int32, T for rows that are not its own
+    weight: Any  # (R,), zero for rows that are not its own
 
     def tokens_of(self, x):
-        """`(T, D)` -> `(R, D)`, the last for rows that are not its own."""
+        """`(T, D)` -> `(R, D)`; rows that are not its own get the last."""
         return x.at[self.token].get(mode="clip")
 
     def add_to_tokens(self, x, rows):

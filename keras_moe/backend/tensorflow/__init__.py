@@ -5,8 +5,6 @@ groups have the shapes that the data give them. For XLA, where every shape is
 static, there are blocks of rows (`row_blocks`).
 """
 
-import os
-
 import tensorflow as tf
 from keras import ops
 
@@ -153,7 +151,8 @@ def as_strategy(strategy=None):
         return strategy
     if tf.distribute.has_strategy():
         return tf.distribute.get_strategy()
-    if "TF_CONFIG" in os.environ:
+    workers = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    if workers.cluster_spec().as_dict():
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = tf.config.list_logical_devices("GPU")
     devices = devices or tf.config.list_logical_devices("CPU")

@@ -81,9 +81,10 @@ class Team:
     def gather(self, tensor):
         """The tensors of all, `(S, ...)`, of one shape and not empty."""
         tensor = tensor[tf.newaxis]
-        if self._is_alone:
-            return self._context.all_gather(tensor, axis=0)
         shape = (self.size, *tensor.shape[1:])
+        if self._is_alone:
+            gathered = self._context.all_gather(tensor, axis=0)
+            return tf.ensure_shape(gathered, shape)
         return tf.raw_ops.CollectiveGather(
             input=tensor, shape=shape, **self._keys()
         )

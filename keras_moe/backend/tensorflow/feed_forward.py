@@ -50,12 +50,12 @@ class FeedForward:
             d_y: `(..., N, O)`.
             row_weights: `(..., N)`, in `sum_dtype`.
             products: What `products(x)` gave.
-            own: `(..., N)` bool, or `None`. Rows that count; of the others all
-                of the above have to be zero. `None` is all.
+            own: `(..., N)` bool, or `None` for all. Rows that count; the other
+                rows of all of the above must be zero.
 
         Returns:
             Gradients of `x` and `row_weights`, both in `sum_dtype`, and a list
-            of those of `self.weights`.
+            of gradients for `self.weights`.
         """
         dtype, wide = x.dtype, row_weights.dtype
 

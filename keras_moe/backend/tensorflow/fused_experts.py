@@ -12,8 +12,8 @@ def with_own_gradient(forward, tokens, row_weights, kernels, biases, hidden):
     Args:
         forward: Takes `tokens`, `row_weights` in `sum_dtype` and `experts`, a
             `FeedForward`. Returns the output in `sum_dtype`, and a function
-            from its gradient, in the dtype of `tokens`, to those of `tokens`
-            and `row_weights` and a list of those of `experts.weights`.
+            from its gradient, in the dtype of `tokens`, to the gradients of
+            `tokens` and `row_weights` and a list for `experts.weights`.
         tokens: `(T, D)`.
         row_weights: `(N,)`.
         kernels: As `biases` and `hidden`: what a `FeedForward` is made of.

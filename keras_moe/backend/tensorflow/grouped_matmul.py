@@ -161,7 +161,7 @@ def _block_groups(lhs, grad, blocks):
 def row_blocks(lhs, rhs, group_sizes):
     lhs, rhs = tf.convert_to_tensor(lhs), tf.convert_to_tensor(rhs)
     if not lhs.shape[0]:
-        # There may be no row, of which XLA cannot gather.
+        # XLA cannot gather from no rows, and there may be none.
         num_rows = tf.shape(lhs)[0]
         lhs = tf.pad(lhs, ((0, 1), (0, 0)))
         return _row_blocks(lhs, rhs, group_sizes)[:num_rows]

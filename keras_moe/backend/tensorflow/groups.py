@@ -66,7 +66,7 @@ class Groups:
         )
 
     def concat(self, array):
-        """All rows, `(N, ...)`; those of no group are zero."""
+        """All rows, `(N, ...)`; unused rows are zero."""
         shape = (self._num_rows - self._ends[-1], *array.element_shape[1:])
         array = array.write(self._count, tf.zeros(shape, array.dtype))
         return array.concat()

@@ -50,7 +50,7 @@ def _order(x, descending):
 
 
 def segment_sum(data, segment_ids, num_segments):
-    # That of Keras cannot be plain.
+    # `ops.segment_sum` cannot be exported.
     out = data.new_zeros(num_segments, *data.shape[1:])
     if plain.is_exporting():
         return plain.add_rows(out, segment_ids, data)

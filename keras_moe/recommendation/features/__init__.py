@@ -1,1 +1,1 @@
-"""What each feature of a recommendation model is, and how it is embedded."""
+"""Features of recommendation models, and how they are embedded."""

@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe.checks import check_int
 from keras_moe.checks import check_number
-from keras_moe.checks import check_several
+from keras_moe.checks import check_ordered
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.columns import as_floats
@@ -14,22 +14,23 @@ from keras_moe.recommendation.features.feature import check_finite
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Bucketized(Categorical):
-    """A number of which only the range counts: a vector for each bucket.
+    """A number sorted into buckets, each with a vector of its own.
 
     Bucket `i` is `boundaries[i - 1] <= x < boundaries[i]`. A missing number
     (NaN) has a vector of its own.
 
     Args:
         name: str. Name of the feature.
-        boundaries: Sequence of ascending floats. Defaults to `None`: quantiles
-            learned by `adapt`.
+        boundaries: Sequence of ascending floats that separate the buckets.
+            Defaults to `None`: `adapt` takes quantiles of the data.
         num_buckets: int. Number of buckets that `adapt` makes; fewer if
             quantiles coincide. Defaults to `10`.
-        embedding_dim: As in `Categorical`.
-        table: As in `Categorical`.
+        embedding_dim: As in `Categorical`. Defaults to `None`.
+        table: As in `Categorical`. Defaults to `None`.
 
     Raises:
-        ValueError: If arguments are out of range.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            the boundaries do not ascend.
 
     Example:
 
@@ -53,13 +54,15 @@ class Bucketized(Categorical):
         self.num_buckets = num_buckets
         self.boundaries = None
         if boundaries is not None:
-            check_several("boundaries", boundaries)
-            boundaries = [float(b) for b in boundaries]
+            check_ordered("boundaries", boundaries)
+            if hasattr(boundaries, "tolist"):  # An array of any backend.
+                boundaries = boundaries.tolist()
             for boundary in boundaries:
                 check_number("boundaries", boundary)
+            boundaries = [float(b) for b in boundaries]
             if not boundaries or boundaries != sorted(set(boundaries)):
                 raise ValueError(
-                    "`boundaries` must be ascending, and at least one. "
+                    "`boundaries` must be ascending, and not empty. "
                     f"Received: boundaries={boundaries}"
                 )
             self.boundaries = boundaries
@@ -111,7 +114,7 @@ class Bucketized(Categorical):
 
 
 class _Sample:
-    """Numbers drawn with equal probability from all that were seen."""
+    """A uniform sample of at most `size` of all numbers seen."""
 
     size = 100_000
 

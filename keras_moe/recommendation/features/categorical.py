@@ -3,60 +3,66 @@ import numpy as np
 from keras import ops
 
 from keras_moe.checks import check_int
-from keras_moe.checks import check_several
+from keras_moe.checks import check_ordered
+from keras_moe.checks import check_text
 from keras_moe.recommendation.features.columns import plain
 from keras_moe.recommendation.features.feature import Feature
 from keras_moe.recommendation.features.hashing import hashed_ids
 
-# Ids of what is no id.
+# Ids of missing and of unknown values.
 MISSING = -1
 UNKNOWN = -2
 
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Categorical(Feature):
-    """One of many values: a user, a country, a kind of device.
+    """A feature with one of many values: a user, a country, a device type.
 
     The model takes ids: `0` to `num_ids - 1`, `-1` for a missing value, and
-    `-2`, or any other number of int32, for an unknown one. Each of these has a
-    vector of its own in the table: missing in row `0`, unknown in row `1`, and
-    the id `i` in row `i + 2`. So an id out of range means "unknown" where
-    values are not checked (`tf.data`, generators, compiled steps); in NumPy
-    arrays given to `fit`, `evaluate`, `predict` or `encode` it is an error.
-    What is beyond int32 is cut to it by the frameworks: hash such ids first.
+    `-2` for an unknown one. Missing and unknown values have vectors of their
+    own: row `0` of the table is for missing values, row `1` for unknown ones,
+    and row `i + 2` for the id `i`.
 
-    With a `vocabulary`, `encode` makes ids of strings or other values: the
-    position in it, `-2` for what is not in it. That is done with the data, in
-    NumPy: no string enters the model.
+    Any other id also means "unknown" where values are not checked (`tf.data`,
+    generators, compiled steps). In NumPy arrays given to `fit`, `evaluate`,
+    `predict` or `encode` it is an error. Frameworks truncate ids beyond int32:
+    hash large ids first.
 
-    With `num_hash_buckets`, `encode` gives each value an id by hashing it,
-    without a list of values: for very many values, or values not seen yet. No
-    value is then unknown, and some share an id. Values have the same
-    ids in every process; `3` and `3.0` are one value, `"3"` is another.
+    With a `vocabulary`, `encode` turns strings or other values into ids: the
+    position in the vocabulary, or `-2` if the value is not in it. This happens
+    to the data, in NumPy: no string enters the model.
 
-    The vectors of missing and unknown values are learned like others: from
-    training data that has such values, as when `max_vocabulary` or `min_count`
-    leave out the rare ones. Where it has none, they stay as they began.
+    With `num_hash_buckets`, `encode` hashes each value to an id and needs no
+    list of values. This suits features with very many values, or with values
+    not seen yet. No value is unknown then, and some values share an id. A value
+    has the same id in every process; `3` and `3.0` are one value, `"3"` is
+    another.
+
+    The vectors of missing and unknown values are trained like the others, if
+    the training data contain missing and unknown values (`max_vocabulary` and
+    `min_count` make rare values unknown). Otherwise they keep their initial
+    numbers.
 
     Args:
         name: str. Name of the feature.
-        vocabulary: Sequence of strings or numbers. Defaults to `None`: the ids
-            are in the data, or the vocabulary is learned by `adapt`.
+        vocabulary: Sequence of strings or numbers. Defaults to `None`: the data
+            hold ids, or `adapt` learns the vocabulary.
         num_ids: int. Number of ids, if there is no vocabulary. Defaults to
             `None`.
-        embedding_dim: int. Width of the vectors. Defaults to `None`, that of
-            the `FeatureEmbedding`.
-        table: str. Name of the table of vectors; features of the same table
-            share it. Defaults to `None`, a table of its own.
-        max_vocabulary: int. How many values a learned vocabulary may have; the
-            most frequent are kept. Defaults to `None`, all.
-        min_count: int. How often a value must occur to be in a learned
-            vocabulary. Defaults to `1`.
+        embedding_dim: int. Width of the vectors. Defaults to `None`: the
+            `embedding_dim` of the `FeatureEmbedding`.
+        table: str. Name of the table of vectors. Features that name the same
+            table share it. Defaults to `None`: a table for this feature alone.
+        max_vocabulary: int. Maximal size of a learned vocabulary: the most
+            frequent values stay. Defaults to `None`: no limit.
+        min_count: int. Minimal number of times that a value must occur to
+            enter a learned vocabulary. Defaults to `1`.
         num_hash_buckets: int. Number of ids that values are hashed to, instead
-            of a vocabulary or `num_ids`. Defaults to `None`, no hashing.
+            of a vocabulary or `num_ids`. Defaults to `None`: no hashing.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            arguments do not fit together.
 
     Example:
 
@@ -82,8 +88,8 @@ class Categorical(Feature):
         super().__init__(name)
         if vocabulary is not None and num_ids is not None:
             raise ValueError(
-                "`num_ids` is the size of the vocabulary where there is one. "
-                f"Received both, for feature {name!r}: num_ids={num_ids}"
+                "`num_ids` must be None where a `vocabulary` tells it. "
+                f"Received both, for feature {name!r}: num_ids={num_ids!r}"
             )
         if num_ids is not None:
             check_int("num_ids", num_ids, 1)
@@ -91,11 +97,13 @@ class Categorical(Feature):
             check_int("num_hash_buckets", num_hash_buckets, 1)
             if vocabulary is not None or num_ids is not None:
                 raise ValueError(
-                    "With `num_hash_buckets` there is neither a `vocabulary` "
-                    f"nor `num_ids`. Received, for feature {name!r}: "
+                    "`num_hash_buckets` takes neither a `vocabulary` nor "
+                    f"`num_ids` beside it. Received, for feature {name!r}: "
                     f"num_hash_buckets={num_hash_buckets}, "
                     f"vocabulary={vocabulary!r}, num_ids={num_ids!r}"
                 )
+        if table is not None:
+            check_text("table", table)
         if embedding_dim is not None:
             check_int("embedding_dim", embedding_dim, 1)
         if max_vocabulary is not None:
@@ -109,7 +117,7 @@ class Categorical(Feature):
         self._given_num_ids = num_ids
         self.vocabulary = None
         if vocabulary is not None:
-            check_several("vocabulary", vocabulary)
+            check_ordered("vocabulary", vocabulary)
             self._set_vocabulary(vocabulary)
 
     def _set_vocabulary(self, vocabulary):
@@ -118,8 +126,8 @@ class Categorical(Feature):
             if not isinstance(value, (str, int, float)):
                 raise ValueError(
                     f"The values of feature {self.name!r} must be strings or "
-                    "numbers, to be saved. Make strings of others. Received: "
-                    f"{value!r}"
+                    "numbers, which can be saved. Convert others to strings. "
+                    f"Received: {value!r}"
                 )
         self._ids = {value: i for i, value in enumerate(self.vocabulary)}
         if not self._ids or len(self._ids) < len(self.vocabulary):
@@ -150,7 +158,7 @@ class Categorical(Feature):
         return Counts() if self.num_ids is None else None
 
     def adapt(self, statistics):
-        # By frequency; ties in the order of their names, not of the data.
+        # By frequency; ties by name, independent of the order of the data.
         counts = sorted(
             statistics.counts.items(), key=lambda item: (-item[1], str(item[0]))
         )
@@ -169,7 +177,7 @@ class Categorical(Feature):
         return ids
 
     def ids_of(self, values):
-        """The ids of an array of values, none of them missing."""
+        """The ids of an array of values without missing ones."""
         if self.num_hash_buckets is not None:
             return hashed_ids(values, self.num_hash_buckets)
         if self.vocabulary is not None:
@@ -182,18 +190,18 @@ class Categorical(Feature):
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"Feature {self.name!r} has no vocabulary: it must be made of "
-                f"ids. Received: dtype={values.dtype}, such as {values[0]!r}"
+                f"ids. Received: dtype={values.dtype}, with {values[0]!r}"
             ) from error
         self._check_ids(numbers)
         return numbers.astype("int32")
 
     def _check_kind(self, values):
-        """Raises if no value is of a kind that the vocabulary has."""
+        """Raises if strings meet a vocabulary of numbers, or the reverse."""
         kinds = {isinstance(plain(value), str) for value in values}
         if kinds.isdisjoint(isinstance(v, str) for v in self.vocabulary):
             raise ValueError(
                 f"No value of feature {self.name!r} can be in its vocabulary: "
-                "one has strings, the other none. Received: "
+                "one has strings, the other has none. Received: "
                 f"{plain(values[0])!r}, vocabulary: {self.vocabulary[0]!r}, ..."
             )
 
@@ -215,7 +223,7 @@ class Categorical(Feature):
             )
 
     def rows(self, ids):
-        """The rows of the table for ids."""
+        """The rows of the table that hold the vectors of ids."""
         return rows_of(ops.cast(ids, "int32"), self.num_ids)
 
     def embed(self, inputs, table=None):
@@ -239,10 +247,10 @@ class Categorical(Feature):
 
 
 def rows_of(ids, num_ids):
-    """The rows of a table with a row for missing and one for unknown ids."""
+    """Ids as rows of a table: 0 for missing, 1 for unknown, `id + 2` else."""
     inside = ops.logical_and(ids >= 0, ids < num_ids)
     rows = ops.where(inside, ids + 2, 1)
-    # `==` would compare the tensors of a graph themselves.
+    # In a graph, `==` may compare the tensor objects, not their values.
     return ops.where(ops.equal(ids, MISSING), 0, rows)
 
 
@@ -253,7 +261,7 @@ class Counts:
         self.counts = {}
 
     def share(self, other):
-        """Counts together with other statistics from now on."""
+        """From now on, adds to the counts of other statistics."""
         self.counts = other.counts
 
     def update(self, values, missing):

@@ -4,16 +4,23 @@ import numpy as np
 
 
 def is_table(data):
-    """Whether it is a frame or a dict of columns, and no stream of these."""
+    """Whether `data` is a frame or a dict of columns, not a stream of them."""
     return isinstance(data, dict) or hasattr(data, "columns")
 
 
 def tables(data):
-    """The tables of a table, or of a stream of tables or `(table, ...)`."""
+    """Yields one table, or each of a stream of tables or `(table, ...)`."""
     if is_table(data):
         yield data
         return
-    for batch in data:
+    try:
+        batches = iter(data)
+    except TypeError as error:
+        raise ValueError(
+            "`data` must be a pandas frame, a dict of arrays, or an iterable "
+            f"of these. Received: data={data!r}"
+        ) from error
+    for batch in batches:
         table = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not is_table(table):
             raise ValueError(
@@ -29,9 +36,9 @@ def column_names(table):
 
 
 def column(table, name):
-    """The values of a column, and which of them are missing.
+    """The values of a column, and a mask of the missing ones.
 
-    Missing are NaN, `None` and `pandas.NA`.
+    NaN, `None` and `pandas.NA` are missing values.
     """
     if name not in column_names(table):
         raise ValueError(
@@ -49,12 +56,12 @@ def column(table, name):
     if values.dtype.kind in "mM":
         raise ValueError(
             f"Column {name!r} holds dates or times, whose unit may differ from "
-            "table to table. Make numbers or strings of them first, such as "
-            f"days or weekdays. Received: dtype={values.dtype}"
+            "table to table. Convert them to numbers or strings first, as days "
+            f"or weekdays. Received: dtype={values.dtype}"
         )
     if is_missing is not None:
         if values.dtype.kind == "f" and given.dtype.kind != "f":
-            # Where one is missing, pandas would round ints to floats.
+            # pandas would round ints to floats if one is missing.
             values = given.to_numpy(object)
         return values, np.asarray(is_missing)
     return values, missing(values)
@@ -68,10 +75,10 @@ def to_numpy(values):
             for i, value in enumerate(values):
                 rows[i] = value
             return rows
-        # NumPy would make strings of the NaNs among strings.
+        # NumPy would convert NaNs among strings to strings.
         is_text = any(isinstance(v, (str, bytes)) for v in values)
         given, values = values, np.asarray(values, object if is_text else None)
-        # Or floats, of ints that no float is equal to.
+        # It would also round large ints to floats.
         if values.dtype.kind == "f" and any(
             isinstance(v, int) and abs(v) > 2**53 for v in given
         ):
@@ -83,6 +90,7 @@ def to_numpy(values):
 
 
 def missing(values):
+    """A mask of the missing values of an array."""
     if values.dtype.kind == "f":
         return np.isnan(values)
     if values.dtype.kind != "O":
@@ -98,7 +106,7 @@ def _is_missing(value):
 
 
 def plain(value):
-    """A value as JSON and dicts have it."""
+    """The Python value of a NumPy scalar; bytes become a string."""
     if isinstance(value, bytes):
         return value.decode("utf-8")
     return value.item() if isinstance(value, np.generic) else value
@@ -119,6 +127,6 @@ def as_floats(values, is_missing, name):
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"Feature {name!r} must be made of numbers. Received: "
-            f"dtype={values.dtype}, such as {values[~is_missing][0]!r}"
+            f"dtype={values.dtype}, with {values[~is_missing][0]!r}"
         ) from error
     return floats

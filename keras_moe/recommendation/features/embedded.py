@@ -11,14 +11,15 @@ from keras_moe.recommendation.features.feature import check_finite
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Embedded(Feature):
-    """A vector that is given: of an image, a text, another model.
+    """A ready-made vector: of an image, of a text, from another model.
 
-    It goes into the model as it is. A missing vector (NaNs, or `None` in a
-    column of lists) becomes zeros.
+    The model takes it unchanged. A missing vector (NaNs, or `None` in a column
+    of lists) becomes zeros.
 
     Args:
         name: str. Name of the feature.
-        dim: int. Width of the vectors. Defaults to `None`: learned by `adapt`.
+        dim: int. Width of the vectors. Defaults to `None`: `adapt`
+            learns it.
 
     Raises:
         ValueError: If `dim` is not a positive int.
@@ -82,6 +83,8 @@ class Embedded(Feature):
 
 
 class _Width:
+    """The width of the vectors seen."""
+
     width = None
 
     def update(self, values, missing):

@@ -1,36 +1,34 @@
 import keras
 import numpy as np
 
-NUMBERS = ("bool", "int", "uint", "float", "bfloat")  # how their dtypes begin
+from keras_moe.checks import check_name
+
+NUMBERS = ("bool", "int", "uint", "float", "bfloat")  # prefixes of dtypes
 
 
 class Feature:
     """Base class of the features of a `FeatureEmbedding`.
 
-    A feature is a description. It says what the model takes (`input_shape`,
-    `input_dtype`), makes its inputs of raw columns (`encode`), learns what it
-    lacks from data (`statistics`, `adapt`), and makes a vector of it (`embed`).
+    A feature says what the model takes (`input_shape`, `input_dtype`), turns
+    raw columns into inputs (`encode`), learns from data what it lacks
+    (`statistics`, `adapt`), and turns inputs into vectors (`embed`).
 
     Args:
-        name: str. Name of the feature: of its column and of the model's input.
+        name: str. Name of the feature, of its column and of the model's input.
     """
 
     input_dtype = "float32"
     input_shape = ()
-    # Those with a table have a name for it, and say how many ids it has.
+    # Features with a table set its name, and define `num_ids`.
     table = None
 
     def __init__(self, name):
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(
-                "`name` must be a string that is not empty and has no '/'. "
-                f"Received: name={name!r}"
-            )
+        check_name("name", name)
         self.name = name
 
     @property
     def lacks(self):
-        """What has to be learned from data before it can be used, or `None`."""
+        """What `adapt` must learn before the feature can be used, or `None`."""
         return None
 
     def statistics(self):
@@ -38,10 +36,10 @@ class Feature:
         return None
 
     def adapt(self, statistics):
-        """Takes what it lacks from the statistics of all data."""
+        """Sets what the feature lacks, from the statistics of all data."""
 
     def encode(self, values, missing):
-        """What the model takes, a NumPy array, of a raw column."""
+        """Turns a raw column into the NumPy array that the model takes."""
         raise NotImplementedError
 
     def check(self, values):
@@ -70,29 +68,36 @@ class Feature:
         """
         if not dtype.startswith(NUMBERS):
             raise ValueError(
-                f"Feature {self.name!r} must be made of numbers in what the "
-                "model takes; `FeatureEmbedding.encode` makes them of strings "
-                f"and other columns. Received: dtype={dtype}"
+                f"Feature {self.name!r} must be made of numbers when the model "
+                "takes it; `FeatureEmbedding.encode` converts strings and "
+                f"other columns. Received: dtype={dtype}"
             )
         takes_ids = self.input_dtype == "int32"
         if takes_ids and unseen and dtype.startswith(("float", "bfloat")):
             raise ValueError(
                 f"Feature {self.name!r} must be made of whole numbers: a "
-                "missing id is -1, and not NaN. `FeatureEmbedding.encode` "
-                "makes ids of what is missing; or cast them. Received: "
+                "missing id is -1, not NaN. Convert the column with "
+                "`FeatureEmbedding.encode`, or cast it. Received: "
                 f"dtype={dtype}"
             )
 
     def embed(self, inputs, table=None):
-        """The feature's vector `(B, width)` of its input."""
+        """Turns inputs into vectors `(B, width)`.
+
+        Args:
+            inputs: Tensor of shape `(B, *input_shape)`.
+            table: Function from rows to vectors. Defaults to `None`: the
+                feature has no table.
+        """
         raise NotImplementedError
 
     @property
     def width(self):
-        """Width of the vector."""
+        """Width of the vectors."""
         raise NotImplementedError
 
     def keras_input(self):
+        """A `keras.Input` of the feature's name, shape and dtype."""
         return keras.Input(
             self.input_shape, dtype=self.input_dtype, name=self.name
         )
@@ -109,16 +114,17 @@ class Feature:
 
 
 def layer_name(name):
-    """A name that a layer with variables can have: PyTorch takes no dots."""
+    """A name for a layer with variables: PyTorch forbids dots in it."""
     return name.replace(".", "-dot-")
 
 
 def check_finite(name, values):
+    """Raises if values of a feature are infinite in float32."""
     if values.dtype.kind in "biu":
         return
     wrong = np.abs(values) > np.finfo("float32").max
     if wrong.any():
         raise ValueError(
-            f"Feature {name!r} must not have infinite values, or such beyond "
-            f"float32. Received: {values[wrong][:5]}"
+            f"Feature {name!r} must not have infinite values, or values "
+            f"beyond float32. Received: {values[wrong][:5]}"
         )

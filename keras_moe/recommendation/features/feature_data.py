@@ -1,7 +1,8 @@
 import keras
 import numpy as np
 
-from keras_moe.checks import check_several
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_ordered
 from keras_moe.recommendation.features.columns import column
 from keras_moe.recommendation.features.columns import is_table
 from keras_moe.recommendation.features.columns import tables
@@ -12,7 +13,10 @@ from keras_moe.recommendation.features.sharing import statistics_of
 
 
 class FeatureData:
-    """What a layer with `features` and `built` does with data, in NumPy."""
+    """The part of a `FeatureEmbedding` that works on data, in NumPy.
+
+    It needs the attributes `features` and `built`.
+    """
 
     @classmethod
     def from_data(
@@ -31,24 +35,30 @@ class FeatureData:
 
         Strings, booleans and pandas categories become `Categorical`, numbers
         `Numeric`, lists (or rows) of floats `Embedded`, and other lists
-        `MultiCategorical`. Numbers that are ids have to be named in
-        `categorical`, and labels in `exclude`. Columns of dates are an error,
-        and dates in strings are categories: make numbers of them first.
+        `MultiCategorical`. Name columns of numeric ids in `categorical`, and
+        labels in `exclude`. Columns of dates are an error, and dates in strings
+        become categories: convert them to numbers first.
 
         Args:
-            data: As in `adapt`. Of a stream, the first entry decides what the
+            data: As in `adapt`. The first table of a stream decides what the
                 columns are.
-            categorical: Names of columns that are `Categorical`.
-            numeric: Names of columns that are `Numeric`.
-            multi_categorical: Names of columns that are `MultiCategorical`.
-            bucketized: Names of columns that are `Bucketized`.
-            exclude: Names of columns that are no features.
-            max_vocabulary: As in `Categorical`.
-            min_count: As in `Categorical`.
+            categorical: Names of columns for `Categorical`. Defaults to `()`,
+                as all of these.
+            numeric: Names of columns for `Numeric`.
+            multi_categorical: Names of columns for `MultiCategorical`.
+            bucketized: Names of columns for `Bucketized`.
+            exclude: Names of columns to leave out.
+            max_vocabulary: As in `Categorical`. Defaults to `None`.
+            min_count: As in `Categorical`. Defaults to `1`.
             **kwargs: Arguments of `FeatureEmbedding`.
 
         Returns:
             A `FeatureEmbedding`.
+
+        Raises:
+            ValueError: If `data` is empty or no table, a name is not the name
+                of a column or is in two lists, or the kind of a column cannot
+                be inferred.
         """
         stream = tables(data)
         first = next(stream, None)
@@ -76,13 +86,17 @@ class FeatureData:
     def adapt(self, data):
         """Learns what features lack: vocabularies, means, boundaries.
 
-        What was given to a feature, or learned before, stays. Features that
-        share a table learn one vocabulary together.
+        Settings that a feature was given, or has already learned, stay.
+        Features that share a table learn one vocabulary together.
 
         Args:
             data: A pandas frame, a dict of arrays or lists, or an iterable of
                 these (or of tuples that begin with one, as batches of `fit`
-                do), which is gone through once.
+                do), which is read once.
+
+        Raises:
+            ValueError: If the layer is already built, or a column is missing
+                or of the wrong kind.
         """
         if self.built:
             raise ValueError(
@@ -102,10 +116,10 @@ class FeatureData:
                 feature.adapt(statistics[feature.name])
 
     def encode(self, data):
-        """What a model takes, of a pandas frame or a dict of columns.
+        """Turns a pandas frame or a dict of columns into inputs of a model.
 
-        Values that are not in a vocabulary become unknown, NaN and `None`
-        missing. Columns that are no features are left out.
+        Values that are not in a vocabulary become unknown; NaN and `None`
+        become missing. Columns without a feature are left out.
 
         Args:
             data: A pandas frame or a dict of arrays or lists.
@@ -114,7 +128,7 @@ class FeatureData:
             Dict of NumPy arrays by feature.
 
         Raises:
-            ValueError: If a column is not there, is of the wrong kind, or has
+            ValueError: If a column is missing, is of the wrong kind, or has
                 ids out of range.
         """
         if not is_table(data):
@@ -135,9 +149,12 @@ class FeatureData:
         """Raises if NumPy arrays are not what the layer takes.
 
         Args:
-            data: Dict of arrays by feature, or of TensorFlow's descriptions of
-                tensors. Other entries are ignored, and what is neither a NumPy
-                array nor a pandas column is not looked into.
+            data: Dict of arrays by feature, or of TensorFlow's tensor specs.
+                Entries without a feature are ignored. Only NumPy arrays and
+                pandas columns are checked value by value.
+
+        Raises:
+            ValueError: If a feature is missing or does not fit.
         """
         self._check_names(data)
         for feature in self.features:
@@ -150,7 +167,11 @@ class FeatureData:
                 feature.check_dtype(values.dtype.name, unseen=True)
 
     def inputs(self):
-        """A dict of `keras.Input` by feature, to make a model with."""
+        """A dict of `keras.Input` by feature, to make a model with.
+
+        Raises:
+            ValueError: If a feature still lacks what `adapt` learns.
+        """
         self._check_adapted()
         return {
             feature.name: feature.keras_input() for feature in self.features
@@ -173,23 +194,25 @@ class FeatureData:
                 )
 
 
-def checked_features(features):
-    """A list of features, from them or their configs."""
-    check_several("features", features)
+def as_features(features):
+    """A list of features, from features or their configs."""
+    check_ordered("features", features)
     checked = []
     for feature in features:
         if isinstance(feature, dict):
-            feature = keras.saving.deserialize_keras_object(feature)
+            feature = as_keras_object(
+                "features", keras.saving.deserialize_keras_object, feature
+            )
         if not isinstance(feature, Feature):
             raise ValueError(
                 "`features` must be a list of features such as "
-                f"keras_moe.layers.Categorical. Received: {feature!r}"
+                f"keras_moe.layers.Categorical. Received: features={features!r}"
             )
         checked.append(feature)
     names = [feature.name for feature in checked]
     if not names or len(set(names)) < len(names):
         raise ValueError(
-            "`features` must be at least one, and have different names. "
+            "`features` must hold at least one, with different names. "
             f"Received: {names}"
         )
     return checked

@@ -1,10 +1,11 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.recommendation.features.feature_data import FeatureData
-from keras_moe.recommendation.features.feature_data import checked_features
+from keras_moe.recommendation.features.feature_data import as_features
 from keras_moe.recommendation.features.sharing import check_shared
 from keras_moe.recommendation.features.vector_tables import embed_together
 from keras_moe.recommendation.features.vector_tables import make_tables
@@ -12,34 +13,34 @@ from keras_moe.recommendation.features.vector_tables import make_tables
 
 @keras.saving.register_keras_serializable("keras_moe")
 class FeatureEmbedding(FeatureData, keras.layers.Layer):
-    """One vector of the features of an example.
+    """Turns the features of an example into one vector.
 
-    Each feature gives a vector: `Categorical`, `MultiCategorical`, `Sequence`
-    and `Bucketized` from a table of learned vectors, `Numeric` and `Embedded`
-    from its own values. Features that name the same `table` share it.
+    Each feature becomes a vector. `Categorical`, `MultiCategorical`, `Sequence`
+    and `Bucketized` look it up in a table of learned vectors; `Numeric` and
+    `Embedded` compute it from their values. Features that name the same `table`
+    share it.
 
-    What a model takes are numbers. Strings, missing values and lists of any
-    length become numbers in NumPy, with the data: `encode` makes arrays of a
-    pandas frame or a dict of columns. What features need to know of the data
-    (vocabularies, means, boundaries of buckets) is given to them, or learned by
-    `adapt` or `from_data` from a frame, a dict or a stream of these, such as a
-    `tf.data.Dataset` or a generator of batches. All that is saved with the
-    layer, so that a loaded model can still encode:
+    A model takes numbers. `encode` makes them in NumPy, from a pandas frame or
+    a dict of columns with strings, missing values and lists of any length. For
+    that, features know vocabularies, means and boundaries of buckets. These are
+    given, or `adapt` or `from_data` learns them from a frame, a dict or a
+    stream of these, for example a `tf.data.Dataset` or a generator of batches.
+    They are saved with the layer, so that a loaded model can still encode:
     `model.get_layer("features").encode(frame)`.
 
-    Small tables of one width (up to 1024 rows) are rows of one variable, which
-    is faster to read, to update and to compile than dozens; unless the
-    initializer or the regularizer would notice. `vectors` gives the vectors of
-    one table.
+    Small tables (up to 1024 rows) of the same width are kept in one variable,
+    which is faster to read, update and compile than dozens. Tables stay apart
+    if the initializer or regularizer depends on the shape of the variable.
+    `vectors` returns the vectors of one table.
 
     Args:
-        features: List of features. What they lack, `embedding_dim` too, is
-            written into them: they belong to this layer.
-        embedding_dim: int. Width of the vectors of tables, for features that
-            say none. Defaults to `16`.
-        output: `"concat"` for one tensor, `"stack"` for the vectors side by
-            side, which must then be of one width, or `"dict"` for a dict by
-            feature. Defaults to `"concat"`.
+        features: List of features. The layer writes what they lack, also
+            `embedding_dim`, into them: do not share them between layers.
+        embedding_dim: int. Width of the vectors in tables, for features without
+            an `embedding_dim` of their own. Defaults to `16`.
+        output: `"concat"` for one tensor, `"stack"` for vectors of the same
+            width side by side, or `"dict"` for a dict by feature. Defaults to
+            `"concat"`.
         embeddings_initializer: Initializer of the tables. Defaults to
             `"uniform"`.
         embeddings_regularizer: Regularizer of the tables. Defaults to `None`.
@@ -55,10 +56,10 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         `(batch, width)`.
 
     Raises:
-        ValueError: If arguments are out of range, two features have one name,
-            or features share a table but differ in its size; when built, if a
-            feature still lacks what `adapt` would learn; when called, if the
-            input of a feature is not there.
+        ValueError: If an argument is out of range or of the wrong kind, or two
+            features have the same name; when built, if features share a table
+            but differ in its size, or a feature still lacks what `adapt`
+            learns; when called, if the input of a feature is missing.
 
     Example:
 
@@ -82,19 +83,23 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         super().__init__(autocast=False, **{"name": "features", **kwargs})
         check_int("embedding_dim", embedding_dim, 1)
         check_one_of("output", output, ("concat", "stack", "dict"))
-        self.features = checked_features(features)
+        self.features = as_features(features)
         self.embedding_dim = embedding_dim
         self.output_kind = output
-        self.embeddings_initializer = keras.initializers.get(
-            embeddings_initializer
+        self.embeddings_initializer = as_keras_object(
+            "embeddings_initializer",
+            keras.initializers.get,
+            embeddings_initializer,
         )
-        self.embeddings_regularizer = keras.regularizers.get(
-            embeddings_regularizer
+        self.embeddings_regularizer = as_keras_object(
+            "embeddings_regularizer",
+            keras.regularizers.get,
+            embeddings_regularizer,
         )
         for feature in self.features:
             if feature.table is not None and feature.embedding_dim is None:
                 feature.embedding_dim = embedding_dim
-        # Layers are tracked, and saved, in what holds them here.
+        # Keras tracks and saves the layers that an attribute holds.
         self._combiners = [
             feature.layer
             for feature in self.features
@@ -110,7 +115,7 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
             self.embeddings_regularizer,
             self.dtype_policy,
         )
-        # Where Keras finds the layers, each once.
+        # For Keras to find each layer once.
         self._embeddings = list(
             dict.fromkeys(table.embedding for table in self._tables.values())
         )
@@ -129,11 +134,11 @@ class FeatureEmbedding(FeatureData, keras.layers.Layer):
         """The vectors of a table, as they are now.
 
         Args:
-            table: str. Its name, by default the name of its feature.
+            table: str. Name of the table: by default its feature's name.
 
         Returns:
-            NumPy array `(num_ids + 2, embedding_dim)`: of missing values, of
-            unknown ones, and then of the ids from 0.
+            NumPy array `(num_ids + 2, embedding_dim)`: the vectors of missing
+            values, of unknown values, and of the ids from 0.
 
         Raises:
             ValueError: If there is no such table, or the layer is not built.

@@ -8,7 +8,7 @@ from keras_moe.recommendation.features.columns import plain
 
 
 def hashed_ids(values, num_buckets):
-    """Ids from 0 to `num_buckets - 1` of an array of values.
+    """Hashes an array of values to ids from 0 to `num_buckets - 1`.
 
     Whole numbers are mixed by SplitMix64, whatever their dtype: a column of
     ints becomes one of floats where some are missing. All other values are

@@ -1,7 +1,9 @@
-"""Features from what the columns of a table look like."""
+"""Infers features from the columns of a table."""
 
 import numpy as np
 
+from keras_moe.checks import check_int
+from keras_moe.checks import check_several
 from keras_moe.recommendation.features.bucketized import Bucketized
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.columns import column
@@ -21,12 +23,15 @@ def infer_features(
     max_vocabulary=None,
     min_count=1,
 ):
-    """One feature for each column of a table that is not excluded.
+    """One feature for each column of a table, without those in `exclude`.
 
     Strings, booleans and pandas categories become `Categorical`, numbers
     `Numeric`, lists of floats `Embedded`, and other lists `MultiCategorical`,
-    unless one of the lists of names has the column.
+    unless an argument names the column.
     """
+    if max_vocabulary is not None:
+        check_int("max_vocabulary", max_vocabulary, 1)
+    check_int("min_count", min_count, 1)
     limits = {"max_vocabulary": max_vocabulary, "min_count": min_count}
     named = {
         "categorical": (categorical, lambda n: Categorical(n, **limits)),
@@ -42,11 +47,13 @@ def infer_features(
     for argument, (names, make) in named.items():
         if isinstance(names, str):
             names = [names]
+        check_several(argument, names)
         for name in names:
             if name not in columns or name in makers:
                 raise ValueError(
-                    f"`{argument}` must hold names of columns, each in one "
-                    f"list alone. Received: {name!r}, columns={columns}"
+                    f"`{argument}` must hold names of columns, and no column "
+                    f"may be in two lists. Received: {argument}={names!r}, "
+                    f"with {name!r}, columns={columns}"
                 )
             makers[name] = make
     features = []
@@ -86,7 +93,7 @@ def _inferred(table, name, limits):
         if isinstance(first, (int, float, np.number)):
             return Numeric(name)
     raise ValueError(
-        f"What column {name!r} is cannot be told from its values. Name it in "
-        "`categorical`, `numeric`, `multi_categorical`, `bucketized` or "
-        f"`exclude`. Received: dtype={values.dtype}, shape={values.shape}"
+        f"The kind of column {name!r} cannot be told from its values. Name it "
+        "in `categorical`, `numeric`, `multi_categorical`, `bucketized` "
+        f"or `exclude`. Received: dtype={values.dtype}, shape={values.shape}"
     )

@@ -4,6 +4,7 @@ from keras import ops
 
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_text
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.categorical import Counts
@@ -15,36 +16,37 @@ COMBINERS = ("mean", "sum", "sqrtn", "max")
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MultiCategorical(Categorical):
-    """Several of many values: the genres of a film, the words of a title.
+    """A feature with several values: genres of a film, words of a title.
 
     The model takes ids as `Categorical` does, in lists padded to one length.
     The vector is the mean (or another `combiner`) of the entries' vectors,
-    padding (`mask_id` and `-1`) left out. An empty list gives zeros.
-    Unknown entries count as any other.
+    without padding (`mask_id` and `-1`). An empty list gives zeros. Unknown
+    entries count like any other.
 
-    `encode` takes lists of values, or strings with a `separator`, or arrays
-    `(N, length)` of values; it pads, and cuts what is too long.
+    `encode` takes lists of values, strings with a `separator`, or arrays
+    `(N, length)` of values. It pads short lists and cuts long ones.
 
     Args:
         name: str. Name of the feature.
-        vocabulary: As in `Categorical`.
-        num_ids: As in `Categorical`.
-        embedding_dim: As in `Categorical`.
-        table: As in `Categorical`.
-        length: int. Length of the lists. Defaults to `None`: the longest list
-            that `adapt` saw, or of any length if it saw none.
-        combiner: `"mean"`, `"sum"`, `"sqrtn"` (the sum divided by the root of
-            the number) or `"max"`. Defaults to `"mean"`.
-        mask_id: int. The id of padding: `-1`, or `0` for data padded with
-            zeros, in which no value has the id 0. Defaults to `-1`.
-        separator: str. What stands between the values in strings such as
-            `"drama|comedy"`. Defaults to `None`, there are no such strings.
-        max_vocabulary: As in `Categorical`.
-        min_count: As in `Categorical`.
-        num_hash_buckets: As in `Categorical`.
+        vocabulary: As in `Categorical`. Defaults to `None`.
+        num_ids: As in `Categorical`. Defaults to `None`.
+        embedding_dim: As in `Categorical`. Defaults to `None`.
+        table: As in `Categorical`. Defaults to `None`.
+        length: int. Length of the lists. Defaults to `None`: the length of the
+            longest list in `adapt`, or any length without `adapt`.
+        combiner: `"mean"`, `"sum"`, `"sqrtn"` (the sum divided by the square
+            root of the number of entries) or `"max"`. Defaults to `"mean"`.
+        mask_id: int. Id of padding: `-1`, or `0` for data padded with zeros, in
+            which no value has the id 0. Defaults to `-1`.
+        separator: str. Separator of the values in strings, as in
+            `"drama|comedy"`. Defaults to `None`: the values are in lists.
+        max_vocabulary: As in `Categorical`. Defaults to `None`.
+        min_count: As in `Categorical`. Defaults to `1`.
+        num_hash_buckets: As in `Categorical`. Defaults to `None`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            arguments do not fit together.
 
     Example:
 
@@ -55,8 +57,7 @@ class MultiCategorical(Categorical):
     [[2, 0, -1], [-2, -1, -1]]
     """
 
-    known_combiners = COMBINERS
-    # Which end of a list that is too long is kept.
+    # Whether a list that is too long keeps its end, or its beginning.
     keeps_last = False
 
     def __init__(
@@ -86,19 +87,23 @@ class MultiCategorical(Categorical):
         )
         if length is not None:
             check_int("length", length, 1)
-        if isinstance(combiner, str):
-            check_one_of("combiner", combiner, self.known_combiners)
+        if separator is not None:
+            check_text("separator", separator)
+        self.check_combiner(combiner)
         check_one_of("mask_id", mask_id, (MISSING, 0))
         if mask_id == 0 and num_ids is None:
             raise ValueError(
                 "With `mask_id=0` no value may have the id 0, but the first "
-                "of a vocabulary has, and a hashed one may. Received, for "
+                "of a vocabulary has it, and a hashed one may. Received, for "
                 f"feature {name!r}: mask_id=0, num_ids=None"
             )
         self.length = length
         self.combiner = combiner
         self.mask_id = mask_id
         self.separator = separator
+
+    def check_combiner(self, combiner):
+        check_one_of("combiner", combiner, COMBINERS)
 
     @property
     def input_shape(self):
@@ -125,14 +130,14 @@ class MultiCategorical(Categorical):
             known = ~missing_values(entries)
             row = np.full(len(entries), MISSING, "int32")
             row[known] = self.ids_of(entries[known])
-            if len(row) > length:  # Padding goes first.
+            if len(row) > length:  # Drop padding first.
                 row = row[(row != MISSING) & (row != self.mask_id)]
                 row = row[-length:] if self.keeps_last else row[:length]
             ids[i, : len(row)] = row
         return ids
 
     def lists(self, values, missing):
-        """One array of values an example."""
+        """One array of values for each example."""
         if values.ndim == 2:
             return list(values)
         empty = np.empty(0, object)
@@ -172,10 +177,10 @@ class MultiCategorical(Categorical):
 
 
 def combine(vectors, mask, combiner):
-    """One vector `(B, D)` of those `(B, L, D)` where the mask is true."""
+    """Combines vectors `(B, L, D)` where the mask is true into `(B, D)`."""
     mask = ops.expand_dims(mask, -1)  # (B, L, 1)
     if combiner == "max":
-        # Not the infinities of max: a row of padding alone must give zeros.
+        # No infinities: a row of padding alone must give zeros.
         lowest = ops.min(vectors, axis=1, keepdims=True)
         best = ops.max(ops.where(mask, vectors, lowest), axis=1)
         return ops.where(ops.any(mask, axis=1), best, ops.zeros_like(best))

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
@@ -25,20 +26,19 @@ class Numeric(Feature):
 
     Args:
         name: str. Name of the feature.
-        normalize: `"standard"` (mean 0 and variance 1), `"minmax"` (from 0 to
-            1, in the data it was adapted to) or `None`. Defaults to
-            `"standard"`.
-        offset: float. Defaults to `None`: learned by `adapt`, 0 without
-            `normalize`.
-        scale: float. Defaults to `None`: learned by `adapt`, 1 without
-            `normalize`.
-        log: bool. Whether `sign(x) * log(1 + |x|)` takes the place of `x`, for
-            prices and counts. Defaults to `False`.
-        missing_indicator: bool. Whether to give a second number, 1 where it is
-            missing and 0 elsewhere. Defaults to `False`.
+        normalize: `"standard"` (mean 0 and variance 1), `"minmax"` (0 to 1 in
+            the data given to `adapt`) or `None`. Defaults to `"standard"`.
+        offset: float. Number to subtract. Defaults to `None`: `adapt` learns
+            it, or 0 without `normalize`.
+        scale: float. Positive number to divide by. Defaults to `None`: `adapt`
+            learns it, or 1 without `normalize`.
+        log: bool. Whether `sign(x) * log(1 + |x|)` replaces `x`, for prices and
+            counts. Defaults to `False`.
+        missing_indicator: bool. Whether to add a second number: 1 if the value
+            is missing, otherwise 0. Defaults to `False`.
 
     Raises:
-        ValueError: If arguments are out of range.
+        ValueError: If an argument is out of range or of the wrong kind.
 
     Example:
 
@@ -64,6 +64,8 @@ class Numeric(Feature):
             check_number("offset", offset)
         if scale is not None:
             check_positive("scale", scale)
+        check_bool("log", log)
+        check_bool("missing_indicator", missing_indicator)
         if normalize is None:
             offset = 0.0 if offset is None else offset
             scale = 1.0 if scale is None else scale
@@ -90,7 +92,7 @@ class Numeric(Feature):
             warnings.warn(
                 f"Feature {self.name!r} has numbers of up to {largest:.9g}, "
                 f"which differ by about {scale:.3g}: float32 rounds much of "
-                "that away. Subtract something from them first.",
+                "that away. Subtract an offset from them first.",
                 stacklevel=2,
             )
         self.offset = offset if self.offset is None else self.offset
@@ -132,7 +134,7 @@ class Numeric(Feature):
 
 
 class _Moments:
-    """Mean, variance and range of all numbers that were seen."""
+    """Mean, variance and range of all numbers seen."""
 
     def __init__(self, feature):
         self.feature = feature
@@ -148,7 +150,7 @@ class _Moments:
             return
         if self.feature.log:
             x = np.sign(x) * np.log1p(np.abs(x))
-        # Chan's merge: a sum of squares would cancel where means are large.
+        # Chan's merge: plain sums of squares cancel where means are large.
         count, mean = self.count + x.size, x.mean()
         delta = mean - self.mean
         self.squares += ((x - mean) ** 2).sum()
@@ -166,8 +168,8 @@ class _Moments:
             offset, scale = self.low, self.high - self.low
         else:
             offset, scale = self.mean, np.sqrt(self.squares / self.count)
-        # A constant feature says nothing, and must not become NaN. What
-        # rounding makes of its variance is not exactly 0.
+        # A constant feature must not become NaN. Its variance may not be
+        # exactly 0, because of rounding.
         if self.low == self.high or not scale > 0:
             scale = 1.0
         return float(offset), float(scale)

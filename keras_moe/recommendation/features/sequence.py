@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.recommendation.features.categorical import MISSING
 from keras_moe.recommendation.features.multi_categorical import COMBINERS
 from keras_moe.recommendation.features.multi_categorical import MultiCategorical
@@ -9,32 +10,33 @@ from keras_moe.recommendation.features.multi_categorical import combine
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Sequence(MultiCategorical):
-    """What somebody did, in the order of time, the last thing last.
+    """A history of values in order of time, the latest last.
 
-    As `MultiCategorical`, but of a sequence that is too long the last entries
-    are kept, and the vector may depend on the order: `"last"`, or what a layer
-    makes of the vectors.
+    It works like `MultiCategorical`, with two differences: a sequence that is
+    too long keeps its last entries, and the vector may depend on the order
+    (`combiner="last"` or a layer).
 
     Args:
         name: str. Name of the feature.
-        vocabulary: As in `Categorical`.
-        num_ids: As in `Categorical`.
-        embedding_dim: As in `Categorical`.
+        vocabulary: As in `Categorical`. Defaults to `None`.
+        num_ids: As in `Categorical`. Defaults to `None`.
+        embedding_dim: As in `Categorical`. Defaults to `None`.
         table: As in `Categorical`. A history of items and the item itself
-            should share one.
-        length: As in `MultiCategorical`.
+            should share one. Defaults to `None`.
+        length: As in `MultiCategorical`. Defaults to `None`.
         combiner: `"mean"`, `"sum"`, `"sqrtn"`, `"max"`, `"last"` (the vector of
-            the last entry that is no padding), or a layer that is called as
-            `layer(vectors (B, L, D), mask=mask (B, L))` and gives `(B, O)`,
-            such as `keras.layers.GRU(16)`. Defaults to `"mean"`.
-        mask_id: As in `MultiCategorical`.
-        separator: As in `MultiCategorical`.
-        max_vocabulary: As in `Categorical`.
-        min_count: As in `Categorical`.
-        num_hash_buckets: As in `Categorical`.
+            the last entry that is not padding), or a layer that is called as
+            `layer(vectors (B, L, D), mask=mask (B, L))` and gives `(B, O)`, for
+            example `keras.layers.GRU(16)`. Defaults to `"mean"`.
+        mask_id: As in `MultiCategorical`. Defaults to `-1`.
+        separator: As in `MultiCategorical`. Defaults to `None`.
+        max_vocabulary: As in `Categorical`. Defaults to `None`.
+        min_count: As in `Categorical`. Defaults to `1`.
+        num_hash_buckets: As in `Categorical`. Defaults to `None`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            arguments do not fit together.
 
     Example:
 
@@ -45,7 +47,6 @@ class Sequence(MultiCategorical):
     ... ])
     """
 
-    known_combiners = (*COMBINERS, "last")
     keeps_last = True
 
     def __init__(
@@ -64,11 +65,8 @@ class Sequence(MultiCategorical):
         num_hash_buckets=None,
     ):
         if isinstance(combiner, dict):
-            combiner = keras.saving.deserialize_keras_object(combiner)
-        if not isinstance(combiner, (str, keras.layers.Layer)):
-            raise ValueError(
-                f"`combiner` must be one of {self.known_combiners} or a "
-                f"layer. Received: combiner={combiner!r}"
+            combiner = as_keras_object(
+                "combiner", keras.saving.deserialize_keras_object, combiner
             )
         super().__init__(
             name=name,
@@ -85,6 +83,15 @@ class Sequence(MultiCategorical):
             num_hash_buckets=num_hash_buckets,
         )
 
+    def check_combiner(self, combiner):
+        known = (*COMBINERS, "last")
+        is_known = isinstance(combiner, str) and combiner in known
+        if not is_known and not isinstance(combiner, keras.layers.Layer):
+            raise ValueError(
+                f"`combiner` must be one of {known} or a layer. "
+                f"Received: combiner={combiner!r}"
+            )
+
     @property
     def layer(self):
         """The layer that combines, or `None`."""
@@ -96,7 +103,7 @@ class Sequence(MultiCategorical):
         if self.layer is not None:
             return self.layer(vectors, mask=mask)
         if self.combiner == "last":
-            # Of all that are no padding, the one with the largest position.
+            # The entry with the largest position that is not padding.
             places = ops.cumsum(ops.cast(mask, "int32"), axis=1)
             is_last = ops.logical_and(mask, places == places[:, -1:])
             return combine(vectors, is_last, "sum")

@@ -4,7 +4,7 @@ from keras_moe.recommendation.features.bucketized import Bucketized
 
 
 def adopt_vocabularies(features):
-    """Features without a vocabulary take their table's, if it has one."""
+    """Features without a vocabulary take the one of their table, if any."""
     for table in _tables(features):
         known = [f for f in table if f.num_ids is not None]
         for feature in table if known else ():
@@ -13,7 +13,7 @@ def adopt_vocabularies(features):
 
 
 def statistics_of(features):
-    """Statistics by the name of the feature; tables count together."""
+    """Statistics by feature name; features of one table count together."""
     statistics = {f.name: f.statistics() for f in features}
     for table in _tables(features):
         counting = [statistics[f.name] for f in table if f.num_ids is None]
@@ -31,7 +31,7 @@ def _tables(features):
 
 
 def check_shared(features):
-    """Raises if features of one table do not agree on what it is."""
+    """Raises if features that share a table disagree about it."""
     first = {}
     for feature in features:
         if feature.table is None:
@@ -40,7 +40,7 @@ def check_shared(features):
         for attribute in ("num_ids", "embedding_dim", "vocabulary"):
             here = getattr(feature, attribute)
             there = getattr(other, attribute)
-            # Ids in the data may well be positions in the vocabulary.
+            # The ids of one may be positions in the vocabulary of the other.
             one_is_none = attribute == "vocabulary" and None in (here, there)
             if here != there and not one_is_none:
                 shown = attribute != "vocabulary"
@@ -58,7 +58,7 @@ def check_shared(features):
 
 
 def _makes_ids(feature):
-    """How a feature makes ids of values, if it does."""
+    """How a feature turns values into ids, if it does."""
     kinds = set()
     if feature.vocabulary is not None:
         kinds.add("vocabulary")

@@ -12,11 +12,11 @@ from keras_moe.recommendation.features.categorical import rows_of
 from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.stacked.draws import own_draws
 
-# Tables of up to so many rows are kept together: each variable costs its time
-# in every step, and more when the step is compiled.
+# Tables of up to this many rows share a variable: each variable takes time in
+# every step, and more when the step is compiled.
 SMALL = 1024
 
-# For these it makes no difference whether tables are one variable or several.
+# With these, tables in one variable behave as tables in several.
 ELEMENTWISE_INITIALIZERS = (
     keras.initializers.Constant,
     keras.initializers.RandomNormal,
@@ -50,7 +50,7 @@ class VectorTable(NamedTuple):
 
 
 def make_tables(features, initializer, regularizer, dtype):
-    """The tables of features, small ones of one width in one `Embedding`.
+    """Makes the tables of features, small ones of one width together.
 
     Args:
         features: List of features.
@@ -93,21 +93,22 @@ def make_tables(features, initializer, regularizer, dtype):
 
 
 def embed_together(features, inputs, tables, joined=False):
-    """The vectors of features with one id, where their tables are together.
+    """Looks up at once the features with one id whose tables are together.
 
     Args:
         features: List of all features.
         inputs: Dict of tensors by feature.
         tables: Dict of `VectorTable` by name.
-        joined: bool. Whether the vectors of features that follow each other
-            may stay one: it is at the first, `None` at the others.
+        joined: bool. Whether vectors of consecutive features may stay one
+            tensor: the first feature then has it, and the others have `None`.
+            Defaults to `False`.
 
     Returns:
-        Dict of tensors `(B, width)` by feature, of some features.
+        Dict of tensors `(B, width)` by feature, for the features looked up.
     """
     groups = {}
     for place, feature in enumerate(features):
-        # A subclass may read its ids in its own way.
+        # A subclass may read ids in its own way.
         if type(feature) is Categorical:
             embedding = tables[feature.table].embedding
             groups.setdefault(embedding.name, []).append(place)
@@ -141,7 +142,7 @@ def _read(features, inputs, tables):
     embedding, _, size = tables[features[0].table]
     if embedding.quantization_mode is not None or size > SMALL:
         return embedding(rows)
-    # TensorFlow would update a few rows in more time than all of them.
+    # TensorFlow takes longer to update a few rows than all of them.
     values = ops.convert_to_tensor(embedding.embeddings)
     return ops.take(ops.reshape(values, (-1, values.shape[-1])), rows, axis=0)
 

@@ -1,1 +1,1 @@
-"""Experts that several tasks mix, each by a gate of its own."""
+"""Experts that several tasks mix, each task with its own gate."""

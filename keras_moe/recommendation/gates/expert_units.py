@@ -1,4 +1,4 @@
-"""Which unit of a `MultiGateMoE` owns an expert, and which gate sees it."""
+"""Which unit of a `MultiGateMoE` owns each expert, and which gates see it."""
 
 import numpy as np
 
@@ -11,9 +11,10 @@ VISIBILITIES = ("own_and_shared", "all")
 
 
 class ExpertUnits:
-    """The tasks, and the shared unit: whose the experts are, who sees them.
+    """Who owns each expert, and which gates see it.
 
-    The experts are ordered by the task that owns them, the shared ones last.
+    The units are the tasks and the shared unit, which owns the experts that no
+    task owns. The experts are ordered by unit, the shared ones last.
 
     Args:
         num_tasks, num_shared_experts, num_task_experts, visibility,
@@ -25,9 +26,9 @@ class ExpertUnits:
             `num_tasks` for the shared ones.
         visible, own: `(G, E)` boolean arrays. There is a gate for each task,
             and with `output_shared` one for the shared unit.
-        stopped: `(G, E)` boolean array, or `None`. The experts of other tasks,
-            into which the output of a task sends no gradient.
-        has_several_somewhere: bool. Whether any unit owns more than one.
+        stopped: `(G, E)` boolean array, or `None`. Where a gate sees an expert
+            of another task and sends it no gradient.
+        has_several_somewhere: bool. Whether any unit owns several experts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The gates of HoME on what its experts read."""
+"""Gates on the inputs of experts (HoME)."""
 
 import keras
 from keras import ops
@@ -9,7 +9,7 @@ from keras_moe.stacked.per_expert import PerExpertInitializer
 
 
 class FeatureGates(keras.layers.Layer):
-    """What each expert reads, gated: `(B, D)` or `(B, S, D)` -> `(B, E, D)`.
+    """Gates what each expert reads: `(B, D)` or `(B, S, D)` -> `(B, E, D)`.
 
     ```
     y[:, e] = x * 2 sigmoid(x @ down[e] @ up[e])           x of the slot of e

@@ -1,8 +1,7 @@
 """From the logits of gates to their weights, and to mixtures of experts.
 
-Logits and weights are `(B, G, E)`, G gates. Which experts a gate sees is known
-when the layer is made, a boolean array `visible` `(G, E)`; weights are zero
-elsewhere.
+Logits and weights are `(B, G, E)` for G gates. The constant boolean array
+`visible` `(G, E)` says which experts a gate sees; all other weights are 0.
 """
 
 import keras
@@ -20,10 +19,10 @@ NAMED = ("softmax", "sparsemax", "entmax15", "top_k", "dselect_k")
 
 
 def get(identifier):
-    """One of `NAMED`, or what Keras makes of it.
+    """One of `NAMED`, or a function that Keras knows.
 
     Raises:
-        ValueError: If Keras makes nothing of it.
+        ValueError: If it is neither.
     """
     if isinstance(identifier, str) and identifier in NAMED:
         return identifier
@@ -43,21 +42,22 @@ def serialize(activation):
 
 
 def gate_weights(logits, visible, activation, top_k=None):
-    """The weights that `activation` makes of the logits.
+    """Turns the logits into weights.
 
     Args:
         logits: `(B, G, E)`.
         visible: `(G, E)` boolean array. Each gate sees an expert.
-        activation: One of `NAMED`, but not `"dselect_k"`; or a function of
-            logits. It gets minus infinity for experts that a gate does not see,
-            so that functions which normalize do so over those it sees.
-        top_k: int. Of the softmax over the `top_k` largest logits.
+        activation: One of `NAMED` except `"dselect_k"`; or a function of the
+            logits. The logits of experts that a gate does not see are minus
+            infinity, so that a function normalizes over the others.
+        top_k: int. For `"top_k"`: how many of the largest logits the softmax
+            runs over.
 
     Returns:
         `(B, G, E)`.
     """
-    # A number, and no tensor of them: ONNX files that tf2onnx writes multiply
-    # the tensors with the condition, and so make NaN of the infinities.
+    # A Python float, not a tensor: tf2onnx replaces `where` by products with
+    # the condition, and infinity times 0 is NaN.
     lowest = float("-inf")
     if not visible.all():
         logits = ops.where(visible, logits, lowest)
@@ -77,11 +77,14 @@ def gate_weights(logits, visible, activation, top_k=None):
 
 
 def self_gate_weights(logits, own):
-    """HoME's self gate: softmax over a unit's own experts, sigmoid of one."""
+    """The self gates of HoME: a softmax over the unit's own experts.
+
+    A unit with one expert has a sigmoid instead.
+    """
     weights = ops.zeros_like(logits)
     number = own.sum(axis=-1, keepdims=True)
     if (number > 1).any():
-        # A row without any must not be minus infinity throughout.
+        # A row in which all logits are minus infinity would give NaN.
         over = np.where(number > 1, own, True)
         softmaxed = gate_weights(logits, over, "softmax")
         weights = only(own & (number > 1), softmaxed)
@@ -91,17 +94,18 @@ def self_gate_weights(logits, own):
 
 
 def only(visible, weights):
+    """Sets the weights of experts that a gate does not see to 0."""
     if visible.all():
         return weights
     return ops.where(visible, weights, ops.zeros_like(weights))
 
 
 def drop_gates(weights, rate, seed, activation):
-    """Drops weights at random, and makes up for it in the others.
+    """Drops weights at random and scales up the others.
 
-    The weights of a gate keep their sum. Where all with a weight were dropped,
-    none are. Of a function that may give negative ones, where a sum can be
-    close to 0, the others are divided by `1 - rate`.
+    The weights of each gate keep their sum. If all of them would be dropped,
+    they all stay. Weights from a Keras activation are divided by `1 - rate`
+    instead, since negative ones can make the sum close to 0.
     """
     kept = keras.random.uniform(ops.shape(weights), seed=seed) >= rate
     rest = ops.where(kept, weights, ops.zeros_like(weights))
@@ -120,8 +124,8 @@ def mix(weights, outputs, stopped=None):
     Args:
         weights: `(B, G, E)`.
         outputs: `(B, E, O)`.
-        stopped: `(G, E)` boolean array: where a gate sends no gradient into an
-            expert. Defaults to `None`, nowhere.
+        stopped: `(G, E)` boolean array. Where a gate sends no gradient into
+            an expert. Defaults to `None`: it always does.
 
     Returns:
         `(B, G, O)`.

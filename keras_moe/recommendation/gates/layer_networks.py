@@ -7,28 +7,28 @@ from keras_moe.stacked import layer_copies
 
 @keras.saving.register_keras_serializable("keras_moe")
 class LayerNetworks(keras.layers.Layer):
-    """Layers of any kind side by side, each a network of its own.
+    """Layers of any kind side by side.
 
     ```
     y[:, n] = layer[n](x[:, slot of n])
     ```
 
-    These are experts for a `MultiGateMoE` that no `StackedMLP` describes. They
-    run one after the other, where a `StackedMLP` computes all at once.
+    They serve as experts of a `MultiGateMoE` that are more than a
+    `StackedMLP`. They run one after the other; a `StackedMLP` computes all
+    networks at once.
 
     Args:
-        layer: A layer `(batch, dim) -> (batch, width)`, which is copied for
-            each network: the copies have weights and seeds of their own. Or a
-            list of `num_networks` different layers, which are taken as they
-            are.
+        layer: A layer `(batch, dim) -> (batch, width)`. It is copied for each
+            network, and each copy has its own weights and seeds. Or a list of
+            `num_networks` different layers, which are used as they are.
         num_networks: int. Number of networks.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, dim)`, read by all networks, or
-            `(batch, slots, dim)`, where `num_networks / slots` networks in a
-            row read the same slot.
-        training: bool. Passed on to layers that take it.
+            `(batch, slots, dim)`, where `num_networks / slots` consecutive
+            networks read the same slot.
+        training: bool. Passed on to the layers that take it.
 
     Input shape:
         `(batch, dim)` or `(batch, slots, dim)`
@@ -38,8 +38,7 @@ class LayerNetworks(keras.layers.Layer):
 
     Raises:
         ValueError: If `layer` is not a layer or a list of `num_networks`
-            different ones; when built, if they differ in the width of their
-            output.
+            different layers; when built, if the widths of their outputs differ.
 
     Example:
 
@@ -55,7 +54,7 @@ class LayerNetworks(keras.layers.Layer):
         self.num_networks = num_networks
         given = isinstance(layer, (list, tuple))
         template = None if given else layer_copies.config_of(layer)
-        # A function, since Keras would make the dict one of its own.
+        # A function, since Keras wraps dicts that are attributes.
         self._template = lambda: template
         if given:
             self.layers = list(layer)

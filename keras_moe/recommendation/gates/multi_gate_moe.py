@@ -1,20 +1,20 @@
 import keras
-from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_bool
+from keras_moe.checks import check_seed
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.recommendation.gates import multi_gate_parts as parts
 from keras_moe.recommendation.gates.expert_units import ExpertUnits
-from keras_moe.recommendation.gates.gate_activations import mix
+from keras_moe.recommendation.gates.gated_experts import GatedExperts
 from keras_moe.recommendation.gates.layer_networks import deserialized_layers
 from keras_moe.recommendation.gates.self_residual import make_residual
 from keras_moe.recommendation.gates.unit_inputs import UnitInputs
-from keras_moe.recommendation.gates.unit_inputs import one_by_one
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MultiGateMoE(keras.layers.Layer):
-    """One level of experts that several tasks mix, each by a gate of its own.
+class MultiGateMoE(GatedExperts):
+    """One level of experts that several tasks mix, each with its own gate.
 
     ```
     expert[e] = mlp[e](x[slot of e])                        for each expert
@@ -22,19 +22,19 @@ class MultiGateMoE(keras.layers.Layer):
     y[t]      = sum over the experts t sees of gate[t][e] * expert[e]
     ```
 
-    The units are the tasks, and one more for the experts they share. Each task
-    may have experts of its own, and sees these and the shared ones, or all, or
-    what a matrix says. The published models are settings of this layer:
+    The units are the tasks, and one more for the experts they share. A task may
+    own experts. It sees its own experts and the shared ones, all experts, or
+    the experts that a matrix names. Published models are settings of the layer:
 
     | model | settings |
     |---|---|
     | MMoE | `num_shared_experts=8` |
-    | OMoE | the same with `num_tasks=1`: one gate for all tasks |
+    | OMoE | MMoE's with `num_tasks=1`: one gate for all tasks |
     | CGC | `num_task_experts=4, num_shared_experts=4` |
-    | PLE | such layers in a row, all but the last with `output_shared=True` |
+    | PLE | CGC layers in a row, all but the last with `output_shared=True` |
     | AdaTT | PLE's with `visibility="all", self_residual="weights"` |
     | STEM | `visibility="all", gate_input="slot_plus_shared",
-      stop_cross_task_gradients=True`, an embedding a unit |
+      stop_cross_task_gradients=True`, and one embedding per unit |
     | DSelect-k | `gate_activation="dselect_k"` |
     | MMoEEx | a random matrix as `visibility` |
     | HoME | `expert_normalization="batch", expert_activation="silu",
@@ -59,48 +59,50 @@ class MultiGateMoE(keras.layers.Layer):
             expert; an empty list makes an expert of its input as it is.
             Defaults to `(16,)`.
         num_shared_experts: int. Experts that no task owns. Defaults to `8`.
-        num_task_experts: int, or a list of one a task. Experts that it owns.
-            Defaults to `0`.
+        num_task_experts: int, or a list with an int for each task. Number of
+            experts that each task owns. Defaults to `0`.
         visibility: `"own_and_shared"`: a task sees its own experts and the
-            shared ones. `"all"`: all of them. Or a matrix of zeros and ones,
-            `(gates, experts)`, the gate of the shared unit last. Defaults to
-            `"own_and_shared"`.
+            shared ones. `"all"`: it sees all experts. Or a matrix of zeros and
+            ones, `(gates, experts)`, the gate of the shared unit last. Defaults
+            to `"own_and_shared"`.
         shared_sees: `"all"` or `"shared"`: what the gate of the shared unit
             sees, unless `visibility` is a matrix. Defaults to `"all"`.
-        output_shared: bool. Whether the shared unit has a gate too, and thus an
-            output, for the next level. Defaults to `False`.
+        output_shared: bool. Whether the shared unit has a gate and an output
+            too, for the next level. Defaults to `False`.
         expert_slots: List of ints. The input slot that each expert reads.
-            Defaults to `None`, its unit's slot.
+            Defaults to `None`, the slot of its unit.
         experts: A `keras_moe.layers.StackedMLP`, or another layer with an
             attribute `num_networks`; or a layer `(batch, dim) -> (batch,
             width)` to copy for each expert, or a list of layers. Defaults to
-            `None`: what the flat arguments describe.
-        gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the same.
-        feature_gate_rank: int, or `None`. With it, each expert reads
-            `x * 2 sigmoid(x @ down[e] @ up[e])`, where `down` has so many
-            columns. Defaults to `None`.
+            `None`: the flat arguments describe the experts.
+        gates: A `keras_moe.layers.TaskGates`. Defaults to `None`: the flat
+            arguments describe the gates.
+        feature_gate_rank: int, or `None`. Number of columns of `down`, if each
+            expert reads `x * 2 sigmoid(x @ down[e] @ up[e])`. Defaults to
+            `None`: it reads `x`.
         gate_input: `"slot"`, or `"slot_plus_shared"`: a task's gate reads the
             sum of its slot and the shared one. Defaults to `"slot"`.
-        self_residual: `"weights"`, to add `sum w[e] * expert[e]` over a unit's
-            own experts, `w` learned for all inputs alike (the constant 1 if
-            each unit has one expert); `"gates"`, with `w` of a second gate,
-            softmax over the own experts, sigmoid of one. Defaults to `None`.
-        stop_cross_task_gradients: bool. Whether the output of a task sends no
-            gradient into the experts of other tasks. Defaults to `False`.
+        self_residual: `"weights"` adds `sum w[e] * expert[e]` over a unit's
+            own experts, where `w` is learned and independent of the input (and
+            the constant 1 if each unit has one expert). With `"gates"`, `w`
+            comes from a second gate, a softmax over the unit's own experts, or
+            a sigmoid if it has one. Defaults to `None`, no residual.
+        stop_cross_task_gradients: bool. Whether to stop the gradients from a
+            task's output to the experts of other tasks. Defaults to `False`.
         return_gates: bool. Whether to return `(outputs, gates)`. Defaults to
             `False`.
-        seed: int, or `None`. Seed of the parts that flat arguments describe and
-            of a self residual. Defaults to `None`.
-        kernel_initializer: Initializer of experts that flat arguments describe
-            and of the gates on features. Defaults to `"glorot_uniform"`.
+        seed: int, or `None`. Seed of the parts made from flat arguments and of
+            the self residual. Defaults to `None`.
+        kernel_initializer: Initializer of experts made from flat arguments and
+            of the gates on features. Defaults to `"glorot_uniform"`.
         **kwargs: The other flat arguments, and arguments of a Keras layer.
 
     Call arguments:
-        inputs: Tensor `(batch, dim)`, read by all, or `(batch, slots, dim)`
-            with a slot for each task and, if there are shared experts, a
+        inputs: Tensor of shape `(batch, dim)`, read by all, or `(batch, slots,
+            dim)` with a slot for each task and, if there are shared experts, a
             shared output or gates that read it, one for the shared unit.
         gate_inputs: Tensor of shape `(batch, dim)` or `(batch, gates, dim)`
-            that the gates read instead. Defaults to `None`.
+            that the gates read instead of the inputs. Defaults to `None`.
         training: bool. Whether to apply dropout, and to normalize by the batch.
 
     Input shape:
@@ -111,8 +113,8 @@ class MultiGateMoE(keras.layers.Layer):
         `(batch, num_tasks + 1, width)`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together or the
-            inputs, or if a gate sees no expert.
+        ValueError: If arguments are out of range, or do not fit together or
+            the inputs, or if a gate sees no expert.
 
     Example:
 
@@ -162,6 +164,7 @@ class MultiGateMoE(keras.layers.Layer):
         flat, kwargs = parts.split(kwargs)
         super().__init__(**kwargs)
         check_bool("return_gates", return_gates)
+        check_seed("seed", seed)
         self.units = ExpertUnits(
             num_tasks,
             num_shared_experts,
@@ -171,7 +174,7 @@ class MultiGateMoE(keras.layers.Layer):
             output_shared,
             stop_cross_task_gradients,
         )
-        self._reads = UnitInputs(self.units, expert_slots, gate_input)
+        self.unit_inputs = UnitInputs(self.units, expert_slots, gate_input)
         self.num_tasks = num_tasks
         self.num_gates = self.units.num_gates
         self.num_experts = self.units.num_experts
@@ -180,12 +183,15 @@ class MultiGateMoE(keras.layers.Layer):
         self.self_residual = self_residual
         self.return_gates = return_gates
         self.seed = seed
-        initializer = keras.initializers.get(kernel_initializer)
+        initializer = as_keras_object(
+            "kernel_initializer", keras.initializers.get, kernel_initializer
+        )
         self.kernel_initializer = initializer
         policy = self.dtype_policy
-        # In this order, in which optimizers of saved models have their state.
+        # The order of the parts is the order of the variables in saved
+        # optimizers.
         self.feature_gates = parts.feature_gates_of(
-            feature_gate_rank, self._reads.slots, initializer, policy
+            feature_gate_rank, self.unit_inputs.slots, initializer, policy
         )
         flat["expert_units"] = expert_units
         self.experts = parts.experts_of(
@@ -198,85 +204,11 @@ class MultiGateMoE(keras.layers.Layer):
             self_residual, self.units, self.task_gates, seed, policy
         )
 
-    def build(self, inputs_shape, gate_inputs_shape=None):
-        shape = tuple(inputs_shape)
-        gate_shape = self._reads.gate_shape(shape, gate_inputs_shape)
-        if self.feature_gates is not None:
-            self.feature_gates.build(shape)
-        if self.experts is not None:
-            self.experts.build(self._expert_shape(shape))
-        self.task_gates.build(gate_shape)
-        if self.residual is not None:
-            self.residual.build(gate_shape)
-
-    def _expert_shape(self, shape):
-        if self.feature_gates is not None or len(shape) == 3:
-            return (shape[0], self.num_experts, shape[-1])
-        return shape
-
-    def call(self, inputs, gate_inputs=None, training=None):
-        inputs = ops.convert_to_tensor(inputs)
-        gate_inputs = self._reads.of_gates(inputs, gate_inputs)
-        gates = self.task_gates(gate_inputs, training=training)
-        weights = gates
-        if self.residual is not None:
-            weights = gates + self.residual(gate_inputs)
-        outputs = mix(
-            weights, self._expert_outputs(inputs, training), self.units.stopped
-        )
-        outputs = ops.cast(outputs, self.compute_dtype)
-        return (outputs, gates) if self.return_gates else outputs
-
-    def gates(self, inputs, gate_inputs=None):
-        """The weights of the gates in inference, `(batch, gates, experts)`.
-
-        They are zero where a gate does not see an expert, and without what
-        `self_residual` adds. Called with a call's inputs.
-        """
-        inputs = ops.convert_to_tensor(inputs)
-        if not self.built:
-            shape = None if gate_inputs is None else gate_inputs.shape
-            self.build(inputs.shape, shape)
-        return self.task_gates(
-            self._reads.of_gates(inputs, gate_inputs), training=False
-        )
-
-    def _expert_outputs(self, inputs, training):
-        """`(B, E, O)`."""
-        x = ops.cast(inputs, self.compute_dtype)
-        if self.feature_gates is not None:
-            x = self.feature_gates(x)
-        elif self.experts is None:
-            x = one_by_one(x, self._reads.slots)
-        else:
-            x = self._reads.of_experts(x)
-        return x if self.experts is None else self.experts(x, training=training)
-
-    def compute_output_shape(self, inputs_shape, gate_inputs_shape=None):
-        width = inputs_shape[-1]
-        if self.experts is not None:
-            shape = self._expert_shape(tuple(inputs_shape))
-            width = self.experts.compute_output_shape(shape)[-1]
-        shape = (inputs_shape[0], self.num_gates, width)
-        if self.return_gates:
-            return shape, (inputs_shape[0], self.num_gates, self.num_experts)
-        return shape
-
-    def compute_output_spec(self, inputs, gate_inputs=None, training=None):
-        shape = self.compute_output_shape(inputs.shape)
-        outputs = keras.KerasTensor(
-            shape[0] if self.return_gates else shape, self.compute_dtype
-        )
-        if not self.return_gates:
-            return outputs
-        gates = keras.KerasTensor(shape[1], self.task_gates.compute_dtype)
-        return outputs, gates
-
     def get_config(self):
         config = {
             **super().get_config(),
             **self.units.get_config(),
-            **self._reads.get_config(),
+            **self.unit_inputs.get_config(),
             "experts": serialize_part(self.experts),
             "gates": serialize_part(self.task_gates),
             "feature_gate_rank": self.feature_gate_rank,

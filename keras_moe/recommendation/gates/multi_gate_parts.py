@@ -2,6 +2,8 @@
 
 import contextlib
 
+import keras
+
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.recommendation.gates.feature_gates import FeatureGates
@@ -11,7 +13,7 @@ from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.stacked_mlp import StackedMLP
 
-# The name of the flat argument, and of the one that it stands for.
+# From the name of a flat argument to the argument of the part.
 OF_EXPERTS = {
     "expert_units": "units",
     "expert_activation": "activation",
@@ -36,8 +38,8 @@ OF_GATES = {
     "gate_regularizer": "kernel_regularizer",
 }
 SHORTHANDS = {*OF_EXPERTS, *OF_GATES, "normalization_epsilon"}
-# Configs of older versions name all arguments. With these values they say
-# nothing, and may stand beside experts that are an object.
+# Configs of older versions contain all flat arguments. With these values, the
+# defaults, they may stand beside `experts`.
 _DEFAULTS = {
     "expert_units": (16,),
     "expert_activation": "relu",
@@ -56,7 +58,7 @@ def split(kwargs):
 
 
 def feature_gates_of(rank, slots, kernel_initializer, dtype):
-    """The gates on what the experts read, or `None` without a rank."""
+    """The gates on the experts' inputs, or `None` without a rank."""
     if rank is None:
         return None
     check_int("feature_gate_rank", rank, 1)
@@ -70,17 +72,17 @@ def feature_gates_of(rank, slots, kernel_initializer, dtype):
 
 
 def experts_of(experts, flat, num_experts, kernel_initializer, seed, dtype):
-    """The layer of all experts: the one given, or one that is made.
+    """The layer of all experts, given or made from flat arguments.
 
     Args:
         experts, kernel_initializer, seed: As for `MultiGateMoE`.
         flat: Dict of flat arguments, `expert_units` among them.
         num_experts: int.
-        dtype: dtype policy of what is made.
+        dtype: dtype policy of a new layer.
 
     Returns:
         A layer `(B, D)` or `(B, S, D)` -> `(B, E, O)`; `None` for experts that
-        are their input as it is.
+        return their input unchanged.
     """
     units = as_units("expert_units", flat["expert_units"], minimum=0)
     flat = {**flat, "expert_units": units}
@@ -104,28 +106,28 @@ def experts_of(experts, flat, num_experts, kernel_initializer, seed, dtype):
 
 def _networks(experts, num_experts, dtype):
     number = getattr(experts, "num_networks", None)
-    if number is None:
+    if number is None or not isinstance(experts, keras.layers.Layer):
         with _errors_name({"experts": "layer"}):
             return LayerNetworks(
                 experts, num_experts, dtype=dtype, name="experts"
             )
     if number != num_experts:
         raise ValueError(
-            f"`experts` must be {num_experts} networks: for the experts of "
-            "each task, and the shared ones last. Received: "
+            f"`experts` must be {num_experts} networks: the experts of each "
+            "task, then the shared ones. Received: "
             f"experts={experts!r} with num_networks={number}"
         )
     return experts
 
 
 def gates_of(gates, flat, visible, seed, dtype):
-    """`TaskGates` that know what they see: those given, or new ones.
+    """`TaskGates` with `visible` set, given or made from flat arguments.
 
     Args:
         gates, seed: As for `MultiGateMoE`.
         flat: Dict of flat arguments.
         visible: `(G, E)` boolean array.
-        dtype: dtype policy of what is made.
+        dtype: dtype policy of a new layer.
     """
     if gates is None:
         with _errors_name(OF_GATES):
@@ -148,7 +150,7 @@ def gates_of(gates, flat, visible, seed, dtype):
 
 
 def _check_unused(flat, names, with_what):
-    """Raises if one of the arguments was given another value than usual."""
+    """Raises if one of the arguments differs from its default."""
     for name in flat:
         if name not in names:
             continue
@@ -162,7 +164,7 @@ def _check_unused(flat, names, with_what):
 
 @contextlib.contextmanager
 def _errors_name(shorthands):
-    """Makes errors of a part name its arguments as the user gave them."""
+    """Renames the arguments in errors of a part to the flat arguments."""
     try:
         yield
     except ValueError as error:

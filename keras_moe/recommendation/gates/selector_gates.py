@@ -1,4 +1,4 @@
-"""Gates that learn which experts they use (DSelect-k), stacked."""
+"""Gates that learn which experts they use (DSelect-k)."""
 
 import keras
 import numpy as np
@@ -12,13 +12,17 @@ from keras_moe.ops.scores import softmax
 from keras_moe.ops.smooth_step import smooth_step
 from keras_moe.stacked.draws import own_draws
 
+SELECTOR_ARGUMENTS = (
+    *("top_k", "gamma", "entropy_weight", "unused_code_weight", "seed"),
+)
+
 
 class SelectorGates(keras.layers.Layer):
-    """A `DSelectKRouter` a gate: `(B, D)` or `(B, G, D)` -> `(B, G, E)`.
+    """One `DSelectKRouter` per gate: `(B, D)` or `(B, G, D)` -> `(B, G, E)`.
 
     Each gate numbers the experts it sees in binary. If their number is not a
-    power of two, weight on codes of no expert is lost, and a loss says so; see
-    `keras_moe.routers.DSelectKRouter`.
+    power of two, some codes belong to no expert. Weight on them is lost, and a
+    loss keeps it small; see `keras_moe.routers.DSelectKRouter`.
     """
 
     def __init__(
@@ -41,8 +45,8 @@ class SelectorGates(keras.layers.Layer):
         self.seed = seed
         numbers = self.visible.sum(axis=-1)
         self.num_bits = int(numbers.max() - 1).bit_length()
-        # Code of each expert, 1 and -1 for the bits 1 and 0, the most
-        # significant first, 0 for bits that the gate does not need.
+        # The code of each expert, most significant bit first: 1 for a set bit,
+        # -1 for a clear one, 0 for a bit that the gate does not need.
         self._codes = np.zeros((*self.visible.shape, self.num_bits), "int32")
         self._has_unused_codes = False
         for gate, number in enumerate(numbers):
@@ -58,7 +62,7 @@ class SelectorGates(keras.layers.Layer):
             -self.gamma / 100, self.gamma / 100, seed=self.seed
         )
         units = {}
-        if self.num_bits:  # none if a gate sees but one expert
+        if self.num_bits:  # 0 if each gate sees one expert
             units["selector"] = self.top_k * self.num_bits
         if self.top_k > 1:
             units["mixture"] = self.top_k
@@ -106,11 +110,11 @@ class SelectorGates(keras.layers.Layer):
             self._affine("selector", x),
             (-1, self.num_gates, self.top_k, self.num_bits),
         )
-        # A loop, as the gradient of `prod` is not reliable at zeros.
+        # A loop, since the gradient of `prod` is unreliable at zeros.
         for place in range(self.num_bits):
             code = self._codes[:, None, :, place]
             sign = ops.convert_to_tensor(code, self.compute_dtype)
-            # 1 - smooth_step(x) is smooth_step(-x), which cannot be below 0.
+            # smooth_step(-x) is 1 - smooth_step(x), but never below 0.
             bit = smooth_step(bits[..., place : place + 1] * sign, self.gamma)
             selectors = selectors * ops.where(
                 code == 0, ops.ones_like(bit), bit
@@ -140,7 +144,7 @@ def check_selectors(top_k, gamma, entropy_weight, unused_code_weight, seed):
 
 
 def check_replaced(normalization, temperature):
-    """Raises if linear gates, which selectors replace, were configured."""
+    """Raises if an argument of the linear layer is set, which is not there."""
     for name, value, default in (
         ("normalization", normalization, None),
         ("temperature", temperature, 1.0),

@@ -1,4 +1,4 @@
-"""What a unit adds of its own experts, whatever its gate says."""
+"""Weights of a unit's own experts, added to the weights of its gate."""
 
 import keras
 import numpy as np
@@ -13,11 +13,11 @@ from keras_moe.stacked.draws import own_seed
 
 
 class ResidualWeights(keras.layers.Layer):
-    """AdaTT's learned weights of each unit's own experts, for all inputs alike.
+    """AdaTT's weights of each unit's own experts, the same for all inputs.
 
-    `(B, ...)` -> `(G, E)`. Those of a unit with `n` experts start between
-    `-n ** -0.5` and `n ** -0.5`. If no unit has more than one, the weight of
-    each is 1, and not learned.
+    `(B, ...)` -> `(G, E)`. The weights of a unit with `n` experts start between
+    `-n ** -0.5` and `n ** -0.5`. If no unit has several experts, all weights
+    are the constant 1.
     """
 
     def __init__(self, own, is_learned, seed=None, **kwargs):
@@ -54,7 +54,7 @@ class ResidualWeights(keras.layers.Layer):
 
 
 class SelfGates(TaskGates):
-    """HoME's second gate of each unit, over the experts that it owns."""
+    """The second gate of each unit in HoME, over the unit's own experts."""
 
     may_see_nothing = True
 
@@ -63,13 +63,13 @@ class SelfGates(TaskGates):
 
 
 def make_residual(kind, units, gates, seed, dtype):
-    """What a `MultiGateMoE` adds to its gates, or `None`.
+    """The layer whose weights a `MultiGateMoE` adds to its gates, or `None`.
 
     Args:
         kind: `None`, `"weights"` or `"gates"`.
         units: `ExpertUnits`.
-        gates: `TaskGates`, of which self gates take over the bias, initializer
-            and regularizer.
+        gates: `TaskGates`. Self gates take over their bias, initializer and
+            regularizer.
         seed: int, or `None`. Seed of the layer.
         dtype: dtype policy of the layer.
     """

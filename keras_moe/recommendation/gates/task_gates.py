@@ -1,5 +1,4 @@
 import keras
-from keras import ops
 
 from keras_moe.checks import as_keras_object
 from keras_moe.checks import as_units
@@ -9,60 +8,61 @@ from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
 from keras_moe.recommendation.gates import gate_activations
+from keras_moe.recommendation.gates.gate_layer import GateLayer
+from keras_moe.recommendation.gates.selector_gates import SELECTOR_ARGUMENTS
 from keras_moe.recommendation.gates.selector_gates import SelectorGates
 from keras_moe.recommendation.gates.selector_gates import check_replaced
 from keras_moe.recommendation.gates.selector_gates import check_selectors
-from keras_moe.recommendation.gates.visible_pairs import PerGateInitializer
 from keras_moe.recommendation.gates.visible_pairs import VisiblePairs
 from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.stacked_mlp import StackedMLP
 
-_OF_SELECTORS = (
-    *("top_k", "gamma", "entropy_weight", "unused_code_weight", "seed"),
-)
 _PLAIN = (
     *("units", "use_bias", "normalization", "normalization_epsilon"),
-    *("temperature", "dropout", *_OF_SELECTORS),
+    *("temperature", "dropout", *SELECTOR_ARGUMENTS),
 )
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class TaskGates(keras.layers.Layer):
-    """The weights that several gates give to experts.
+class TaskGates(GateLayer):
+    """Gates: how much each of several tasks takes from each expert.
 
     ```
     logits[g]  = (relu mlp[g](x) @ kernel[g] + bias[g]) / temperature
     weights[g] = activation(logits[g]) over the experts that g sees
     ```
 
-    The rows of `kernel` `(N, D)` are the `N` pairs of a gate and an expert that
-    it sees, gate by gate. The weights of all other experts are 0. As in a
-    router, everything is in float32, or in float64 under that policy. Pass it
-    to `keras_moe.layers.MultiGateMoE` as `gates`.
+    They are the `gates` of a `keras_moe.layers.MultiGateMoE`. The rows of
+    `kernel` `(N, D)` are the `N` pairs of a gate and an expert that it sees,
+    gate by gate. The weights of all other experts are 0. As in a router,
+    everything is in float32, or in float64 under that policy.
 
     Args:
-        units: int, or a list of ints. Hidden layers of a gate. `()` by default.
+        units: int, or a list of ints. Widths of the hidden layers of each
+            gate. Defaults to `()`, no hidden layers.
         use_bias: bool. Whether the last layer has a bias. Defaults to `True`.
-        normalization: `None`, or `"batch"`, of the logits. Defaults to `None`.
-        normalization_epsilon: float. Defaults to `1e-3`.
+        normalization: `None`, or `"batch"`. Normalizes the logits. Defaults to
+            `None`.
+        normalization_epsilon: float. Added to the variances. Defaults to
+            `1e-3`.
         activation: `"softmax"`, `"sparsemax"`, `"entmax15"`, `"top_k"` (softmax
             over the `top_k` largest logits), `"dselect_k"` (see
             `keras_moe.routers.DSelectKRouter`; it replaces the last layer) or
             any Keras activation. Defaults to `"softmax"`.
         top_k: int. For `"top_k"` and `"dselect_k"`. Defaults to `2`.
-        gamma, entropy_weight, unused_code_weight: floats. As in
-            `keras_moe.routers.DSelectKRouter`, for `"dselect_k"`. Default to
-            `1.0`, `0.0` and `1.0`.
+        gamma, entropy_weight, unused_code_weight: floats. For `"dselect_k"`, as
+            in `keras_moe.routers.DSelectKRouter`. Default to `1.0`, `0.0` and
+            `1.0`.
         temperature: float. Divides the logits. Defaults to `1.0`.
         dropout: float. Rate at which weights are dropped in training. The
-            others are scaled to the same sum, or by `1 / (1 - rate)` with a
-            Keras activation, which may be negative. Defaults to `0.0`.
-        seed: int, or `None`. Seed of the dropout, and of the initial values of
+            others are scaled to keep the sum, or by `1 / (1 - rate)` with a
+            Keras activation, whose outputs may be negative. Defaults to `0.0`.
+        seed: int, or `None`. Seed of the dropout, and of the initial weights of
             `"dselect_k"`. Defaults to `None`.
-        kernel_initializer, kernel_regularizer: Of the kernels of each gate.
-            Default to `"glorot_uniform"` and `None`.
+        kernel_initializer, kernel_regularizer: Initializer and regularizer of
+            the kernels. Default to `"glorot_uniform"` and `None`.
         visible: Matrix of zeros and ones `(gates, experts)`: which experts a
-            gate sees. Defaults to `None`, set by the `MultiGateMoE`.
+            gate sees. Defaults to `None`: the `MultiGateMoE` sets it.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -119,7 +119,7 @@ class TaskGates(keras.layers.Layer):
         dtype=None,
         **kwargs,
     ):
-        policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+        policy = keras.dtype_policies.get(dtype)
         float64 = policy.compute_dtype == "float64"
         super().__init__(dtype="float64" if float64 else "float32", **kwargs)
         check_bool("use_bias", use_bias)
@@ -148,9 +148,7 @@ class TaskGates(keras.layers.Layer):
         )
         if self.activation == "dselect_k":
             check_replaced(normalization, temperature)
-        self.mlp = None
-        self.selectors = None
-        self._normalize = None
+        self.mlp = self.selectors = self._normalize = None
         self._seed_generator = None
         if dropout > 0:
             self._seed_generator = keras.random.SeedGenerator(seed)
@@ -160,16 +158,19 @@ class TaskGates(keras.layers.Layer):
             self.set_visible(visible)
 
     def set_visible(self, visible):
-        """Takes a matrix `(gates, experts)`, once: which experts a gate sees.
+        """Sets which experts a gate sees. This can be done once.
+
+        Args:
+            visible: Matrix of zeros and ones `(gates, experts)`.
 
         Raises:
-            ValueError: If it was called before, or a gate sees no expert, or
+            ValueError: If it is already set, or a gate sees no expert, or
                 fewer than `top_k`.
         """
         if self.visible is not None:
             raise ValueError(
-                "`gates` must be those of one layer, without `visible`. "
-                f"Received: gates={self.name!r}, which know what they see"
+                "`gates` must belong to one layer and have no `visible` of "
+                f"their own. Received: gates={self.name!r}"
             )
         pairs = VisiblePairs(visible, self.may_see_nothing)
         if self.activation in ("top_k", "dselect_k"):
@@ -196,7 +197,7 @@ class TaskGates(keras.layers.Layer):
         if self.activation == "dselect_k":
             self.selectors = SelectorGates(
                 self.visible,
-                **{name: getattr(self, name) for name in _OF_SELECTORS},
+                **{name: getattr(self, name) for name in SELECTOR_ARGUMENTS},
                 dtype=policy,
                 name="selectors",
             )
@@ -206,77 +207,6 @@ class TaskGates(keras.layers.Layer):
                 dtype=policy,
                 name="normalization",
             )
-
-    def build(self, input_shape):
-        if self.visible is None:
-            raise ValueError(
-                "TaskGates need `visible`, or a MultiGateMoE that they are the "
-                "`gates` of. Received: visible=None"
-            )
-        if self.mlp is not None:
-            self.mlp.build(input_shape)
-            input_shape = self.mlp.compute_output_shape(input_shape)
-        if self.selectors is not None:
-            self.selectors.build(input_shape)
-            return
-        pairs = self._pairs.number
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=(pairs, input_shape[-1]),
-            initializer=PerGateInitializer(
-                own_draws(self.kernel_initializer, 0), self._pairs.per_gate
-            ),
-            regularizer=self.kernel_regularizer,
-        )
-        self.bias = None
-        if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias", shape=(pairs,), initializer="zeros"
-            )
-        if self._normalize is not None:
-            self._normalize.build((None, pairs))
-
-    def call(self, inputs, training=None):
-        x = ops.cast(inputs, self.compute_dtype)
-        if self.mlp is not None:
-            x = self.mlp(x, training=training)
-        if self.selectors is not None:
-            weights = self.selectors(x, training=training)
-        else:
-            logits = self._logits(x, training) / self.temperature
-            weights = self._weights(logits)
-        if training and self.dropout > 0:
-            weights = gate_activations.drop_gates(
-                weights, self.dropout, self._seed_generator, self.activation
-            )
-        return weights
-
-    def _weights(self, logits):
-        return gate_activations.gate_weights(
-            logits, self.visible, self.activation, self.top_k
-        )
-
-    def _logits(self, x, training):
-        kernel = self._pairs.spread(self.kernel)  # (G * E, D)
-        if len(x.shape) == 2:
-            logits = ops.einsum("bd,nd->bn", x, kernel)
-            logits = ops.reshape(logits, (-1, *self.visible.shape))
-        else:
-            kernel = ops.reshape(kernel, (*self.visible.shape, x.shape[-1]))
-            logits = ops.einsum("bgd,ged->bge", x, kernel)
-        if self.bias is not None:
-            logits = logits + ops.reshape(
-                self._pairs.spread(self.bias), self.visible.shape
-            )
-        if self._normalize is None:
-            return logits
-        logits = ops.reshape(logits, (-1, self.num_gates * self.num_experts))
-        seen = self._normalize(self._pairs.gather(logits), training=training)
-        logits = self._pairs.spread(seen, axis=1)
-        return ops.reshape(logits, (-1, *self.visible.shape))
-
-    def compute_output_shape(self, input_shape):
-        return (input_shape[0], self.num_gates, self.num_experts)
 
     def get_build_config(self):
         # The layer around the gates sets `visible` and builds them.

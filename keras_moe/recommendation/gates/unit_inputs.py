@@ -10,10 +10,10 @@ GATE_INPUTS = ("slot", "slot_plus_shared")
 
 
 class UnitInputs:
-    """Hands the slots of an input to the experts and gates of its units.
+    """Hands the slots of an input to the experts and the gates.
 
     An input is `(B, D)`, read by all, or `(B, S, D)`, with a slot for each unit
-    or, with `expert_slots`, whatever slots these name.
+    or the slots that `expert_slots` names.
 
     Args:
         units: `ExpertUnits`.
@@ -47,14 +47,14 @@ class UnitInputs:
         }
 
     def of_experts(self, x):
-        """What the experts read, where networks in a row may share a slot.
+        """What the experts read. Consecutive experts may share a slot.
 
         Args:
             x: `(B, D)` or `(B, S, D)`.
 
         Returns:
-            `(B, D)`; `(B, S, D)` if as many experts, one after the other, read
-            each slot; or `(B, E, D)`.
+            `(B, D)`; `(B, S, D)` if the slots are read in order, each by the
+            same number of experts; or `(B, E, D)`.
         """
         if len(x.shape) == 2:
             return x
@@ -66,7 +66,7 @@ class UnitInputs:
         return one_by_one(x, self.slots)
 
     def of_gates(self, x, gate_inputs=None):
-        """What the gates read: `gate_inputs`, if given, or of the input.
+        """What the gates read: `gate_inputs` if given, or slots of the input.
 
         Args:
             x: `(B, D)` or `(B, S, D)`.
@@ -92,7 +92,7 @@ class UnitInputs:
         """Shape of what the gates read.
 
         Raises:
-            ValueError: If the inputs are not of a shape that can be read.
+            ValueError: If the inputs have a wrong shape.
         """
         shape = tuple(inputs_shape)
         self._check_shape(shape, with_gate_inputs=gate_inputs_shape is not None)
@@ -125,7 +125,8 @@ class UnitInputs:
                 f"The input must have {needed} slots, or none: one for each "
                 "task, and one for the shared unit if there are shared "
                 "experts, a shared output, or gates that read it; with "
-                "`expert_slots` those that these and the gates need. "
+                "`expert_slots`, one for each slot that it names or a gate "
+                "reads. "
                 f"Received: inputs_shape={shape}"
             )
 
@@ -151,7 +152,7 @@ def one_by_one(x, slots):
     """`(B, D)` or `(B, S, D)` -> `(B, E, D)`, what each expert reads."""
     if len(x.shape) == 2:
         return ops.repeat(ops.expand_dims(x, 1), len(slots), axis=1)
-    # Slices rather than a gather, whose gradient is a scatter-add.
+    # Slices, since the gradient of a gather is a scatter-add.
     parts, start = [], 0
     for stop in range(1, len(slots) + 1):
         slot = slots[start]

@@ -1,4 +1,4 @@
-"""Weights that gates have only for the experts they see."""
+"""Weights of gates for the experts they see, and no others."""
 
 import numpy as np
 from keras import ops
@@ -36,13 +36,13 @@ class VisiblePairs:
         self.visible = visible.astype("bool")
         self.per_gate = self.visible.sum(axis=-1).tolist()
         self.number = sum(self.per_gate)
-        # Where each pair is among the pairs; N where there is none.
+        # The index of each pair; N where there is no pair.
         self._places = np.full(self.visible.shape, self.number, "int32")
         self._places[self.visible] = np.arange(self.number)
         self._pairs = np.flatnonzero(self.visible)
 
     def spread(self, values, axis=0):
-        """From an axis of `N` pairs to one of `G * E`, zero for all others."""
+        """From an axis of `N` pairs to one of `G * E`, 0 for the others."""
         if self.number == self.visible.size:
             return values
         values = ops.convert_to_tensor(values)
@@ -51,12 +51,36 @@ class VisiblePairs:
         return backend.take(values, self._places.reshape(-1), axis=axis)
 
     def gather(self, values):
-        """`(B, G * E)` -> `(B, N)`."""
+        """`(B, G, E)` -> `(B, N)`."""
+        values = ops.reshape(values, (-1, self.visible.size))
         return backend.take(values, self._pairs, axis=1)
+
+    def logits(self, x, kernel, bias=None):
+        """Applies the row of each pair, 0 for all others.
+
+        Args:
+            x: `(B, D)`, or `(B, G, D)` with a row for each gate.
+            kernel: `(N, D)`.
+            bias: `(N,)`. Defaults to `None`.
+
+        Returns:
+            `(B, G, E)`.
+        """
+        shape = self.visible.shape
+        kernel = self.spread(kernel)  # (G * E, D)
+        if len(x.shape) == 2:
+            logits = ops.einsum("bd,nd->bn", x, kernel)
+            logits = ops.reshape(logits, (-1, *shape))
+        else:
+            kernel = ops.reshape(kernel, (*shape, x.shape[-1]))
+            logits = ops.einsum("bgd,ged->bge", x, kernel)
+        if bias is not None:
+            logits = logits + ops.reshape(self.spread(bias), shape)
+        return logits
 
 
 class PerGateInitializer(PerExpertInitializer):
-    """Draws the kernel of each gate, `(D, experts it sees)`, on its own."""
+    """Draws the kernel of each gate, `(D, experts it sees)`, separately."""
 
     def __init__(self, initializer, sizes):
         super().__init__(initializer, stream=0)

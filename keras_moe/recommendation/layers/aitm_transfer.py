@@ -14,9 +14,9 @@ from keras_moe.stacked.stacked_dense import StackedDense
 
 @keras.saving.register_keras_serializable("keras_moe")
 class AITMTransfer(keras.layers.Layer):
-    """Hands on from task to task what one knows for the next (AITM).
+    """Transfers information from each task to the next one in a chain (AITM).
 
-    For tasks in a chain, as impression, click and conversion:
+    For tasks such as click, cart and purchase:
 
     ```
     z[0] = x[0]
@@ -27,19 +27,22 @@ class AITMTransfer(keras.layers.Layer):
         z[t]    = sum over the rows of weights * value(row)
     ```
 
-    The calibrator of the paper, a loss for a later task that is more probable
-    than an earlier one, is not part of this layer.
+    The calibrator of the paper is not part of this layer: it is a loss for
+    events that are more probable than the event before, see
+    `keras_moe.models.AITM`.
 
     Args:
         share_attention: bool. Whether all steps use the same `query`, `key` and
             `value`. Defaults to `False`.
-        attention_use_bias: bool. Whether these have a bias. Defaults to
-            `False`.
+        attention_use_bias: bool. Whether `query`, `key` and `value` have a
+            bias. Defaults to `False`.
         info_activation: Activation of `info`. Defaults to `"relu"`.
-        info_normalization: `None` or `"batch"`. Defaults to `None`.
-        normalization_epsilon: float. Defaults to `1e-3`.
-        stop_gradient: bool. Whether a task trains only its own part: no
-            gradient goes back to `z[t - 1]`. Defaults to `False`.
+        info_normalization: `None` or `"batch"`. Normalization of `info`.
+            Defaults to `None`.
+        normalization_epsilon: float. Added to the variances. Defaults to
+            `1e-3`.
+        stop_gradient: bool. Whether to stop the gradients to `z[t - 1]`, so
+            that a task trains only its own part. Defaults to `False`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:

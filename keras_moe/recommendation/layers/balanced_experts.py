@@ -9,14 +9,15 @@ class BalancedExperts(keras.layers.Layer):
     """Adds experts of domains, or of tasks, in learned proportions (M3oE).
 
     ```
-    balance = sigmoid(balance_logit)               own against the others
+    balance = sigmoid(balance_logit)               own versus the others
     mix[n]  = balance * experts[n]
               + (1 - balance) / (N - 1) * sum over the other m of experts[m]
     y[n]    = inputs[n] + sigmoid(weight_logit) * mix[n]
     ```
 
-    Two scalars are learned. M3oE adds such experts of domains, then such of
-    tasks, to what a `MultiGateMoE` mixes.
+    Two scalars are learned. M3oE has two of these layers on the outputs of a
+    `MultiGateMoE`: one adds the experts of domains, the next the experts of
+    tasks.
 
     Args:
         initializer: Initializer of the two logits. Defaults to `"zeros"`.
@@ -24,7 +25,8 @@ class BalancedExperts(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, N, dim)`.
-        experts: Tensor of shape `(batch, N, dim)`, the expert of each domain.
+        experts: Tensor of shape `(batch, N, dim)`. The output of the expert of
+            each domain or task.
 
     Input shape:
         `(batch, N, dim)`

@@ -21,26 +21,27 @@ class CrossNetMix(keras.layers.Layer):
         x         = x + sum over e of gate[e] * x0 * expert[e]
     ```
 
-    Every layer raises the degree of the products of features by one, at the
-    cost of `num_experts` matrices of rank `projection_dim`.
+    Every layer raises the degree of the feature crosses by one. Its cost is
+    `num_experts` matrices of rank `projection_dim`.
 
     Args:
         projection_dim: int. Rank of each expert. Defaults to `32`.
-        num_experts: int. Defaults to `4`.
-        num_layers: int. Defaults to `1`.
+        num_experts: int. Number of experts in each layer. Defaults to `4`.
+        num_layers: int. Number of layers. Defaults to `1`.
         activation: Activation in the experts. Defaults to `"tanh"`.
-        share_gates: bool. Whether all layers use one gate, as in DeepCTR, or
-            each has its own. Defaults to `False`.
-        gate_use_bias: bool. Defaults to `False`.
-        kernel_initializer: Initializer of all kernels, each drawn as a matrix
-            of its own. Defaults to `"glorot_uniform"`.
-        bias_initializer: Defaults to `"zeros"`.
+        share_gates: bool. Whether all layers use the same gate, as in DeepCTR,
+            instead of one each. Defaults to `False`.
+        gate_use_bias: bool. Whether the gates have a bias. Defaults to
+            `False`.
+        kernel_initializer: Initializer of the kernels. Each matrix is drawn
+            separately. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of the biases. Defaults to `"zeros"`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        x0: Tensor of shape `(batch, dim)`, the features to cross with.
-        x: Tensor of shape `(batch, dim)`, the features to cross, or `None` for
-            `x0`: to be given if crosses are stacked one by one.
+        x0: Tensor of shape `(batch, dim)`. The features.
+        x: Tensor of shape `(batch, dim)`. The output of the cross layer before,
+            if several layers are stacked. Defaults to `None`, `x0`.
 
     Input shape:
         `(batch, dim)`
@@ -52,8 +53,8 @@ class CrossNetMix(keras.layers.Layer):
         `down_kernel` `(layers, experts, dim, rank)`, `middle_kernel`
         `(layers, experts, rank, rank)`, `up_kernel`
         `(layers, experts, rank, dim)`, `bias` `(layers, dim)`, `gate_kernel`
-        `(layers, dim, experts)` and `gate_bias` `(layers, experts)`, the two
-        with one layer if gates are shared.
+        `(layers, dim, experts)` and `gate_bias` `(layers, experts)`. With
+        `share_gates`, the last two have one layer.
 
     Raises:
         ValueError: If an argument is out of range, or shapes differ or are not
@@ -139,7 +140,7 @@ class CrossNetMix(keras.layers.Layer):
             )
 
     def _kernels(self, name, number, shape):
-        """One matrix for each layer and expert, each drawn on its own."""
+        """One matrix for each layer and expert, each drawn separately."""
         by_expert = PerExpertInitializer(
             own_draws(self.kernel_initializer, number), 1
         )
@@ -169,15 +170,18 @@ class CrossNetMix(keras.layers.Layer):
             gate = self._gate(x, layer)  # (B, E)
             hidden = hidden * ops.expand_dims(gate, -1)
             mixed = ops.einsum("ber,erd->bd", hidden, self.up_kernel[layer])
-            # All gates sum to one.
+            # The gates sum to one, so the bias is added once.
             x = x + x0 * (mixed + self.bias[layer])
         return x
 
     def gates(self, x0, x=None):
-        """The weights of the experts, `(batch, experts)`, in the first layer.
+        """The weights of the experts in the first layer.
 
         Args:
             x0, x: As for a call.
+
+        Returns:
+            Tensor of shape `(batch, num_experts)`.
         """
         if not self.built:
             self.build(x0.shape, None if x is None else x.shape)

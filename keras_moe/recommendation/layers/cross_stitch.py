@@ -6,17 +6,18 @@ from keras_moe.checks import check_number
 
 @keras.saving.register_keras_serializable("keras_moe")
 class CrossStitch(keras.layers.Layer):
-    """What each task takes over from the others, in fixed learned shares.
+    """Mixes the features of all tasks in learned proportions (cross-stitch).
 
     ```
     y[:, t] = sum over s of kernel[t, s] * x[:, s]
     ```
 
-    The shares depend on no input, are not normalized, and start with `own` for
-    a task itself and the rest to 1 spread evenly over the others.
+    The proportions do not depend on the input and are not normalized. At the
+    start a task keeps `own` of its features, and the other tasks share the rest
+    evenly.
 
     Args:
-        own: float. Share of a task in itself at the start. Defaults to `0.9`.
+        own: float. Initial weight of a task's own features. Defaults to `0.9`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -32,7 +33,7 @@ class CrossStitch(keras.layers.Layer):
         `kernel` `(num_tasks, num_tasks)`.
 
     Raises:
-        ValueError: If `own` is no number, or the input is not of rank 3.
+        ValueError: If `own` is not a number, or the input is not of rank 3.
 
     Example:
 

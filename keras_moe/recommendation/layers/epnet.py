@@ -8,25 +8,24 @@ from keras_moe.recommendation.layers.gate_nu import GateNU
 
 @keras.saving.register_keras_serializable("keras_moe")
 class EPNet(keras.layers.Layer):
-    """The embedding, scaled feature by feature for its domain (PEPNet).
+    """Scales each element of the embedding by domain (PEPNet).
 
     ```
     y = embedding * gate(concatenate([domain, stop_gradient(embedding)]))
     ```
 
-    with the `GateNU` as gate. Without the stopped gradient the gate would
-    train the embedding, which all domains share, for itself.
+    where `gate` is a `GateNU`. Because of the stopped gradient, the gate does
+    not train the embedding, which all domains share.
 
     Args:
-        hidden_units: int, or `None` for the width of the embedding. Width of
-            the gate's hidden layer. Defaults to `None`.
+        hidden_units: int. Width of the gate's hidden layer. Defaults to `None`,
+            the width of the embedding.
         scale: float. Largest factor. Defaults to `2.0`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, dim)`, the embedding.
-        domain: Tensor of shape `(batch, domain dim)`, what is known of the
-            domain.
+        domain: Tensor of shape `(batch, domain dim)` that describes the domain.
 
     Input shape:
         `(batch, dim)`
@@ -73,7 +72,14 @@ class EPNet(keras.layers.Layer):
         return inputs * self.factors(inputs, domain)
 
     def factors(self, inputs, domain):
-        """What the embedding is multiplied with, `(batch, dim)`."""
+        """The factors of the embedding.
+
+        Args:
+            inputs, domain: As for a call.
+
+        Returns:
+            Tensor of shape `(batch, dim)`.
+        """
         if not self.built:
             self.build(inputs.shape, domain.shape)
         inputs = ops.stop_gradient(ops.convert_to_tensor(inputs))

@@ -11,23 +11,24 @@ from keras_moe.stacked.stacked_dense import StackedDense
 
 @keras.saving.register_keras_serializable("keras_moe")
 class GateNU(keras.layers.Layer):
-    """Factors between 0 and `scale` from what is known beforehand (PEPNet).
+    """Factors between 0 and `scale` from prior information (PEPNet).
 
     ```
     y = scale * sigmoid(relu(x @ W1 + b1) @ W2 + b2)
     ```
 
-    With the `scale` of 2 a gate that knows nothing gives factors around 1.
+    With a `scale` of 2, the factors are around 1 at the start.
 
     Args:
         units: int. Number of factors.
-        hidden_units: int, or `None` for `units`. Width of the hidden layer.
-            Defaults to `None`.
-        scale: float. Defaults to `2.0`.
+        hidden_units: int. Width of the hidden layer. Defaults to `None`,
+            `units`.
+        scale: float. Largest factor. Defaults to `2.0`.
         activation: Activation of the hidden layer. Defaults to `"relu"`.
-        num_gates: int, or `None`. With it there are so many gates side by side,
-            with weights of their own. Defaults to `None`.
-        kernel_initializer: Defaults to `"glorot_uniform"`.
+        num_gates: int, or `None`. Number of gates side by side, each with its
+            own weights. Defaults to `None`: one gate, and no axis for it.
+        kernel_initializer: Initializer of the kernels. Defaults to
+            `"glorot_uniform"`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -35,7 +36,7 @@ class GateNU(keras.layers.Layer):
             `(batch, num_gates, dim)`.
 
     Input shape:
-        `(batch, dim)`
+        `(batch, dim)`, or `(batch, num_gates, dim)`
 
     Output shape:
         `(batch, units)`; with `num_gates` `(batch, num_gates, units)`.

@@ -16,16 +16,16 @@ class PartitionedNormalization(keras.layers.Layer):
     y = gamma * domain_gamma[d] * z + beta + domain_beta[d]
     ```
 
-    for an example of domain `d`. In training `mean` and `variance` come from
-    the batch's examples of that domain, and move the averages that inference
-    uses, the variance times `n / (n - 1)`. Fewer than two examples have no
-    variance: their domain keeps its averages, and a single one is normalized
-    by them.
+    for an example of domain `d`. In training, `mean` and `variance` are the
+    statistics of the batch's `n` examples of that domain. They also update the
+    moving averages that inference uses, the variance times `n / (n - 1)`. A
+    domain with fewer than two examples in the batch keeps its averages, and a
+    single example is normalized by them.
 
     Args:
         num_domains: int. Number of domains.
-        momentum: float. Of the moving averages. Defaults to `0.99`.
-        epsilon: float. Defaults to `1e-3`.
+        momentum: float. Momentum of the moving averages. Defaults to `0.99`.
+        epsilon: float. Added to the variances. Defaults to `1e-3`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -93,7 +93,7 @@ class PartitionedNormalization(keras.layers.Layer):
             shape=shape,
             initializer=initializer,
             trainable=trainable,
-            autocast=False,  # averages must not be rounded as they move
+            autocast=False,  # rounded averages would stop moving
         )
 
     def call(self, inputs, domain, training=None):

@@ -15,7 +15,7 @@ from keras_moe.stacked.stacked_dense import StackedDense
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PPNet(keras.layers.Layer):
-    """Towers of several tasks, scaled unit by unit for each person (PEPNet).
+    """Towers of several tasks, with units scaled by user and item (PEPNet).
 
     ```
     known = concatenate([prior, stop_gradient(x)])
@@ -24,28 +24,28 @@ class PPNet(keras.layers.Layer):
     y[t]  = output dense[t](h)                      with `output_units`
     ```
 
-    with a `GateNU` as gate. `prior` is what is known of the person, the item
-    and its author.
+    where each `gate` is a `GateNU`. `prior` describes the user, the item and
+    its author.
 
     Args:
-        num_tasks: int. Number of towers. Their weights, and their gates, are
-            their own.
+        num_tasks: int. Number of towers. Each has its own weights and gates.
         units: int, or a list of ints. Widths of the layers of a tower.
         output_units: int, or `None`. Width of one more layer, without
-            activation, and with a gate only if these are at the inputs.
-            Defaults to `None`.
-        gate_units: int, or `None` for the width of what is gated. Width of the
-            gates' hidden layers. Defaults to `None`.
-        gate_place: `"output"`: what a layer gives is multiplied, as above.
-            `"input"`: what it reads, and what the output layer reads. Defaults
-            to `"output"`.
+            activation, and gated only with `gate_place="input"`. Defaults to
+            `None`.
+        gate_units: int. Width of the hidden layer of each gate. Defaults to
+            `None`, the width of the tensor that is gated.
+        gate_place: `"output"`: the gates scale the output of each layer, as
+            above. `"input"`: they scale its input, the output layer's too.
+            Defaults to `"output"`.
         gate_reads: `"prior_and_inputs"`, as above, or `"prior"` alone. Defaults
             to `"prior_and_inputs"`.
         scale: float. Largest factor. Defaults to `2.0`.
         activation: Activation of the towers. Defaults to `"relu"`.
-        normalization: `None`, `"batch"` or `"layer"`, before the activation.
-            Defaults to `None`.
-        normalization_epsilon: float. Defaults to `1e-3`.
+        normalization: `None`, `"batch"` or `"layer"`. Normalization before the
+            activation. Defaults to `None`.
+        normalization_epsilon: float. Added to the variances. Defaults to
+            `1e-3`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -143,7 +143,7 @@ class PPNet(keras.layers.Layer):
                 )
             )
         at_input = self.gate_place == "input"
-        # What a gate has been multiplied with is of each task.
+        # The gates, and so gated inputs, differ between tasks.
         shape = (None, self.num_tasks, dim) if at_input else (None, dim)
         for number, layer in enumerate(self.layers):
             layer.build(shape)
@@ -175,9 +175,13 @@ class PPNet(keras.layers.Layer):
         return h
 
     def factors(self, inputs, prior):
-        """What the layers are multiplied with, `(batch, num_tasks, width)`.
+        """The factors of the gated layers.
 
-        A list with a tensor for each gated layer.
+        Args:
+            inputs, prior: As for a call.
+
+        Returns:
+            List of tensors `(batch, num_tasks, width)`, one per gated layer.
         """
         if not self.built:
             self.build(inputs.shape, prior.shape)

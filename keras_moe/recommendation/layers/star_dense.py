@@ -10,33 +10,33 @@ from keras_moe.ops import activations
 
 @keras.saving.register_keras_serializable("keras_moe")
 class STARDense(keras.layers.Layer):
-    """A dense layer that each domain scales and shifts for itself (STAR).
+    """A dense layer whose weights each domain scales and shifts (STAR).
 
     ```
     y = activation(x @ (kernel * domain_kernel[d]) + bias + domain_bias[d])
     ```
 
-    for an example of domain `d`. All domains train `kernel` and `bias`. The
-    factors start at one, and their biases at zero, so that all domains start
-    alike. All domains are computed for all examples.
+    for an example of domain `d`. All domains train `kernel` and `bias`. By
+    default `domain_kernel` starts at one and `domain_bias` at zero, so that all
+    domains start alike. All domains are computed for all examples.
 
     Args:
         num_domains: int. Number of domains.
         units: int. Width of the output.
         activation: Any Keras activation. Defaults to `None`.
-        use_bias: bool. Defaults to `True`.
-        kernel_initializer, bias_initializer: Of what is shared. Default to
-            `"glorot_uniform"` and `"zeros"`.
-        domain_kernel_initializer, domain_bias_initializer: Of what each domain
-            has. Default to `"ones"` and `"zeros"`.
+        use_bias: bool. Whether there are biases. Defaults to `True`.
+        kernel_initializer, bias_initializer: Initializers of the shared
+            weights. Default to `"glorot_uniform"` and `"zeros"`.
+        domain_kernel_initializer, domain_bias_initializer: Initializers of the
+            weights of each domain. Default to `"ones"` and `"zeros"`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: Tensor of shape `(batch, dim)`, or `(batch, num_domains, dim)`
-            as it comes out of such a layer.
-        domain: Integer tensor of shape `(batch,)`: the domain of each example,
-            below `num_domains`. If `None`, the output of each domain is
-            returned. Defaults to `None`.
+        inputs: Tensor of shape `(batch, dim)`, or `(batch, num_domains, dim)`,
+            the output of another `STARDense` without `domain`.
+        domain: Integer tensor of shape `(batch,)`. The domain of each example,
+            below `num_domains`. Defaults to `None`: the outputs of all domains
+            are returned.
 
     Input shape:
         `(batch, dim)` or `(batch, num_domains, dim)`
@@ -174,12 +174,12 @@ class STARDense(keras.layers.Layer):
 
 
 def of_domain(x, domain):
-    """`(B, domains, ...)` -> `(B, ...)`, of each example's own domain."""
+    """Selects the domain of each example: `(B, domains, ...)` -> `(B, ...)`."""
     number = int(x.shape[1])  # a tensor while PyTorch traces
-    # A tensor would become one more input of an ONNX file of TensorFlow.
+    # TensorFlow would make a tensor an extra input of an ONNX file.
     known = np.arange(number, dtype="int32")
     chosen = ops.equal(ops.cast(domain, "int32")[:, None], known)
     shape = (-1, number) + (1,) * (len(x.shape) - 2)
     chosen = ops.reshape(chosen, shape)
-    # Not a product: what other domains made of an example may be infinite.
+    # Not a product: the outputs of other domains may be infinite.
     return ops.sum(ops.where(chosen, x, ops.zeros_like(x)), axis=1)

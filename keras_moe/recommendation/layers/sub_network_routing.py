@@ -15,7 +15,7 @@ from keras_moe.stacked.per_expert import PerExpertInitializer
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SubNetworkRouting(keras.layers.Layer):
-    """Connections between sub-networks that are learned on or off (SNR).
+    """Connections between sub-networks that learn to be on or off (SNR).
 
     ```
     s       = sigmoid((log(u) - log(1 - u) + log_alpha) / temperature)
@@ -25,32 +25,33 @@ class SubNetworkRouting(keras.layers.Layer):
     y[:, o] = sum over i of code[o, i] * x[:, i]                 SNR-Aver
     ```
 
-    with `u` drawn uniformly for each connection and call, the same for all
-    examples. As the interval from `low` to `high` is wider than that from 0 to
-    1, codes become exactly 0 and 1 and connections vanish. In training the loss
-    `l0_weight * (expected number of connections that are not 0)` is added.
+    where `u` is drawn uniformly for each connection and call, the same for all
+    examples. Since `low` is below 0 and `high` above 1, codes can be exactly 0
+    or 1: connections vanish. In training the layer adds the loss
+    `l0_weight * (expected number of connections that are not 0)`.
 
     Args:
         num_outputs: int. Number of sub-networks that read the output.
-        units: int, or `None`. Width of the output of SNR-Trans. `None` is
-            SNR-Aver, which has no kernels. Defaults to `None`.
-        temperature: float. The lower, the closer codes are to 0 and 1.
+        units: int, or `None`. Output width of SNR-Trans. `None` is SNR-Aver,
+            which has no kernels. Defaults to `None`.
+        temperature: float. With a lower one, codes are closer to 0 and 1.
             Defaults to `0.9`.
-        low, high: floats. Default to `-0.1` and `1.1`.
-        l0_weight: float. Defaults to `0.0`.
-        stochastic: bool. Whether codes are drawn in training. If not, they are
+        low, high: floats. The interval to which the sigmoid is stretched.
+            Default to `-0.1` and `1.1`.
+        l0_weight: float. Weight of the loss. Defaults to `0.0`.
+        stochastic: bool. Whether codes are random in training. If not, they are
             the same as in inference. Defaults to `True`.
         alpha_initializer: Initializer of `log_alpha`. Defaults to `"zeros"`:
-            each connection is off, on and in between by chance.
+            connections are as likely on as off.
         kernel_initializer: Initializer of each kernel. Defaults to
             `"glorot_uniform"`.
-        seed: int, or `None`. Defaults to `None`.
+        seed: int, or `None`. Seed of the codes. Defaults to `None`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
-        inputs: Tensor of shape `(batch, num_inputs, dim)`, the outputs of the
-            sub-networks before.
-        training: bool. Whether to draw codes.
+        inputs: Tensor of shape `(batch, num_inputs, dim)`. The outputs of the
+            sub-networks of the level before.
+        training: bool. Whether to draw random codes.
 
     Input shape:
         `(batch, num_inputs, dim)`
@@ -166,10 +167,13 @@ class SubNetworkRouting(keras.layers.Layer):
         return ops.einsum("bid,oidu->bou", inputs, kernel)
 
     def codes(self, training=False):
-        """How far each connection is on, `(num_outputs, num_inputs)`.
+        """The codes of the connections, from 0 for off to 1 for on.
 
         Args:
-            training: bool. Whether to draw them.
+            training: bool. Whether to draw random codes. Defaults to `False`.
+
+        Returns:
+            Tensor of shape `(num_outputs, num_inputs)`.
 
         Raises:
             ValueError: If the layer is not built.
@@ -177,7 +181,7 @@ class SubNetworkRouting(keras.layers.Layer):
         if not self.built:
             raise ValueError(
                 f"{self.name!r} has no codes before it is built: their number "
-                "depends on its input."
+                "depends on the input."
             )
         logits = ops.convert_to_tensor(self.log_alpha)
         if training and self.stochastic:

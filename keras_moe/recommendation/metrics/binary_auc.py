@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.checks import check_int
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -13,9 +14,9 @@ _LARGEST_LOGIT = 17.0
 
 @keras.saving.register_keras_serializable("keras_moe")
 class BinaryAUC(keras.metrics.Metric):
-    """Area under the ROC curve, right for rare events too.
+    """Area under the ROC curve, accurate for rare events too.
 
-    The probability that a positive is ranked above a negative:
+    It is the probability that a positive is ranked above a negative:
 
     ```
     auc = mean over pairs of (p_positive > p_negative) + 0.5 * (equal)
@@ -31,10 +32,11 @@ class BinaryAUC(keras.metrics.Metric):
         num_bins: int. Number of bins. With the default, logits that differ by
             less than 0.0083 may count as equal. Defaults to `4096`.
         name: str. Defaults to `"auc"`.
-        dtype: As in `keras.metrics.Metric`.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
 
     Raises:
-        ValueError: If `num_bins` is less than 2.
+        ValueError: If `num_bins` is not an int of at least 2, or `name` is not
+            a string.
 
     Example:
 
@@ -44,6 +46,8 @@ class BinaryAUC(keras.metrics.Metric):
     """
 
     def __init__(self, num_bins=4096, name="auc", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         check_int("num_bins", num_bins, 2)
         self.num_bins = num_bins

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -18,7 +19,10 @@ class Calibration(keras.metrics.Metric):
 
     Args:
         name: str. Defaults to `"calibration"`.
-        dtype: As in `keras.metrics.Metric`.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
+
+    Raises:
+        ValueError: If `name` is not a string.
 
     Example:
 
@@ -32,6 +36,8 @@ class Calibration(keras.metrics.Metric):
     """
 
     def __init__(self, name="calibration", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         self.predicted = self._sum("predicted")
         self.happened = self._sum("happened")

@@ -4,6 +4,8 @@ import numpy as np
 
 from keras_moe.checks import check_one_of
 
+WEIGHTINGS = ("size", "positives", "equal")
+
 
 def group_auc(y_true, y_pred, groups, weighting="size"):
     """Mean of the AUC within each group (GAUC), in NumPy.
@@ -29,8 +31,9 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
         A float; NaN if no group has an AUC, or a prediction is NaN.
 
     Raises:
-        ValueError: If the sizes differ, a label is not 0, 1 or NaN, `groups`
-            mixes kinds that cannot be sorted, or `weighting` is unknown.
+        ValueError: If the sizes differ, labels or predictions are not numbers,
+            a label is not 0, 1 or NaN, `groups` mixes kinds that cannot be
+            sorted, or `weighting` is unknown.
 
     Example:
 
@@ -43,9 +46,9 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
     - [Zhu et al., 2017](https://arxiv.org/abs/1703.02091), section 5.1
     - [Zhou et al., 2018](https://arxiv.org/abs/1706.06978), equation 4
     """
-    check_one_of("weighting", weighting, ("size", "positives", "equal"))
-    y_true = np.asarray(y_true, "float64").reshape(-1)
-    y_pred = np.asarray(y_pred, "float64").reshape(-1)
+    check_one_of("weighting", weighting, WEIGHTINGS)
+    y_true = _as_floats("y_true", y_true)
+    y_pred = _as_floats("y_pred", y_pred)
     groups = np.asarray(groups).reshape(-1)
     if not y_true.size == y_pred.size == groups.size:
         raise ValueError(
@@ -87,6 +90,15 @@ def group_auc(y_true, y_pred, groups, weighting="size"):
     return float(np.sum(weight * auc) / np.sum(weight))
 
 
+def _as_floats(name, values):
+    try:
+        return np.asarray(values, "float64").reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must be an array of numbers. Received: {name}={values!r}"
+        ) from error
+
+
 def _ranks_in_groups(groups, values):
     """The rank of each value within its group from 1; ties get their mean."""
     order = np.lexsort((values, groups))
@@ -95,7 +107,7 @@ def _ranks_in_groups(groups, values):
     is_new_value = is_new_group | np.r_[True, values[1:] != values[:-1]]
     starts = np.flatnonzero(is_new_value)
     stops = np.r_[starts[1:], values.size]
-    mean_place = (starts + stops + 1) / 2  # Of places counted from 1.
+    mean_place = (starts + stops + 1) / 2  # Places count from 1.
     place = np.repeat(mean_place, stops - starts)
     group_start = np.flatnonzero(is_new_group)[np.cumsum(is_new_group) - 1]
     ranks = np.empty(values.size)

@@ -1,4 +1,4 @@
-"""Shared parts of the metrics."""
+"""Helpers that the metrics share."""
 
 import math
 
@@ -28,7 +28,7 @@ def ratio_or_nan(numerator, denominator):
 
 
 class LabelledMean(keras.metrics.Metric):
-    """Mean of batch means over all labels; NaN if there were none.
+    """Mean over all labels, from the means of batches; NaN without labels.
 
     Args:
         name: str.

@@ -3,21 +3,24 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import check_text
+
 
 @keras.saving.register_keras_serializable("keras_moe")
 class Masked(keras.metrics.Metric):
-    """Another metric over the examples whose label is not NaN.
+    """Applies another metric to the examples whose label is not NaN.
 
     The result is NaN until there is a label.
 
     Args:
         metric: A `keras.metrics.Metric` that takes `sample_weight`, or anything
             `keras.metrics.get` accepts.
-        name: str. Defaults to the metric's name.
-        dtype: As in `keras.metrics.Metric`.
+        name: str. Defaults to `None`: the metric's name.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
 
     Raises:
-        ValueError: If `metric` is not a metric.
+        ValueError: If `metric` is not a metric, or `name` is not a string.
 
     Example:
 
@@ -28,9 +31,12 @@ class Masked(keras.metrics.Metric):
 
     def __init__(self, metric, name=None, dtype=None):
         if isinstance(metric, dict):
-            metric = keras.saving.deserialize_keras_object(metric)
+            metric = as_keras_object(
+                "metric", keras.saving.deserialize_keras_object, metric
+            )
         if not isinstance(metric, keras.metrics.Metric):
-            given, metric = metric, keras.metrics.get(metric)
+            given = metric
+            metric = as_keras_object("metric", keras.metrics.get, metric)
             if not isinstance(metric, keras.metrics.Metric) and callable(
                 metric
             ):
@@ -43,6 +49,8 @@ class Masked(keras.metrics.Metric):
             raise ValueError(
                 f"`metric` must be a metric. Received: metric={metric!r}"
             )
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name or metric.name, dtype=dtype)
         self.metric = metric
         self.total = self.add_variable(

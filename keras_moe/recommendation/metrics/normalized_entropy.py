@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_text
 from keras_moe.recommendation.metrics.labelled import flat
 from keras_moe.recommendation.metrics.labelled import ratio_or_nan
 
@@ -15,13 +16,16 @@ class NormalizedEntropy(keras.metrics.Metric):
               / -(rate * log(rate) + (1 - rate) * log(1 - rate))
     ```
 
-    Below 1 the predictions know more than the mean. Unlike the log loss, it
-    can be compared between tasks with rare and with frequent events. The result
-    is NaN until there is a positive and a negative.
+    Below 1 the predictions are better than the mean label. Unlike the log loss,
+    it can be compared between tasks with rare and with frequent events. The
+    result is NaN until there is a positive and a negative.
 
     Args:
         name: str. Defaults to `"normalized_entropy"`.
-        dtype: As in `keras.metrics.Metric`.
+        dtype: As in `keras.metrics.Metric`. Defaults to `None`.
+
+    Raises:
+        ValueError: If `name` is not a string.
 
     Example:
 
@@ -35,6 +39,8 @@ class NormalizedEntropy(keras.metrics.Metric):
     """
 
     def __init__(self, name="normalized_entropy", dtype=None):
+        if name is not None:
+            check_text("name", name)
         super().__init__(name=name, dtype=dtype)
         self.losses = self._sum("losses")
         self.positives = self._sum("positives")

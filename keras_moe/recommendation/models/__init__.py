@@ -1,1 +1,1 @@
-"""Ready-made recommendation models: a dict of features in, one of tasks out."""
+"""Ready-made recommendation models, from a dict of features to one of tasks."""

@@ -9,7 +9,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class AdaTT(Recommender):
-    """Levels in which each task mixes the experts of all, most its own (AdaTT).
+    """Levels in which tasks mix all experts, and add their own again (AdaTT).
 
     ```
     h[0, u] = x                                    for each unit
@@ -20,25 +20,25 @@ class AdaTT(Recommender):
     y[t] = tower[t](h[last, t])
     ```
 
-    The `residual` is learned and free of the input; it is 1 where no unit has
-    more than one expert. The units are the tasks (AdaTT-sp), and with
-    `num_shared_experts` one more, with such experts, in all levels but that in
-    the last it has no gate.
+    The `residual` is learned and independent of the input. It is the constant 1
+    if no unit has several experts. The units are the tasks (AdaTT-sp). With
+    `num_shared_experts` there is one more unit, whose experts are the shared
+    ones; it has no gate in the last level.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_levels: int. Number of levels. Defaults to `2`.
         num_shared_experts: int. Experts of the shared unit in each level.
-            Defaults to `0`, no such unit.
+            Defaults to `0`, no shared unit.
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts in each level. Defaults to `4`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            all levels; or a sequence with such a sequence for each level.
+            all levels; or a sequence of ints for each level.
             Defaults to `(16,)`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to

@@ -10,7 +10,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class AITM(Recommender):
-    """Towers of events that follow each other, each told by the one before.
+    """Towers of events in a sequence, each informed by the one before (AITM).
 
     ```
     h[t] = hidden layers of tower[t](bottom(x))
@@ -19,23 +19,23 @@ class AITM(Recommender):
     loss = losses + calibration_weight * sum of mean(max(p[t] - p[t - 1], 0))
     ```
 
-    with `keras_moe.layers.AITMTransfer`. What is predicted for a task is its
-    probability for whatever was shown, as with the first task, and labels count
-    in all examples, unless the task has a `sample_space`.
+    with `keras_moe.layers.AITMTransfer` as `transfer`. All tasks predict their
+    probability among everything that was shown, and are trained on all
+    examples, unless the task has a `sample_space`.
 
-    For such towers on a mixture of experts, `keras_moe.models.AITMHeads` are
-    the `heads` of any other model.
+    For the same towers on a mixture of experts, give another model
+    `heads=keras_moe.models.AITMHeads()`.
 
     Args:
         tasks: Sequence of at least two `keras_moe.models.TaskSpec`, or names of
-            binary tasks, in the order in which what they predict happens. The
-            last width in `tower_units` must be the same for all.
+            binary tasks, in the order of the events. The last width in
+            `tower_units` must be the same for all.
         embedding: As in `keras_moe.models.MMoE`.
         bottom_units: Sequence of ints. Widths of layers, with ReLU, that all
             towers share. Defaults to `()`, none, as in the paper.
-        calibration_weight: float. Factor of the loss for what is more probable
-            than the event before. Must be 0 unless all tasks are binary.
-            Defaults to `0.6`.
+        calibration_weight: float. Weight of the loss for events that are
+            predicted as more probable than the event before. Must be 0 unless
+            all tasks are binary. Defaults to `0.6`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: Arguments of `keras_moe.layers.AITMTransfer`, and `name` and
             `trainable` of the model.
@@ -68,8 +68,8 @@ class AITM(Recommender):
         tasks = as_tasks(tasks)
         if len(tasks) < 2:
             raise ValueError(
-                "`tasks` must be at least two, of which each follows the one "
-                f"before. Received: {[task.name for task in tasks]}"
+                "`tasks` must be at least two, in the order of the events. "
+                f"Received: tasks={[task.name for task in tasks]}"
             )
         bottom_units = as_units("bottom_units", bottom_units, 0)
         options, kwargs = split_arguments(AITMTransfer, kwargs, ())

@@ -9,7 +9,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class CGC(Recommender):
-    """Experts of each task and shared ones, in one level (CGC).
+    """Each task's own experts and shared ones, in one level (CGC).
 
     ```
     y[t] = tower[t](sum of gate[t][e] * expert[e](x)
@@ -20,10 +20,10 @@ class CGC(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_shared_experts: int. Experts that all tasks see. Defaults to `4`.
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts. Defaults to `4`.

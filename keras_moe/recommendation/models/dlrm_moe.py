@@ -6,6 +6,7 @@ from keras_moe import backend
 from keras_moe.checks import as_units
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_several
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.moe.moe import MoE
 from keras_moe.ops.grouped_matmul import batch_matmul
@@ -27,7 +28,7 @@ _STRUCTURE = (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DLRMMoE(Recommender):
-    """Interactions of features, read by a mixture of experts (DLRM, DCN-V2).
+    """A mixture of experts on the interactions of features (DLRM, DCN-V2).
 
     ```
     n = bottom network of the numeric features
@@ -37,32 +38,33 @@ class DLRMMoE(Recommender):
     p[t] = sigmoid(tower[t](sum over e of gate[t][e] * expert[e](i)))
     ```
 
-    The experts replace the top network. By default all of them are computed
+    The experts replace the top network. By default all experts are computed,
     and each task has a gate (`keras_moe.layers.MultiGateMoE`). With `top_k`
     there is one router, and only the chosen experts are computed
-    (`keras_moe.layers.MoE`), which suits many or wide experts.
+    (`keras_moe.layers.MoE`), which pays off with many or wide experts.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding
-            that `keras_moe.models.MMoE` takes and that gives a dict of vectors.
+        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding,
+            as in `keras_moe.models.MMoE`, that returns a dict of vectors.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert;
             with `top_k` exactly two, the last without activation. Defaults to
             `(64, 32)`.
-        top_k: int. How many experts compute an example. Defaults to `None`,
-            all, weighted by a gate of each task.
+        top_k: int, or `None`. How many experts compute each example. Defaults
+            to `None`: all, weighted by the gate of each task.
         bottom_units: Sequence of ints. Widths of the layers of the network of
             the numeric features. `"dot"` adds a last layer as wide as the
             vectors. Defaults to `(64,)`.
-        interaction: `"dot"`, for which all vectors must be of one width, or
-            `"cross"`, low-rank experts too. Defaults to `"dot"`.
+        interaction: `"dot"`, for vectors of one width, or `"cross"`, a
+            `keras_moe.layers.CrossNetMix`. Defaults to `"dot"`.
         cross_options: Dict of arguments of `keras_moe.layers.CrossNetMix`.
             Defaults to `None`, its defaults.
-        numeric_features: Sequence of names of features. Defaults to `None`: all
-            features of a `FeatureEmbedding` without a table (`Numeric` and
-            `Embedded`), and no feature of another embedding.
+        numeric_features: Name, or sequence of names, of the features that the
+            bottom network reads. Defaults to `None`: all features of a
+            `FeatureEmbedding` that have no table (`Numeric` and `Embedded`),
+            and no feature of another embedding.
         heads: As in `keras_moe.models.MMoE`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, or with
@@ -102,7 +104,13 @@ class DLRMMoE(Recommender):
         **kwargs,
     ):
         tasks = as_tasks(tasks)
+        check_int("num_experts", num_experts, 1)
         check_one_of("interaction", interaction, ("dot", "cross"))
+        if not isinstance(cross_options, (dict, type(None))):
+            raise ValueError(
+                "`cross_options` must be a dict or None. "
+                f"Received: cross_options={cross_options!r}"
+            )
         if cross_options and interaction != "cross":
             raise ValueError(
                 "`cross_options` are for interaction='cross'. Received: "
@@ -161,7 +169,7 @@ class DLRMTrunk:
 
 
 class Interaction:
-    """Combines the vectors of the features into one, `(B, width)`."""
+    """Combines the vectors of the features into one `(B, width)`."""
 
     def __init__(self, kind, numeric, bottom_units, cross_options):
         self.kind = kind
@@ -170,11 +178,10 @@ class Interaction:
         self.cross_options = cross_options
 
     def __call__(self, vectors):
-        missing = sorted(set(self.numeric) - set(vectors))
-        if missing:
+        if not set(self.numeric) <= set(vectors):
             raise ValueError(
                 "`numeric_features` must be names of features. Received: "
-                f"{missing}, features={sorted(vectors)}"
+                f"numeric_features={self.numeric}, features={sorted(vectors)}"
             )
         parts = [v for name, v in vectors.items() if name not in self.numeric]
         if self.kind == "dot":
@@ -200,9 +207,9 @@ class Interaction:
 
 @keras.saving.register_keras_serializable("keras_moe")
 class DotProducts(keras.layers.Layer):
-    """Products of all pairs of vectors, `(B, N, D)` -> `(B, N (N - 1) / 2)`.
+    """Products of all pairs of vectors: `(B, N, D)` -> `(B, N (N - 1) / 2)`.
 
-    They are read row by row below the diagonal of the matrix of products.
+    Their order is row by row, below the diagonal of the matrix of products.
     """
 
     def call(self, inputs):
@@ -233,7 +240,6 @@ def _all_experts(tasks, num_experts, expert_units, top_k, kwargs):
 
 def _chosen_experts(tasks, num_experts, expert_units, top_k, kwargs):
     options, kwargs = split_arguments(MoE, kwargs, _STRUCTURE)
-    check_int("num_experts", num_experts, 1)
     if len(expert_units) != 2:
         raise ValueError(
             "With `top_k`, `expert_units` must be two widths. Received: "
@@ -246,8 +252,17 @@ def _chosen_experts(tasks, num_experts, expert_units, top_k, kwargs):
 
 
 def _numeric(embedding, names):
+    if isinstance(names, str):
+        return [names]
     if names is not None:
-        return [names] if isinstance(names, str) else list(names)
+        check_several("numeric_features", names)
+        names = list(names)
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "`numeric_features` must be names of features. "
+                f"Received: numeric_features={names!r}"
+            )
+        return names
     if not isinstance(embedding, FeatureEmbedding):
         return []
     return [f.name for f in embedding.features if f.table is None]

@@ -3,17 +3,21 @@
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
+from keras_moe.checks import check_int
+from keras_moe.checks import check_seed
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
 from keras_moe.recommendation.layers.balanced_experts import BalancedExperts
 from keras_moe.recommendation.layers.star_dense import STARDense
 from keras_moe.recommendation.layers.star_dense import of_domain
+from keras_moe.recommendation.models.domains import check_domain
 from keras_moe.recommendation.models.domains import domain_of
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.stacked_mlp import StackedMLP
 
 
 class DomainExperts:
-    """Experts of all, of domains and of tasks.
+    """Shared experts, experts of domains and experts of tasks.
 
     Args:
         tasks: Tuple of `TaskSpec`.
@@ -39,6 +43,10 @@ class DomainExperts:
         stop_gate_gradients,
         seed,
     ):
+        check_domain(domain, num_domains)
+        check_int("num_experts", num_experts, 1)
+        check_bool("stop_gate_gradients", stop_gate_gradients)
+        check_seed("seed", seed)
         self.tasks = tasks
         self.embedding = embedding
         self.domain = domain
@@ -58,7 +66,8 @@ class DomainExperts:
         h = self._bottom(x, domain, number)
         mixed = self._mixed(h, domain, number)  # (B, domains, T, O)
         own = self._networks(number, self.expert_units, 2, "domain_experts")(h)
-        # Of what all tasks get the same: side by side in one row.
+        # All tasks get the same experts of domains: their outputs stand side by
+        # side in one row.
         shape = (-1, number, len(self.tasks) * self.expert_units[-1])
         y = BalancedExperts(name="domain_balance")(
             ops.reshape(mixed, shape), ops.tile(own, (1, 1, len(self.tasks)))
@@ -77,7 +86,7 @@ class DomainExperts:
         return star[:, 0] + skip[:, 0]
 
     def _mixed(self, h, domain, number):
-        """What the gates of each domain and task make of the shared experts."""
+        """The shared experts, mixed by the gates of each domain and task."""
         experts = MultiGateMoE(
             number * len(self.tasks),
             self.expert_units,

@@ -1,4 +1,4 @@
-"""Which domain each example is of."""
+"""The domain of each example."""
 
 import keras
 import numpy as np
@@ -7,6 +7,21 @@ from keras import ops
 from keras_moe.checks import check_int
 from keras_moe.recommendation.features.categorical import Categorical
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
+
+
+def check_domain(domain, num_domains):
+    """Checks the arguments of a model whose domain is one input."""
+    if not isinstance(domain, str):
+        raise ValueError(
+            "`domain` must be the name of an input. "
+            f"Received: domain={domain!r}"
+        )
+    check_num_domains(num_domains)
+
+
+def check_num_domains(num_domains):
+    if num_domains is not None:
+        check_int("num_domains", num_domains, 1)
 
 
 def domain_of(inputs, embedding, domain, num_domains=None):
@@ -18,17 +33,16 @@ def domain_of(inputs, embedding, domain, num_domains=None):
         domain: Name of a `keras_moe.layers.Categorical` of a
             `keras_moe.layers.FeatureEmbedding`, or of any other integer input
             with values from `0` to `num_domains - 1`.
-        num_domains: int. Number of domains. To be given but for a
-            `Categorical`, of which each id is a domain, and missing and
-            unknown values are one each: these are domains 0 and 1, and id `i`
-            is domain `i + 2`.
+        num_domains: int. Number of domains. Defaults to `None`, for a
+            `Categorical`: missing values are domain 0, unknown ones domain 1,
+            and id `i` is domain `i + 2`.
 
     Returns:
         `(int tensor (B,), num_domains)`.
 
     Raises:
-        ValueError: If there is no such input, it is not made of integers, or
-            `num_domains` is missing or another one.
+        ValueError: If there is no such input, its values are not integers, or
+            `num_domains` is missing or wrong.
     """
     feature = named_feature(embedding, domain)
     if not isinstance(inputs, dict) or domain not in inputs:
@@ -41,9 +55,10 @@ def domain_of(inputs, embedding, domain, num_domains=None):
     if isinstance(feature, Categorical) and not feature.input_shape:
         if num_domains not in (None, feature.num_ids + 2):
             raise ValueError(
-                f"Feature {domain!r} has {feature.num_ids} ids, which with "
-                f"missing and unknown values are {feature.num_ids + 2} "
-                f"domains. Received: num_domains={num_domains!r}"
+                f"Feature {domain!r} has {feature.num_ids} ids. With missing "
+                "and unknown values, `num_domains` must be "
+                f"{feature.num_ids + 2} or None. "
+                f"Received: num_domains={num_domains!r}"
             )
         return feature.rows(ids), feature.num_ids + 2
     shape = tuple(ids.shape)
@@ -66,23 +81,22 @@ def named_feature(embedding, name):
 
 
 def one_hot(ids, number):
-    """`(B,)` -> `(B, number)`, zeros for ids out of range on all backends."""
+    """`(B,)` -> `(B, number)`, zeros for ids out of range."""
     known = np.arange(number, dtype="int32")
     ids = ops.cast(ops.expand_dims(ids, 1), "int32")
     return ops.cast(ops.equal(ids, known), keras.config.floatx())
 
 
 def known_of(names, inputs, embedding, vectors, num_domains=None):
-    """What is known by some features, or by a domain: `(B, width)`.
+    """The vectors of features or domains side by side, `(B, width)`.
 
     Args:
-        names: Name, or sequence of names, of features, whose vectors are
-            taken, or of integer inputs as in `domain_of`, of which one-hot
-            vectors are made.
+        names: Name, or sequence of names. A feature gives its vector. Another
+            integer input, as in `domain_of`, gives a one-hot vector.
         inputs: Dict of `keras.Input` by name.
         embedding: The embedding of the model.
         vectors: Dict of the vectors `(B, width)` of features by name.
-        num_domains: int. For inputs that are no features.
+        num_domains: int. Number of domains, for inputs that are not features.
     """
     known = []
     for name in [names] if isinstance(names, str) else names:

@@ -12,16 +12,16 @@ class ESMM(MMoE):
     p[t] = sigmoid(tower[t](mixture[t](x))) * p[sample space of t]
     ```
 
-    with the mixtures of `keras_moe.models.MMoE`, where the paper has towers on
-    the features alone. What is predicted, and learned, for "bought" is the
-    probability that what was shown is clicked and bought, from all examples;
-    the factor, "bought if clicked", has no loss of its own. It is what the
-    layer `<task>_conditional` gives.
+    with the mixtures of `keras_moe.models.MMoE`; the paper has towers on the
+    features alone. The model predicts, and learns from all examples, the
+    probability that something shown is clicked and bought. The factor, the
+    probability of "bought if clicked", has no loss of its own; it is the output
+    of the layer `<task>_conditional`.
 
     Args:
-        tasks: Sequence of `keras_moe.models.TaskSpec`, of which at least one
-            has a `sample_space`. Names alone are a chain of binary tasks, each
-            in the sample space of the one before.
+        tasks: Sequence of `keras_moe.models.TaskSpec`; at least one must have a
+            `sample_space`. Names alone become a chain of binary tasks, each in
+            the sample space of the one before.
         embedding: As in `keras_moe.models.MMoE`.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert.

@@ -3,7 +3,9 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
+from keras_moe.checks import check_seed
 from keras_moe.checks import check_several
 from keras_moe.checks import is_int
 from keras_moe.recommendation.gates.multi_gate_moe import MultiGateMoE
@@ -14,7 +16,7 @@ from keras_moe.stacked.draws import own_draws
 from keras_moe.stacked.draws import own_seed
 from keras_moe.stacked.draws import with_seeds
 
-# What belongs to the trunk's structure is set by the model.
+# The arguments of each level that the model sets.
 _STRUCTURE = (
     *("num_tasks", "num_shared_experts", "num_task_experts"),
     *("output_shared", "return_gates"),
@@ -27,9 +29,9 @@ class GatedLevels:
     Args:
         tasks: Tuple of `TaskSpec`.
         levels: List of layers with `return_gates=True`. The first reads the
-            features, each other what the one before gives.
-        num_slots: int. Into how many slots of one width the features are cut.
-            Defaults to `None`, none: all units read all features.
+            features, each other one the outputs of the level before.
+        num_slots: int, or `None`. Into how many slots of equal width the
+            features are split. Defaults to `None`: all units read all features.
     """
 
     def __init__(self, tasks, levels, num_slots=None):
@@ -57,8 +59,8 @@ def by_unit(gates, units):
 def check_no_shared(tasks):
     if any(task.name == "shared" for task in tasks):
         raise ValueError(
-            "No task can have the name 'shared', that of the unit of the "
-            f"shared experts. Received: tasks={[t.name for t in tasks]}"
+            "No task can have the name 'shared': it stands for the shared "
+            f"experts. Received: tasks={[t.name for t in tasks]}"
         )
 
 
@@ -75,10 +77,10 @@ def make_levels(
     Args:
         tasks: Tuple of `TaskSpec`.
         num_levels: int.
-        expert_units: Sequence of ints, or one of such for each level.
+        expert_units: Sequence of ints, or a sequence of ints for each level.
         num_shared_experts, num_task_experts: As for `MultiGateMoE`.
-        options: Dict of its other arguments, the same for all levels, but that
-            each level draws numbers of its own.
+        options: Dict of its other arguments, the same for all levels except for
+            the seeds.
     """
     check_int("num_levels", num_levels, 1)
     check_int("num_shared_experts", num_shared_experts, 0)
@@ -125,21 +127,24 @@ def units_of_levels(expert_units, num_levels):
         return [expert_units] * num_levels
     if len(expert_units) != num_levels:
         raise ValueError(
-            "`expert_units` must be a sequence of ints, or one of such for "
-            f"each of the {num_levels} levels. "
+            "`expert_units` must be a sequence of ints, or a sequence of ints "
+            f"for each of the {num_levels} levels. "
             f"Received: expert_units={expert_units!r}"
         )
     return list(expert_units)
 
 
 def options_of_level(options, number):
-    """Options with parts, seeds and initializers of their own for a level."""
+    """Copies the options, with new parts and seeds for a level."""
     options = dict(options)
     if "seed" in options:
+        check_seed("seed", options["seed"])
         options["seed"] = own_seed(options["seed"], number)
     for name in ("kernel_initializer", "gate_initializer"):
         if name in options:
-            initializer = keras.initializers.get(options[name])
+            initializer = as_keras_object(
+                name, keras.initializers.get, options[name]
+            )
             options[name] = own_draws(initializer, number)
     for name in ("experts", "gates"):
         part = options.get(name)
@@ -150,12 +155,12 @@ def options_of_level(options, number):
 
 
 def _copy(part, number):
-    """The part as its config describes it, with seeds of its own."""
+    """A new part from the config of the part, with other seeds."""
     return type(part).from_config(with_seeds(part.get_config(), number))
 
 
 class OneGate:
-    """A trunk of one `MultiGateMoE` of a single gate, for all tasks.
+    """A trunk of one `MultiGateMoE` with a single gate for all tasks.
 
     Args:
         tasks: Tuple of `TaskSpec`.

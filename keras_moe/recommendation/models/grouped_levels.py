@@ -13,7 +13,7 @@ from keras_moe.recommendation.models.gated_levels import units_of_levels
 
 
 class GroupedLevels:
-    """A level of experts of groups of tasks, and one of tasks above it.
+    """A level with experts of groups of tasks, then one with experts of tasks.
 
     Args:
         tasks: Tuple of `TaskSpec`.
@@ -56,8 +56,8 @@ class GroupedLevels:
             name="group_level",
             **options_of_level(options, 0),
         )
-        # Whose experts, as slots of what the first level gives; the experts
-        # of the groups are shared ones in the sense of the layer.
+        # The group output that each expert of the second level reads. For the
+        # layer, the experts of groups are shared experts.
         slots = [
             *np.repeat(self.places, of_tasks).tolist(),
             *np.repeat(np.arange(len(groups)), of_groups).tolist(),

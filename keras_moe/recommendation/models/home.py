@@ -9,7 +9,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class HoME(Recommender):
-    """Experts of groups of tasks, and above them experts of tasks (HoME).
+    """Experts of groups of tasks, then experts of tasks (HoME).
 
     ```
     z[u] = mix[0, u](x)                        for each group, and "shared"
@@ -18,27 +18,29 @@ class HoME(Recommender):
     expert[l, e] = swish(norm(dense[l, e](r * 2 sigmoid(r @ down @ up))))
     ```
 
-    where `gate` is a softmax over all experts that unit `u` sees, and `self`
-    one over its own (a sigmoid, if it has one). In the first level a group sees
-    its own experts and the shared ones, "shared" sees all. In the second a task
-    sees its own experts, its group's and the shared ones. What an expert reads,
-    `r`, is `x` in the first level. In the second it is `z` of the group for the
-    experts of the group and of its tasks, and `z["shared"]` for the shared
-    ones; the gates of a task read both of these side by side.
+    where `gate` is a softmax over all experts that unit `u` sees, and `self` a
+    softmax over the unit's own experts, or a sigmoid if it has one. In the
+    first level a group sees its own experts and the shared ones, and "shared"
+    sees all. In the second a task sees its own experts, the experts of its
+    group and the shared ones. In the first level an expert reads `r = x`. In
+    the second, the experts of a group and of its tasks read the `z` of the
+    group, and the shared experts read `z["shared"]`; the gates of a task read
+    both, side by side.
 
-    As in the paper are the two levels with their groups, the normalized
-    experts with swish, the low-rank gates on the features and the gates on a
-    unit's own experts. A reading of it are what the experts of the second level
-    read (some public code gives them both `z`), one feature gate for each
-    expert, and that a shared expert counts to no group.
+    The paper describes the two levels with their groups, the normalized experts
+    with swish, the low-rank gates on the features and the gates on a unit's own
+    experts. It leaves open what the experts of the second level read (some
+    public code gives them both `z`), how many gates on the features there are
+    (here one for each expert), and whether shared experts belong to a group
+    (here they do not).
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         groups: Sequence of sequences of names of tasks, in which each task
             occurs once. Defaults to `None`, a group for each task.
         num_shared_experts: int. Shared experts in each level. Defaults to `2`.
@@ -47,19 +49,18 @@ class HoME(Recommender):
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts, in the second level. Defaults to `2`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            both levels; or a sequence with such a sequence for each. Defaults
-            to `(16,)`.
-        feature_gate_rank: int, or `None`. Number of columns of `down`; `None`
-            for no gates on features. Defaults to `8`.
+            both levels; or a sequence of ints for each. Defaults to `(16,)`.
+        feature_gate_rank: int, or `None`. Number of columns of `down`. With
+            `None` there are no gates on features. Defaults to `8`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to
             `"towers"`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
             `inputs()`.
         **kwargs: Further arguments of `keras_moe.layers.MultiGateMoE`, for
-            both levels, of which these have other defaults:
-            `expert_normalization="batch"`, `expert_activation="silu"`,
-            `self_residual="gates"`. And `name` and `trainable` of the model.
+            both levels, and `name` and `trainable` of the model. Three have
+            other defaults: `expert_normalization="batch"`,
+            `expert_activation="silu"` and `self_residual="gates"`.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.

@@ -11,7 +11,7 @@ def split_arguments(layer_class, kwargs, fixed, flat=()):
         flat: Names of arguments that the layer takes as `**kwargs`.
 
     Raises:
-        ValueError: If neither takes an argument.
+        ValueError: If neither the layer nor the model takes an argument.
     """
     parameters = inspect.signature(layer_class.__init__).parameters
     known = {*parameters, *flat} - {"self", "kwargs", "name", *fixed}

@@ -7,51 +7,53 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class M3oE(Recommender):
-    """Experts of all, of domains and of tasks, for many domains (M3oE).
+    """Shared experts, experts of domains and experts of tasks (M3oE).
 
     ```
     h    = star_mlp(star(x, d)) + skip_mlp(x)            d the domain of x
     z[t] = sum_e softmax(stop_gradient(h) @ gate[d, t])[e] * expert[e](h)
-           + domain_weight * own[d] of the domain_expert[n](h)
-           + task_weight * own[t] of the task_expert[n](h)
-    own[n] of f = balance * f[n]
-                  + (1 - balance) * mean over the other m of f[m]
+           + domain_weight * balanced(domain_experts(h))[d]
+           + task_weight * balanced(task_experts(h))[t]
+    balanced(f)[n] = balance * f[n]
+                     + (1 - balance) * mean over the other m of f[m]
     y[t] = tower[t](z[t])
     ```
 
-    `star` is a `keras_moe.layers.STARDense`, and each `mlp` and expert has
-    layers of `dense`, layer normalization and ReLU. The two weights and the two
-    balances are learned scalars, sigmoids, see
+    `star` is a `keras_moe.layers.STARDense`. Each layer of an `mlp` or an
+    expert is dense, layer normalization, ReLU. The two weights and the two
+    balances are sigmoids of learned scalars, see
     `keras_moe.layers.BalancedExperts`.
 
-    Not as in the paper's code: it has a tower for each pair of a domain and a
-    task, this model one for each task, so that all `heads` fit; and the scalars
-    are sigmoids only, where it also has other ways to draw them.
+    The paper's code differs in two ways: it has a tower for each pair of a
+    domain and a task, where this model has one for each task, so that all
+    `heads` fit; and it offers other ways to learn the scalars.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
-        domain: str. Name of a `keras_moe.layers.Categorical` feature, of which
-            each id is a domain, unknown and missing values too, or of another
-            integer input with values from `0` to `num_domains - 1`.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
+        domain: str. Name of a `keras_moe.layers.Categorical` feature, or of
+            another integer input with values from `0` to `num_domains - 1`.
+            Each id of the feature is a domain, and so are unknown and missing
+            values.
         num_domains: int. Number of domains, unless `domain` is a
             `Categorical`. Defaults to `None`.
-        num_experts: int. Experts of all domains and tasks. Defaults to `4`.
+        num_experts: int. Experts shared by all domains and tasks. Defaults to
+            `4`.
         star_units: Sequence of at least two ints: the width of `star`, and
             the widths of the layers of `star_mlp`; the last is also the width
             of `skip_mlp`. Defaults to `(64, 32)`.
-        expert_units: Sequence of ints. Widths of the layers of each expert, of
+        expert_units: Sequence of ints. Widths of the layers of each expert of
             all three kinds. Defaults to `(16,)`.
-        normalization: `"layer"`, `"batch"` or `None`, of each of these layers.
-            Defaults to `"layer"`.
-        dropout: float. Dropout after each of these layers, in training.
-            Defaults to `0.0`.
-        stop_gate_gradients: bool. Whether the gates send no gradient into what
-            they read. Defaults to `True`.
+        normalization: `"layer"`, `"batch"` or `None`. Normalization in each
+            `mlp` and expert. Defaults to `"layer"`.
+        dropout: float. Rate of the dropout after each layer of an `mlp` or
+            expert, in training. Defaults to `0.0`.
+        stop_gate_gradients: bool. Whether to stop the gradients from the gates
+            to their input `h`. Defaults to `True`.
         seed: int, or `None`. Seed of the dropout. Defaults to `None`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to
@@ -65,7 +67,7 @@ class M3oE(Recommender):
 
     Example:
 
-    `gate_weights` belong to the gate of the task and the example's domain:
+    `gate_weights` returns the gate of each task in the domain of the example:
 
     >>> data = {"city": ["Rome", "Oslo", "Rome"], "age": [31.0, 40.0, 25.0]}
     >>> features = keras_moe.layers.FeatureEmbedding.from_data(data)

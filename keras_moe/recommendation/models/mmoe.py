@@ -10,7 +10,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MMoE(Recommender):
-    """Experts that all tasks share, mixed by a gate of each task (MMoE).
+    """Experts that all tasks share, mixed by one gate per task (MMoE).
 
     ```
     y[t] = tower[t](sum_e softmax(x @ gate[t])[e] * expert[e](x))
@@ -19,10 +19,10 @@ class MMoE(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert.
             Defaults to `(16,)`.

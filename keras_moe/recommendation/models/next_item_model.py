@@ -20,10 +20,10 @@ class NextItemModel(keras.Model):
         Args:
             optimizer: As in `keras.Model.compile`.
             loss: Defaults to `"auto"`, the mean cross-entropy over the
-                positions whose label is not 0. In `evaluate`, and in the logs
-                of `fit`, all these positions count the same, however they are
-                batched; without any the loss is NaN. Any other loss is averaged
-                over batches by Keras.
+                positions whose label is not 0. In `evaluate` and in the logs of
+                `fit` all these positions count the same, whatever the batch
+                size; without labels the loss is NaN. Keras averages any other
+                loss over batches.
             **kwargs: As in `keras.Model.compile`.
         """
         next_item_loss = keras.losses.SparseCategoricalCrossentropy(
@@ -70,8 +70,8 @@ class NextItemModel(keras.Model):
         loss = logs.pop(self._item_loss.name)
         added = logs.pop(self._added_loss.name)
         if self._counts_labels:
-            # Keras averages over batches, so one with few labels, or none,
-            # would count as much as a full one.
+            # Keras averages over batches: a batch with few labels would count
+            # as much as a full one.
             logs["loss"] = loss + added
         return logs
 

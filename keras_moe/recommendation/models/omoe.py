@@ -10,7 +10,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class OMoE(Recommender):
-    """Experts under one gate for all tasks (OMoE).
+    """Experts mixed by one gate for all tasks (OMoE).
 
     ```
     y[t] = tower[t](sum_e softmax(x @ gate)[e] * expert[e](x))
@@ -19,10 +19,10 @@ class OMoE(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_experts: int. Number of experts. Defaults to `8`.
         expert_units: Sequence of ints. Widths of the layers of each expert.
             Defaults to `(16,)`.

@@ -2,8 +2,10 @@ import keras
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_int
 from keras_moe.recommendation.layers.epnet import EPNet
 from keras_moe.recommendation.layers.ppnet import PPNet
+from keras_moe.recommendation.models.domains import check_num_domains
 from keras_moe.recommendation.models.domains import known_of
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.recommendation.tasks.task_spec import without_towers
@@ -11,7 +13,7 @@ from keras_moe.recommendation.tasks.task_spec import without_towers
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PEPNet(Recommender):
-    """Features scaled for their domain, towers for person and item (PEPNet).
+    """Scales the features by domain and the towers by user and item (PEPNet).
 
     ```
     e    = x * gate([domain, x])                        EPNet
@@ -19,38 +21,37 @@ class PEPNet(Recommender):
     p[t] = sigmoid(dense[t](h[t]))
     ```
 
-    The layers are `keras_moe.layers.EPNet` and `keras_moe.layers.PPNet`, whose
+    The layers are `keras_moe.layers.EPNet` and `keras_moe.layers.PPNet`. Their
     gates send no gradient back to `x` and `e`.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
-            tasks, which then have no hidden layers after PPNet's.
-        embedding: A `keras_moe.layers.FeatureEmbedding`, or what else
-            `keras_moe.models.MMoE` takes if it gives a dict of vectors.
-        domain: Name, or sequence of names, of the features that say what is
-            known of the domain; or the name of an integer input that is no
-            feature, with values from `0` to `num_domains - 1`. An empty
-            sequence leaves EPNet out.
-        prior_features: Name, or sequence of names, of the features that say
-            who the person and what the item is.
-        num_domains: int. Number of domains, if `domain` is no feature.
+            tasks, which then have no hidden layers besides PPNet's.
+        embedding: A `keras_moe.layers.FeatureEmbedding`, or another embedding,
+            as in `keras_moe.models.MMoE`, that returns a dict of vectors.
+        domain: Name, or sequence of names, of features that describe the
+            domain; or the name of another integer input with values from `0`
+            to `num_domains - 1`. An empty sequence leaves EPNet out.
+        prior_features: Name, or sequence of names, of the features that
+            describe the user and the item.
+        num_domains: int. Number of domains, if `domain` is not a feature.
             Defaults to `None`.
         units: Sequence of ints. Widths of the layers of each tower. Defaults
             to `(64, 32)`.
-        main_features: Sequence of names of the features that make up `x`.
-            Defaults to `None`, all.
-        domain_gate_units: int, or `None` for the width of `x`. Width of the
-            hidden layer of EPNet's gate. Defaults to `None`.
-        gate_units: int, or `None` for the width of what is gated. Width of the
-            hidden layers of PPNet's gates. Defaults to `None`.
-        gate_place: `"output"` of PPNet's layers, or their `"input"`. Defaults
-            to `"output"`.
+        main_features: Name, or sequence of names, of the features that make up
+            `x`. Defaults to `None`, all features.
+        domain_gate_units: int. Width of the hidden layer of EPNet's gate.
+            Defaults to `None`, the width of `x`.
+        gate_units: int. Width of the hidden layers of PPNet's gates. Defaults
+            to `None`, the width of the tensor that is gated.
+        gate_place: `"output"` or `"input"`: which side of PPNet's layers is
+            gated. Defaults to `"output"`.
         gate_reads: `"prior_and_inputs"`, as above, or `"prior"` alone. Defaults
             to `"prior_and_inputs"`.
         scale: float. Largest factor of all gates. Defaults to `2.0`.
         activation: Activation of the towers. Defaults to `"relu"`.
-        normalization: `None`, `"batch"` or `"layer"`, in the towers. Defaults
-            to `None`.
+        normalization: `None`, `"batch"` or `"layer"`. Normalization in the
+            towers. Defaults to `None`.
         heads: As in `keras_moe.models.MMoE`.
         inputs: As in `keras_moe.models.MMoE`.
         **kwargs: `name` and `trainable` of the model.
@@ -93,6 +94,9 @@ class PEPNet(Recommender):
         **kwargs,
     ):
         tasks = without_towers(tasks)
+        check_num_domains(num_domains)
+        if domain_gate_units is not None:
+            check_int("domain_gate_units", domain_gate_units, 1)
         epnet = EPNet(domain_gate_units, scale, name="epnet")
         ppnet = PPNet(
             len(tasks),
@@ -134,7 +138,7 @@ class PEPNet(Recommender):
 
 
 class PEPNetTrunk:
-    """EPNet, and PPNet on what it gives."""
+    """EPNet, then PPNet."""
 
     uses_vectors = True
 
@@ -151,39 +155,50 @@ class PEPNetTrunk:
         self.embedding = embedding
         self.epnet = epnet
         self.ppnet = ppnet
-        self.domain = domain
+        self.domain = [] if domain is None else as_names("domain", domain, 0)
         self.prior_features = as_names("prior_features", prior_features)
         self.num_domains = num_domains
         self.main_features = main_features
+        if main_features is not None:
+            self.main_features = as_names("main_features", main_features)
 
     def __call__(self, x, inputs, vectors):
         if self.main_features is not None:
-            x = joined(vectors, as_names("main_features", self.main_features))
+            x = joined("main_features", vectors, self.main_features)
         if self.domain:
             known = known_of(
                 self.domain, inputs, self.embedding, vectors, self.num_domains
             )
             x = self.epnet(x, known)
-        return self.ppnet(x, joined(vectors, self.prior_features))
+        return self.ppnet(
+            x, joined("prior_features", vectors, self.prior_features)
+        )
 
 
-def as_names(argument, names):
-    """A list of names, from one or several."""
+def as_names(argument, names, minimum=1):
+    """A list of at least `minimum` names, from one or several."""
     given = [names] if isinstance(names, str) else names
-    if not isinstance(given, (list, tuple)) or not given:
+    if (
+        not isinstance(given, (list, tuple))
+        or len(given) < minimum
+        or not all(isinstance(name, str) for name in given)
+    ):
+        least = ", at least one" if minimum else ""
         raise ValueError(
-            f"`{argument}` must be names of features, at least one. "
+            f"`{argument}` must be names of features{least}. "
             f"Received: {argument}={names!r}"
         )
     return list(given)
 
 
-def joined(vectors, names):
+def joined(argument, vectors, names):
     """The vectors of some features as one tensor."""
     missing = [name for name in names if name not in vectors]
     if missing:
         raise ValueError(
-            f"There are no features {missing}. Received: {sorted(vectors)}"
+            f"`{argument}` must be names of features; there are no features "
+            f"{missing}. Received: {argument}={names}, "
+            f"features={sorted(vectors)}"
         )
     chosen = [vectors[name] for name in names]
     return chosen[0] if len(chosen) == 1 else ops.concatenate(chosen, axis=-1)

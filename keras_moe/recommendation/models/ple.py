@@ -9,7 +9,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PLE(Recommender):
-    """Levels of experts, each task's own and shared ones (PLE).
+    """Levels of experts: each task's own, and shared ones (PLE).
 
     ```
     h[0, u] = x                                    for each task and "shared"
@@ -23,16 +23,16 @@ class PLE(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_levels: int. Number of levels. Defaults to `2`.
         num_shared_experts: int. Shared experts in each level. Defaults to `4`.
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts in each level. Defaults to `4`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            all levels; or a sequence with such a sequence for each level.
+            all levels; or a sequence of ints for each level.
             Defaults to `(16,)`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to

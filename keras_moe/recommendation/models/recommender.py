@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import is_int
 from keras_moe.recommendation.models.model_config import deserialized
 from keras_moe.recommendation.models.model_config import made_again
 from keras_moe.recommendation.models.model_config import settings_of
@@ -9,21 +10,21 @@ from keras_moe.recommendation.tasks.training_arguments import check_data
 
 
 class Recommender(MultiTaskModel):
-    """What the ready-made models have in common.
+    """The base class of the ready-made models.
 
     A model is its embedding, its trunk and its heads. A subclass makes the
-    trunk of its arguments, and these are what is saved.
+    trunk from its arguments, which are saved.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
-        trunk: What `keras_moe.recommendation.tasks.assemble` takes. One with an
-            attribute `gates`, a list with a dict `{unit: tensor (B, E)}` for
-            each of its levels, lets users read them.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
+        trunk: Function or layer, see `keras_moe.recommendation.tasks.assemble`.
+            For `gate_weights` it has an attribute `gates`, a list with a dict
+            `{unit: tensor (B, E)}` for each of its levels.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
@@ -43,6 +44,7 @@ class Recommender(MultiTaskModel):
         arguments=None,
         **kwargs,
     ):
+        _check_embedding(embedding, inputs)
         graph = assemble(tasks, embedding, trunk, heads, inputs)
         super().__init__(**graph, **kwargs)
         self.heads = heads
@@ -57,33 +59,35 @@ class Recommender(MultiTaskModel):
 
     @property
     def num_gate_levels(self):
-        """How many levels of gates `gate_weights` can read."""
+        """Number of levels that `gate_weights` can read."""
         return len(self._gates)
 
     def gate_weights(self, x, level=-1, batch_size=None):
-        """How much each task takes of each expert, example by example.
+        """The weight that each task gives to each expert, for each example.
 
         Args:
-            x: Features, as for `predict`. Of a stream, no others than these.
-            level: int. Which level of experts, from the first at 0. Defaults
-                to `-1`, the last.
+            x: Features, as for `predict`. A stream must yield the features of
+                the model and no others.
+            level: int. Index of the level of experts. Defaults to `-1`, the
+                last.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
 
         Returns:
-            Dict of NumPy arrays `(B, E)` by task, and by `"shared"` where the
-            shared experts of a level have a gate of their own. Experts are in
-            the order of `keras_moe.layers.MultiGateMoE`: by task, the shared
-            ones last. The weights of experts that a task does not see are 0.
+            Dict of NumPy arrays `(B, E)` by task, and by `"shared"` in levels
+            whose shared unit has a gate. Experts are in the order of
+            `keras_moe.layers.MultiGateMoE`: by task, the shared ones last. The
+            weights of experts that a task does not see are 0.
 
         Raises:
             ValueError: If the model has no gates, or no such level.
         """
-        if not self._gates:
+        number = self.num_gate_levels
+        if not number:
             raise ValueError(f"A {type(self).__name__} has no gates to read.")
-        if not -len(self._gates) <= level < len(self._gates):
+        if not is_int(level) or not -number <= level < number:
             raise ValueError(
-                f"`level` must be one of the {len(self._gates)} levels with "
-                f"gates. Received: level={level!r}"
+                f"`level` must be an int from {-number} to {number - 1}: this "
+                f"model has {number} levels of gates. Received: level={level!r}"
             )
         inputs, _ = self._graph
         check_data(self, x)
@@ -100,15 +104,15 @@ class Recommender(MultiTaskModel):
         self._quantized = True
 
     def save(self, *args, **kwargs):
-        self._check_not_quantized()  # Later, Keras has opened the file.
+        self._check_not_quantized()  # Before Keras opens the file.
         super().save(*args, **kwargs)
 
     def _check_not_quantized(self):
         if self._quantized:
             raise ValueError(
-                f"The {type(self).__name__} {self.name!r} is quantized, and "
-                "what is made of its configuration is not. Export it, or save "
-                "it before it is quantized, and quantize what is loaded."
+                f"The {type(self).__name__} {self.name!r} is quantized, and a "
+                "model made from its config would not be. Export it; or save "
+                "it before quantizing, and quantize the loaded model."
             )
 
     def get_config(self):
@@ -116,7 +120,7 @@ class Recommender(MultiTaskModel):
         config = {"tasks": list(self.tasks), **self._arguments}
         if config["inputs"] is not None:
             config["inputs"] = {
-                # A tensor would be loaded as one that is no input.
+                # Keras would load a tensor as one that is not an input.
                 name: {
                     "batch_shape": tuple(x.shape),
                     "dtype": x.dtype,
@@ -141,3 +145,19 @@ class Recommender(MultiTaskModel):
                 for name, kwargs in arguments["inputs"].items()
             }
         return made_again(cls, arguments, settings)
+
+
+def _check_embedding(embedding, inputs):
+    if not callable(embedding):
+        raise ValueError(
+            "`embedding` must be a layer, a FeatureSpace, or a function of the "
+            f"inputs. Received: embedding={embedding!r}"
+        )
+    tensors = keras.tree.flatten(inputs)
+    if inputs is not None and not (
+        tensors and all(isinstance(x, keras.KerasTensor) for x in tensors)
+    ):
+        raise ValueError(
+            "`inputs` must be a dict of `keras.Input` by name, or None. "
+            f"Received: inputs={inputs!r}"
+        )

@@ -1,7 +1,11 @@
 """The trunk of SNR."""
 
 from keras_moe.checks import as_ints
+from keras_moe.checks import as_keras_object
+from keras_moe.checks import as_units
 from keras_moe.checks import check_int
+from keras_moe.checks import check_rate
+from keras_moe.ops import activations
 from keras_moe.recommendation.layers.sub_network_routing import (
     SubNetworkRouting,
 )
@@ -12,7 +16,7 @@ from keras_moe.stacked.stacked_mlp import StackedMLP
 
 
 class RoutedLevels:
-    """Levels of experts, and after each a `SubNetworkRouting`.
+    """Levels of experts, each followed by a `SubNetworkRouting`.
 
     Args:
         num_tasks: int.
@@ -35,6 +39,12 @@ class RoutedLevels:
         check_int("num_levels", num_levels, 1)
         numbers = as_ints("num_experts", num_experts, num_levels, minimum=1)
         units = units_of_levels(expert_units, num_levels)
+        if routing_units is not None:
+            check_int("routing_units", routing_units, 1)
+        check_rate("expert_dropout", expert_dropout)
+        activation = as_keras_object(
+            "expert_activation", activations.get, expert_activation
+        )
         seed = options.get("seed")
         self.levels = []
         readers = [*numbers[1:], num_tasks]
@@ -43,8 +53,8 @@ class RoutedLevels:
         ):
             experts = StackedMLP(
                 number,
-                units[i],
-                activation=expert_activation,
+                as_units("expert_units", units[i]),
+                activation=activation,
                 dropout=expert_dropout,
                 seed=own_seed(seed, num_levels + i),
                 name=f"experts_{i}",

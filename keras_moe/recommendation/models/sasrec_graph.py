@@ -13,7 +13,11 @@ NEVER = -1e9
 def sasrec_graph(
     num_items, length, embedding_dim, num_blocks, num_heads, dropout, moe
 ):
-    """`(ids, logits (B, L, items), logits at the last item (B, items))`."""
+    """Builds the functional graph.
+
+    Returns:
+        `(ids, logits (B, L, items), logits at the last item (B, items))`.
+    """
     ids = keras.Input((length,), dtype="int32", name="ids")
     items = keras.layers.ReversibleEmbedding(
         num_items + 1,
@@ -45,7 +49,7 @@ def sasrec_graph(
     x = keras.layers.LayerNormalization(name="norm")(x)
     never = np.zeros(num_items + 1, "float32")
     never[0] = NEVER
-    # The item with the largest position.
+    # The last position that holds an item.
     number = ops.cumsum(ops.cast(is_item, "int32"), axis=1)
     is_last = ops.logical_and(is_item, ops.equal(number, number[:, -1:]))
     last = ops.sum(x * ops.cast(is_last, x.dtype)[:, :, None], axis=1)
@@ -57,10 +61,10 @@ def sasrec_graph(
 
 
 def attention_mask(is_item, length):
-    """Where a position `(B, L, L)` may look: at itself and items before.
+    """Which positions each position may attend to, `(B, L, L)`.
 
-    Padding looks at itself too: a softmax over nothing is NaN and would spread
-    to other positions.
+    Each attends to itself and to earlier items. Padding attends to itself too:
+    a softmax over nothing is NaN, which would spread to other positions.
     """
     not_later = np.tri(length, dtype="bool")
     itself = np.eye(length, dtype="bool")

@@ -1,6 +1,7 @@
 import keras
 import numpy as np
 
+from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_rate
@@ -13,7 +14,7 @@ from keras_moe.recommendation.models.next_item_model import NextItemModel
 from keras_moe.recommendation.models.sasrec_graph import NEVER
 from keras_moe.recommendation.models.sasrec_graph import sasrec_graph
 
-# What the model sets of the `MoE` layers.
+# The arguments of the `MoE` layers that the model sets.
 _STRUCTURE = (
     *("num_experts", "intermediate_dim", "top_k", "activation", "causal"),
     *("route_per", "return_routing", "capacity", "shared_experts"),
@@ -37,8 +38,8 @@ class SASRecMoE(NextItemModel):
     from 1; 0 is padding, on either side of a sequence. No position looks at
     later ones or at padding, and padding goes to no expert.
 
-    Trained on sequences of ids and, for each position, the id of the next item
-    (0 where there is none), which is the same sequence one step later:
+    The model is trained on sequences of ids. The label of each position is the
+    id of the next item, or 0 if there is none:
 
     ```python
     model.compile("adam")
@@ -46,26 +47,27 @@ class SASRecMoE(NextItemModel):
     model.recommend(sequences[:, 1:], k=10)
     ```
 
-    SASRec compares the next item with one drawn item; the loss here is the
+    SASRec compares the next item with one random item; the loss here is the
     cross-entropy over all items.
 
     Args:
         num_items: int. Number of items, whose ids are 1 to `num_items`.
         length: int. Length of the sequences.
         embedding_dim: int. Width of the vectors. Defaults to `64`.
-        num_blocks: int. Defaults to `2`.
-        num_heads: int. Heads of attention; they must divide `embedding_dim`.
-            Defaults to `1`.
+        num_blocks: int. Number of blocks. Defaults to `2`.
+        num_heads: int. Attention heads; must divide `embedding_dim`. Defaults
+            to `1`.
         num_experts: int. Experts in each block. Defaults to `8`.
         top_k: int. Experts per position. Defaults to `2`.
         intermediate_dim: int. Width of the hidden layer of an expert. Defaults
             to `None`, `embedding_dim`.
         activation: Activation of the experts. Defaults to `"relu"`.
-        dropout: float. Rate of dropout of the embedding, of attention, and of
-            what each part of a block adds. Defaults to `0.2`.
-        **kwargs: Further arguments of `keras_moe.layers.MoE`, of which `router`
-            and `experts` (by default `"mlp"`) must be names, and `name` and
-            `trainable` of the model.
+        dropout: float. Rate of the dropout of the embedding, of the attention
+            weights and of the output of each part of a block. Defaults to
+            `0.2`.
+        **kwargs: Further arguments of `keras_moe.layers.MoE`, and `name` and
+            `trainable` of the model. `router` and `experts` (by default
+            `"mlp"`) must be names.
 
     Input shape:
         `(batch, length)`, int32.
@@ -112,6 +114,8 @@ class SASRecMoE(NextItemModel):
             ("num_heads", num_heads),
         ):
             check_int(name, value, 1)
+        if intermediate_dim is not None:
+            check_int("intermediate_dim", intermediate_dim, 1)
         check_rate("dropout", dropout)
         if embedding_dim % num_heads:
             raise ValueError(
@@ -185,18 +189,22 @@ class SASRecMoE(NextItemModel):
 
         Args:
             ids: NumPy array `(B, length)` of item ids. The items recommended
-                follow the last item that is not padding. A sequence of padding
-                alone is an error.
+                follow the last item of the sequence.
             k: int. How many items. Defaults to `10`.
             exclude_seen: bool. Whether to leave out the items of the sequence.
-                With fewer than `k` others, the rest is filled with 0. Defaults
+                If fewer than `k` items are left, the last ids are 0. Defaults
                 to `False`.
             batch_size: int. As for `predict`. Defaults to `None`, 32.
 
         Returns:
             NumPy array `(B, k)` of item ids, the most likely first.
+
+        Raises:
+            ValueError: If ids are out of range, a sequence has no item, or `k`
+                is larger than the number of items.
         """
         check_int_up_to("k", k, "num_items", self.num_items)
+        check_bool("exclude_seen", exclude_seen)
         ids = np.asarray(ids)
         self._check_ids(ids)
         if not (ids > 0).any(axis=1).all():

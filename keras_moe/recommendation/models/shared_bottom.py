@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import as_units
 from keras_moe.recommendation.models.layer_arguments import split_arguments
 from keras_moe.recommendation.models.recommender import Recommender
 from keras_moe.stacked.stacked_mlp import StackedMLP
@@ -7,7 +8,7 @@ from keras_moe.stacked.stacked_mlp import StackedMLP
 
 @keras.saving.register_keras_serializable("keras_moe")
 class SharedBottom(Recommender):
-    """One network that all tasks share, and their towers: the baseline.
+    """One network that all tasks share, and a tower for each: the baseline.
 
     ```
     y[t] = tower[t](bottom(x))
@@ -16,10 +17,10 @@ class SharedBottom(Recommender):
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         bottom_units: Sequence of ints. Widths of the layers of the network.
             Defaults to `(64,)`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
@@ -59,6 +60,7 @@ class SharedBottom(Recommender):
     ):
         fixed = ("num_networks", "units", "output_units", "output_use_bias")
         options, kwargs = split_arguments(StackedMLP, kwargs, fixed)
+        bottom_units = as_units("bottom_units", bottom_units)
         bottom = StackedMLP(1, bottom_units, name="bottom", **options)
         super().__init__(
             tasks,

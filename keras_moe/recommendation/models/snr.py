@@ -20,31 +20,31 @@ class SNR(Recommender):
     y[t] = tower[t](v[last, t])
     ```
 
-    An expert of the next level, or after the last a task, is a `j`. A code is
-    between 0 and 1, drawn in training and fixed in inference, see
-    `keras_moe.layers.SubNetworkRouting`. With `l0_weight` connections cost, and
-    vanish where they are not worth it.
+    where `j` is an expert of the next level or, after the last level, a task.
+    Codes are between 0 and 1, random in training and fixed in inference, see
+    `keras_moe.layers.SubNetworkRouting`. `l0_weight` puts a price on
+    connections, so that useless ones are switched off.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: What makes a vector of the features: a
+        embedding: Turns the features into a vector: a
             `keras_moe.layers.FeatureEmbedding`, an adapted
-            `keras.utils.FeatureSpace`, or a layer called with the dict of
-            inputs.
+            `keras.utils.FeatureSpace`, or a layer that is called with the dict
+            of inputs.
         num_levels: int. Number of levels of experts. Defaults to `2`.
-        num_experts: int, or a sequence with an int for each level. Defaults to
-            `4`.
+        num_experts: int, or a sequence with an int for each level. Number of
+            experts. Defaults to `4`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            all levels; or a sequence with such a sequence for each level.
+            all levels; or a sequence of ints for each level.
             Defaults to `(16,)`.
-        routing_units: int, or `None`. Width of what the experts of the next
-            level and the towers read (SNR-Trans). `None` for no kernels
-            (SNR-Aver): the width is then the experts'. Defaults to `16`.
+        routing_units: int, or `None`. Output width of each routing (SNR-Trans).
+            With `None` there are no kernels, and the width stays (SNR-Aver).
+            Defaults to `16`.
         expert_activation: Activation of each layer of the experts. Defaults to
             `"relu"`.
-        expert_dropout: float. Dropout after each layer of the experts, in
-            training. Defaults to `0.0`.
+        expert_dropout: float. Rate of the dropout after each layer of the
+            experts, in training. Defaults to `0.0`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to
             `"towers"`.
@@ -107,12 +107,12 @@ class SNR(Recommender):
         )
 
     def connections(self):
-        """How far each connection is on, in inference.
+        """The codes in inference: 0 for off, 1 for on.
 
         Returns:
-            List of NumPy arrays `(number of readers, number of experts)`, one
-            a level: the readers are the experts of the next level, and after
-            the last the tasks.
+            List of NumPy arrays `(readers, experts)`, one for each level. The
+            readers are the experts of the next level, or the tasks after the
+            last.
         """
         return [
             keras.ops.convert_to_numpy(layer.codes())

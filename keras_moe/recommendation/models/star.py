@@ -2,11 +2,13 @@ import keras
 from keras import ops
 
 from keras_moe.checks import as_units
+from keras_moe.checks import check_bool
 from keras_moe.recommendation.features.feature import layer_name
 from keras_moe.recommendation.layers.partitioned_normalization import (
     PartitionedNormalization,
 )
 from keras_moe.recommendation.layers.star_dense import STARDense
+from keras_moe.recommendation.models.domains import check_domain
 from keras_moe.recommendation.models.domains import domain_of
 from keras_moe.recommendation.models.domains import named_feature
 from keras_moe.recommendation.models.domains import one_hot
@@ -16,7 +18,7 @@ from keras_moe.recommendation.tasks.task_spec import without_towers
 
 @keras.saving.register_keras_serializable("keras_moe")
 class STAR(Recommender):
-    """One network for several domains, with weights that each of them scales.
+    """One network for several domains, with weights that each domain scales.
 
     ```
     h    = partitioned normalization(x)                 for domain d
@@ -25,27 +27,27 @@ class STAR(Recommender):
     ```
 
     The layers are `keras_moe.layers.PartitionedNormalization` and
-    `keras_moe.layers.STARDense`. The auxiliary network lets what is known of
-    the domain reach the logit directly. The layer that makes the logits of `h`
-    is the same for all domains; in the paper it is scaled as well.
+    `keras_moe.layers.STARDense`. The auxiliary network takes the domain to the
+    logits directly. All domains share the layer from `h` to the logits; in the
+    paper each domain scales it too.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
-            tasks, which then have no hidden layers of their own.
+            tasks, which then have no hidden layers in their towers.
         embedding: As in `keras_moe.models.MMoE`.
-        domain: Name of a `Categorical` feature of the `FeatureEmbedding`, each
-            of whose ids, and missing and unknown values, are a domain; or of
-            any integer input with values from `0` to `num_domains - 1`. An
-            example of another value gets only what biases and the auxiliary
-            network give.
-        num_domains: int. Number of domains, if `domain` is no such feature.
-            Defaults to `None`.
+        domain: str. Name of a `keras_moe.layers.Categorical` feature, or of
+            another integer input with values from `0` to `num_domains - 1`.
+            Each id of the feature is a domain, and so are unknown and missing
+            values. For an example whose domain is out of range, `h` is 0.
+        num_domains: int. Number of domains, unless `domain` is a
+            `Categorical`. Defaults to `None`.
         units: Sequence of ints. Widths of the layers. Defaults to `(64, 32)`.
         normalization: bool. Whether to normalize by the statistics of each
             domain. Defaults to `True`.
-        auxiliary_units: Sequence of ints. Widths of the hidden layers of the
-            auxiliary network, which reads the features (and the domain, if it
-            is none). `None` is no such network. Defaults to `(32,)`.
+        auxiliary_units: Sequence of ints, or `None`. Widths of the hidden
+            layers of the auxiliary network, which reads the features, and the
+            domain if it is not a feature. With `None` there is no auxiliary
+            network. Defaults to `(32,)`.
         heads: As in `keras_moe.models.MMoE`, but a function is called as
             `(list of tensors, tasks, {task: logits to add})` if there is an
             auxiliary network.
@@ -82,6 +84,8 @@ class STAR(Recommender):
         **kwargs,
     ):
         tasks = without_towers(tasks)
+        check_domain(domain, num_domains)
+        check_bool("normalization", normalization)
         arguments = {
             "domain": domain,
             "num_domains": num_domains,
@@ -99,7 +103,7 @@ class STAR(Recommender):
 
 
 class StarTrunk:
-    """Layers that each domain scales, and the logits beside them."""
+    """Layers that each domain scales, and the auxiliary logits."""
 
     uses_inputs = True
 

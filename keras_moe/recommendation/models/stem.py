@@ -10,7 +10,7 @@ from keras_moe.recommendation.tasks.task_spec import as_tasks
 
 @keras.saving.register_keras_serializable("keras_moe")
 class STEM(Recommender):
-    """An embedding of the features for each task and a shared one (STEM).
+    """An embedding of the features for each task, and a shared one (STEM).
 
     ```
     h[0, t] = embedding[t](features),  h[0, "shared"] = embedding(features)
@@ -22,30 +22,29 @@ class STEM(Recommender):
     y[t] = tower[t](h[last, t])
     ```
 
-    Through `h[l, t]` no gradient goes into the experts of other tasks, so that
-    a task's own embeddings learn from it alone, and in more than one level
-    from what the shared unit makes of them.
+    Tasks send no gradient through `h[l, t]` into the experts of other tasks.
+    With one level, the embedding of a task learns from this task alone; with
+    several, the shared unit also passes on gradients of other tasks.
 
-    The embedding is copied for each task, as `<its name>_<task>` and with
-    initial values of its own; the given one, under its own name, is the shared
-    one. All read the same inputs and encode data alike. The tables take
-    `T + 1` times the memory.
+    Each task has a copy of the embedding, called `<its name>_<task>`, with its
+    own initial values; the given embedding is the shared one. All read the same
+    inputs and encode data alike. The tables take `T + 1` times the memory.
 
     Args:
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        embedding: A `keras_moe.layers.FeatureEmbedding`, or any layer called
-            with the dict of inputs that makes vectors of them and has a
-            config. It must not be adapted later.
+        embedding: A `keras_moe.layers.FeatureEmbedding`, or any layer with a
+            config that turns the dict of inputs into vectors. It must not be
+            adapted later.
         num_levels: int. Number of levels. Defaults to `1`.
         num_shared_experts: int. Shared experts in each level. Defaults to `4`.
         num_task_experts: int, or a sequence with an int for each task. Each
             task's own experts in each level. Defaults to `4`.
         expert_units: Sequence of ints. Widths of the layers of each expert, in
-            all levels; or a sequence with such a sequence for each level.
+            all levels; or a sequence of ints for each level.
             Defaults to `(16,)`.
-        stop_cross_task_gradients: bool. Whether a task sends no gradient into
-            the experts of other tasks. Defaults to `True`.
+        stop_cross_task_gradients: bool. Whether to stop the gradients from a
+            task to the experts of other tasks. Defaults to `True`.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
             `(list of tensors, tasks) -> {task: prediction}`. Defaults to
             `"towers"`.
@@ -56,7 +55,7 @@ class STEM(Recommender):
 
     Raises:
         ValueError: If arguments are out of range or do not fit together, or
-            `embedding` is no layer that can be copied.
+            `embedding` is not a layer that can be copied.
 
     Example:
 

@@ -10,10 +10,10 @@ from keras_moe.stacked.draws import with_seeds
 
 
 class TaskEmbeddings:
-    """A copy of an embedding for each task, and it itself, which they share.
+    """A copy of an embedding for each task, and the shared embedding.
 
-    Called with the inputs, it gives a list of tensors `(B, D)`, the tasks'
-    first.
+    Turns the inputs into a list of tensors `(B, D)`, one for each task and the
+    shared one last.
 
     Args:
         embedding: A layer, see `keras_moe.models.STEM`.
@@ -41,7 +41,7 @@ class TaskEmbeddings:
 
 
 def copy(layer, name, number):
-    """The layer as its config describes it, with seeds of its own."""
+    """A new layer from the layer's config, with other seeds."""
     config = with_seeds(layer.get_config(), number)
     return type(layer).from_config(
         {**config, "name": layer_name(f"{layer.name}_{name}")}
@@ -49,7 +49,7 @@ def copy(layer, name, number):
 
 
 def _vector(outputs):
-    """`(B, D)` of a tensor, or of a dict or list of them."""
+    """One tensor `(B, D)` from a tensor, or a dict or list of tensors."""
     if isinstance(outputs, dict):
         outputs = [outputs[key] for key in sorted(outputs)]
     if not isinstance(outputs, (list, tuple)):

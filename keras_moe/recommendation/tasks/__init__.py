@@ -1,1 +1,1 @@
-"""Tasks, their heads, losses and weightings: what all such models share."""
+"""Tasks: their heads, losses and weightings, and the model they train."""

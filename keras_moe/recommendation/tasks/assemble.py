@@ -1,32 +1,38 @@
-"""A multi-task model from its embedding, its trunk and its heads."""
+"""Assembles a multi-task model from an embedding, a trunk and heads."""
 
 import keras
 
 from keras_moe.recommendation.features.feature_embedding import FeatureEmbedding
 from keras_moe.recommendation.tasks import heads as heads_lib
 from keras_moe.recommendation.tasks.task_spec import as_tasks
+from keras_moe.recommendation.tasks.training_arguments import check_tensors
 
 
 def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
-    """The arguments of a `MultiTaskModel`.
+    """Makes the arguments of a `MultiTaskModel`.
 
     Args:
         tasks: Sequence of `TaskSpec`, or names of binary tasks.
-        embedding: What makes a vector of the features, see `embed`.
+        embedding: Turns the features into a vector, see `embed`.
         trunk: Function or layer from a tensor `(B, D)` to a tensor
-            `(B, T, O)`, a list of `T` tensors `(B, O)`, or one `(B, O)`. If it
-            has an attribute `uses_inputs` that is true, it is called as
-            `trunk(x, inputs)`, if `uses_vectors` is, as
-            `trunk(x, inputs, vectors)`, see `feature_vectors`. After the call
-            it may have an attribute `logits`, a dict by task of what the heads
-            add to their logits; they then get it as a third argument.
+            `(B, T, O)`, a list of `T` tensors `(B, O)`, or one `(B, O)`. It is
+            called as `trunk(x)`, or as `trunk(x, inputs)` if its attribute
+            `uses_inputs` is true, or as `trunk(x, inputs, vectors)` if its
+            `uses_vectors` is true, see `feature_vectors`. After the call it may
+            have an attribute `logits`: a dict of tensors by task, which the
+            heads get as a third argument and add to their logits.
         heads: `"towers"`, `"esmm"`, `"aitm"` or a function
-            `(list of tensors, tasks) -> {task: prediction}`.
+            `(list of tensors, tasks) -> {task: prediction}`. Defaults to
+            `"towers"`.
         inputs: Dict of `keras.Input` by name, if `embedding` has no
-            `inputs()`.
+            `inputs()`. Defaults to `None`.
 
     Returns:
         A dict with `inputs`, `outputs`, `tasks` and `entire_space`.
+
+    Raises:
+        ValueError: If an argument is of the wrong kind, or a task has the name
+            of a feature.
 
     Example:
 
@@ -63,16 +69,16 @@ def assemble(tasks, embedding, trunk, heads="towers", inputs=None):
 
 
 def embed(embedding, inputs=None):
-    """The inputs of a model, and one tensor `(B, D)` of them all.
+    """The inputs of a model, and one tensor `(B, D)` made of all of them.
 
     Args:
         embedding: A `keras_moe.layers.FeatureEmbedding`; an adapted
             `keras.utils.FeatureSpace`, whose encoded features are then the
             inputs; or any layer or function that is called with the dict of
-            inputs (as `keras_rs.layers.DistributedEmbedding` is) and gives a
+            inputs (as `keras_rs.layers.DistributedEmbedding` is) and returns a
             tensor, or a dict or list of tensors to concatenate.
-        inputs: Dict of `keras.Input` by name. Defaults to those that the
-            embedding's `inputs()` gives.
+        inputs: Dict of `keras.Input` by name. Defaults to `None`: the result of
+            the embedding's `inputs()`.
 
     Returns:
         `(inputs, tensor)`.
@@ -86,16 +92,16 @@ def feature_vectors(embedding, outputs, x):
 
     Args:
         embedding: As in `embed`, and either a `FeatureEmbedding` or one that
-            gives a dict.
-        outputs: What the embedding gives.
-        x: The same as one tensor.
+            returns a dict.
+        outputs: Output of the embedding.
+        x: The same output as one tensor `(B, D)`.
     """
     if isinstance(outputs, dict):
         return {name: _flat(vector) for name, vector in outputs.items()}
     if not isinstance(embedding, FeatureEmbedding):
         raise ValueError(
             "This model needs the vector of each feature: `embedding` must be "
-            "a FeatureEmbedding, or give a dict. "
+            "a FeatureEmbedding, or return a dict. "
             f"Received: embedding={embedding!r}"
         )
     vectors, start = {}, 0
@@ -106,17 +112,25 @@ def feature_vectors(embedding, outputs, x):
 
 
 def _embedded(embedding, inputs):
-    """The inputs, and what the embedding makes of them."""
+    """The inputs, and the output of the embedding."""
+    if inputs is not None:
+        check_tensors("inputs", inputs)
     if isinstance(embedding, keras.utils.FeatureSpace):
         encoded = embedding.get_encoded_features()
-        # Inputs of their own: the preprocessing stays in the data pipeline.
+        # New inputs, so that the preprocessing stays in the data pipeline.
         if isinstance(encoded, dict):
             inputs = {k: _input_like(v, k) for k, v in encoded.items()}
         else:
             inputs = _input_like(encoded, "features")
         return inputs, inputs
+    if not callable(embedding) or isinstance(embedding, type):
+        raise ValueError(
+            "`embedding` must be a layer such as "
+            "keras_moe.layers.FeatureEmbedding, or a function. "
+            f"Received: embedding={embedding!r}"
+        )
     if inputs is None:
-        # That of a `keras.Model` is a list.
+        # The `inputs` of a `keras.Model` are a list.
         if not callable(getattr(embedding, "inputs", None)):
             raise ValueError(
                 "`inputs`, a dict of `keras.Input` by name, must be given "

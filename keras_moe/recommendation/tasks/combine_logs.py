@@ -2,28 +2,29 @@ import keras
 
 from keras_moe.checks import check_number
 from keras_moe.checks import check_several
+from keras_moe.checks import check_text
 
 
 class CombineLogs(keras.callbacks.Callback):
-    """One number of several, to stop early on several tasks.
+    """Combines logs into one number, to stop early on several tasks.
 
     ```
     logs[name] = sum of weight * logs[key] / sum of |weight|
     ```
 
-    It writes into the logs of each epoch, where callbacks that come after it
-    in the list, and the history, find it. A NaN among the logs makes it NaN; in
-    epochs without one of them (as without validation) it writes nothing.
+    The number enters the logs of each epoch, where the history and the
+    callbacks after this one in the list find it. It is NaN if one of the logs
+    is NaN. Epochs without validation get no number if it needs `val_` logs.
 
     Args:
-        weights: Dict of floats by the names of logs; negative for what should
-            be small. A list of names stands for weights of 1.
+        weights: Dict of floats by the names of logs; negative for logs that
+            should become small. A list of names gives each a weight of 1.
         name: str. Name of the result. Defaults to `"val_combined"`.
 
     Raises:
-        ValueError: If there is no weight, or none but zeros, or one is not
-            finite; at the end of the first epoch, if a log is not there
-            although there are `val_` logs.
+        ValueError: If all weights are 0, a weight is not a finite number, or
+            `name` is not a string; at the end of the first epoch, if a log is
+            missing although there are `val_` logs.
 
     Example:
 
@@ -38,9 +39,15 @@ class CombineLogs(keras.callbacks.Callback):
     def __init__(self, weights, name="val_combined"):
         super().__init__()
         check_several("weights", weights)
+        check_text("name", name)
         if not isinstance(weights, dict):
             weights = {key: 1.0 for key in weights}
-        for weight in weights.values():
+        for key, weight in weights.items():
+            if not isinstance(key, str):
+                raise ValueError(
+                    "`weights` must have names of logs as its keys. "
+                    f"Received: weights={weights}"
+                )
             check_number("weights", weight)
         if not any(weights.values()):
             raise ValueError(

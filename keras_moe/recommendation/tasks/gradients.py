@@ -30,8 +30,8 @@ def gradient_products(model, *args):
     selected = {id(v) for v in model.task_weighting.select(variables, shared)}
 
     def losses(values):
-        # Nothing that is assigned in this scope stays: the step itself will
-        # start from the same state, and draw the same dropout masks.
+        # Assignments in this scope are discarded, so that the step itself
+        # starts from the same state and draws the same dropout masks.
         trained = zip(variables, values, strict=True)
         with keras.StatelessScope([*trained, *mapping]):
             y_pred = model(x, training=True)
@@ -52,8 +52,8 @@ def gradient_products(model, *args):
 def shared_variable_ids(model):
     """The ids of the variables of layers that more than one task uses.
 
-    Those of towers are not among them, though ESMM multiplies predictions, and
-    AITM tells a tower of the one before.
+    Variables of towers do not count, although the prediction of a task depends
+    on other towers in ESMM, which multiplies predictions, and in AITM.
     """
     inputs, outputs = model._graph
     towers = tuple(

@@ -1,4 +1,4 @@
-"""From what the trunk gives each task to its prediction."""
+"""Heads: from the trunk's output for a task to its prediction."""
 
 import keras
 from keras import ops
@@ -11,17 +11,17 @@ from keras_moe.recommendation.tasks.order_penalty import OrderPenalty
 
 
 def towers(features, tasks, logits=None):
-    """A tower of its own for each task.
+    """Gives each task a tower of its own.
 
     Args:
         features: List of tensors `(B, O)`, one a task.
         tasks: Sequence of `TaskSpec`.
-        logits: Dict of tensors `(B, output_dim)` by task, to be added to the
-            logits. Defaults to `None`.
+        logits: Dict of tensors `(B, output_dim)` by task to add to the logits.
+            Defaults to `None`.
 
     Returns:
-        Dict of predictions by task. The last layer has the name of the task,
-        all others of the tower begin with it and `_`.
+        Dict of predictions by task. The last layer of a tower has the name of
+        the task; the names of its other layers begin with `<task>_`.
     """
     return {
         task.name: _prediction(task, _tower(task, x), task.name, logits)
@@ -36,14 +36,26 @@ def esmm(features, tasks, logits=None):
     p[t] = sigmoid(tower[t](x[t])) * p[sample space of t]
     ```
 
-    The prediction of a task is its probability in the entire space, that of
-    "clicked and bought"; the layer `<task>_conditional` has the factor, that
-    of "bought if clicked". All tasks with a sample space must be binary.
+    A task predicts its probability in the entire space ("clicked and bought").
+    The layer `<task>_conditional` gives its own factor ("bought if clicked").
+    Tasks with a sample space must be binary.
+
+    Args:
+        features: As in `towers`.
+        tasks: As in `towers`.
+        logits: As in `towers`.
+
+    Returns:
+        Dict of predictions by task.
+
+    Raises:
+        ValueError: If no task has a sample space, or one with a sample space
+            is not binary.
     """
     for task in tasks:
         if task.sample_space is not None and task.type != "binary":
             raise ValueError(
-                "Heads 'esmm' multiply probabilities, so that a task with a "
+                "Heads 'esmm' multiply probabilities, so a task with a "
                 f"`sample_space` must be binary. Received: {task!r}"
             )
     if not any(task.sample_space for task in tasks):
@@ -73,25 +85,26 @@ def esmm(features, tasks, logits=None):
 
 @keras.saving.register_keras_serializable("keras_moe")
 class AITMHeads:
-    """Towers of tasks that follow each other, each told by the one before.
+    """Towers of consecutive tasks; each passes information to the next.
 
     ```
     z = transfer(hidden layers of all towers (B, T, D)) (B, T, D)
     ```
 
-    The predictions come from the `z`. The tasks are in the order in which what
-    they predict happens. All towers must end in the same width.
+    The predictions are made from `z`. The tasks are in the order in which their
+    events happen. All towers must end in the same width.
 
     Args:
-        transfer: Layer from `(B, T, D)` to `(B, T, D)`. Defaults to `None`, a
-            `keras_moe.layers.AITMTransfer` as it is by default.
+        transfer: Layer from `(B, T, D)` to `(B, T, D)`. Defaults to `None`: a
+            `keras_moe.layers.AITMTransfer` with its defaults.
         calibration_weight: float. Weight of the loss
-            `mean(max(p[t] - p[t - 1], 0))`, for binary tasks of which none is
-            more probable than the one before. Defaults to `0.0`, none.
+            `mean(max(p[t] - p[t - 1], 0))`, for binary tasks that are at most
+            as probable as the task before. Defaults to `0.0`: no such loss.
 
     Raises:
-        ValueError: If `calibration_weight` is negative; when called, if the
-            towers end in different widths, or calibrated tasks are not binary.
+        ValueError: If `transfer` is not a layer, or `calibration_weight` is
+            negative or not a number; when called, if the towers end in
+            different widths, or calibrated tasks are not binary.
 
     Example:
 
@@ -108,6 +121,12 @@ class AITMHeads:
     """
 
     def __init__(self, transfer=None, calibration_weight=0.0):
+        is_layer = callable(transfer) and not isinstance(transfer, type)
+        if transfer is not None and not is_layer:
+            raise ValueError(
+                "`transfer` must be a layer from (B, T, D) to (B, T, D). "
+                f"Received: transfer={transfer!r}"
+            )
         check_at_least("calibration_weight", calibration_weight, 0)
         self.transfer = transfer
         self.calibration_weight = calibration_weight
@@ -156,11 +175,12 @@ class AITMHeads:
 
 
 def get(identifier):
-    """The function of a head by its name, or itself."""
+    """The heads of a name; a function is returned as it is."""
     named = {"towers": towers, "esmm": esmm, "aitm": AITMHeads()}
     if isinstance(identifier, str) and identifier in named:
         return named[identifier]
-    if not callable(identifier):
+    # A class, when called, would take the features as its arguments.
+    if not callable(identifier) or isinstance(identifier, type):
         raise ValueError(
             f"`heads` must be one of {tuple(named)} or a function `(features, "
             f"tasks) -> outputs`. Received: heads={identifier!r}"
@@ -169,7 +189,7 @@ def get(identifier):
 
 
 def split_tasks(features, tasks):
-    """One tensor `(B, O)` a task, from what a trunk gives.
+    """Splits the output of a trunk into one tensor `(B, O)` for each task.
 
     Args:
         features: `(B, T, O)`, a list of `T` tensors `(B, O)`, or one tensor

@@ -1,10 +1,12 @@
-"""Labels of several tasks: which are there, and what each example loses."""
+"""Labels of several tasks, and the losses of examples that have them."""
 
 import math
 
 import keras
 import numpy as np
 from keras import ops
+
+from keras_moe.checks import as_keras_object
 
 AUTO_LOSSES = {
     "binary": "binary_crossentropy",
@@ -18,10 +20,10 @@ def labels_of(tasks, y, entire_space=False):
 
     Args:
         tasks: Sequence of `TaskSpec`.
-        y: Dict of tensors `(B,)` or `(B, 1)` by the name of the task. For a
-            single task the tensor alone will do.
-        entire_space: bool. Whether tasks have labels outside their sample
-            space too: 0.
+        y: Dict of tensors `(B,)` or `(B, 1)` by the name of the task. A single
+            task may have the tensor alone.
+        entire_space: bool. Whether labels outside the sample space of their
+            task are 0, not missing. Defaults to `False`.
 
     Raises:
         ValueError: If a task has no entry, or one of another shape.
@@ -60,26 +62,26 @@ def labels_of(tasks, y, entire_space=False):
         space = by_name[name].sample_space
         if space is None:
             return labels[name]
-        # Comparisons with NaN are false: who knows of no click, knows of no
-        # sample either.
         if entire_space:  # Without a click there is no purchase.
             return ops.where(inside(space) <= 0.5, 0.0, labels[name])
+        # Comparisons with NaN are false: where it is not known whether the
+        # example is in the sample space, the label is missing.
         return ops.where(inside(space) > 0.5, labels[name], math.nan)
 
     return {task.name: inside(task.name) for task in tasks}
 
 
 def resolve_loss(task, identifier):
-    """A function `(y_true (B, 1), y_pred (B, O)) -> (B,)`."""
+    """A task's loss as a function `(y_true (B, 1), y_pred (B, O)) -> (B,)`."""
     if identifier is None or identifier == "auto":
         identifier = AUTO_LOSSES[task.type]
-    loss = keras.losses.get(identifier)
+    loss = as_keras_object("loss", keras.losses.get, identifier)
     # A loss object would reduce over missing labels too.
     return loss.call if isinstance(loss, keras.losses.Loss) else loss
 
 
 def weights_of(tasks, sample_weight):
-    """The sample weights `{task: (B,)}`, or `None` for those without."""
+    """The sample weights `{task: (B,)}`, `None` for a task without any."""
     weights = {}
     names = {task.name for task in tasks}
     if isinstance(sample_weight, dict) and not set(sample_weight) <= names:
@@ -98,7 +100,7 @@ def weights_of(tasks, sample_weight):
 
 
 def task_losses(tasks, losses, y, y_pred, sample_weight, entire_space):
-    """Lists of the tasks' losses and of the numbers of their labels.
+    """The tasks' losses and their numbers of labels, as two lists.
 
     Args:
         tasks: Sequence of `TaskSpec`.
@@ -133,14 +135,14 @@ def task_loss(task, loss, label, y_pred, weight=None):
     It is 0 without labels, and NaN if a label is not one the task allows.
     """
     known = ops.logical_not(ops.isnan(label))  # (B,)
-    # Not only the loss of a missing label but its gradient too must be no NaN.
+    # Neither the loss of a missing label nor its gradient may be NaN.
     label = ops.where(known, label, 0.0)
     y_pred = ops.cast(y_pred, "float32")
     if len(y_pred.shape) == 1:
         y_pred = ops.expand_dims(y_pred, 1)
     values = ops.reshape(loss(ops.expand_dims(label, 1), y_pred), (-1,))
     if task.type != "regression":
-        # What some losses make a number of, and others do not even notice.
+        # Some losses give a finite number for an impossible label.
         values = ops.where(_is_possible(task, label), values, math.nan)
     if task.class_weights is not None:
         values = values * _class_weights(task, label)
@@ -153,7 +155,7 @@ def task_loss(task, loss, label, y_pred, weight=None):
 
 
 def _is_possible(task, label):
-    """Whether labels are what `check_labels` lets pass."""
+    """Which labels `check_labels` would accept."""
     upper = 1.0 if task.type == "binary" else task.output_dim - 1.0
     possible = ops.abs(label - upper / 2) <= upper / 2
     if task.type == "multiclass":
@@ -174,9 +176,9 @@ def _class_weights(task, label):
 
 
 def check_labels(tasks, y, needs_labels=True):
-    """Raises if NumPy labels cannot be what their tasks say.
+    """Raises if NumPy labels do not fit their tasks.
 
-    What is neither a NumPy array nor a pandas column is not looked at.
+    Only NumPy arrays and pandas columns are checked.
     """
     if len(tasks) == 1 and not isinstance(y, dict):
         y = {tasks[0].name: y}

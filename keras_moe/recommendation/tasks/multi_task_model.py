@@ -2,6 +2,7 @@ import contextlib
 
 import keras
 
+from keras_moe.checks import check_bool
 from keras_moe.recommendation.metrics.labelled import LabelledMean
 from keras_moe.recommendation.tasks import labels as labels_lib
 from keras_moe.recommendation.tasks.gradients import shared_variable_ids
@@ -33,47 +34,47 @@ class MultiTaskModel(TaskTraining, keras.Model):
 
     **Missing labels.** An example whose label is NaN counts in neither loss nor
     metrics of the task. A task without any label in a batch adds 0 to the loss
-    and has no gradient; what is logged for a task without a label in the whole
-    epoch is NaN. Of labels in NumPy arrays, `fit` checks that there are any,
-    and `fit` and `evaluate` that they fit the type of their task; elsewhere one
-    that does not (`-1` of a binary task) makes the loss NaN, or PyTorch and
+    and has no gradient. The logs of a task without any label in an epoch are
+    NaN. `fit` and `evaluate` check that labels in NumPy arrays fit the type of
+    their task, and `fit` that each task has one. In other data, a label that
+    does not fit (`-1` for a binary task) makes the loss NaN, or PyTorch and
     TensorFlow raise. Labels may be a pandas frame.
 
-    **Sample spaces.** The label of a task with `sample_space` counts only in
-    examples whose label of that other task is 1, and what the model predicts is
-    conditional on it. With `entire_space=True` (heads that multiply
+    **Sample spaces.** The label of a task with a `sample_space` counts only in
+    examples in which the label of that other task is 1, and the prediction is
+    conditional on it. With `entire_space=True` (for heads that multiply
     probabilities, as in ESMM) labels count in all examples: where the label of
-    the sample space is 0 the label is 0, whatever `y` has there.
+    the sample space is 0, the label is 0, whatever `y` holds.
 
-    **Inputs.** Entries of the dict that are no features of the model are
-    ignored; features that are not there are an error.
+    **Inputs.** Entries of the dict that the model does not use are ignored; a
+    missing feature is an error.
 
     **Several devices.** As in Keras: on JAX with `keras.distribution`, all
     numbers equal a single device's; under a TensorFlow strategy the loss
     is the mean of the replicas' losses, and only static weighting is possible.
 
-    **Logs.** `loss`, `<task>_<metric>` and `<task>_loss`, the mean over all
-    labels of the epoch without the weight of the task. In evaluation `loss` is
-    always the sum of `weight[t] * <t>_loss` and of the mean of added losses,
-    whatever the task weighting and the batches: it can be compared. It is NaN
-    if no task has a label. In training it is the mean over batches of what was
-    minimized.
+    **Logs.** They have `loss`, `<task>_<metric>` and `<task>_loss`, which is
+    the mean over all labels of the epoch, without the weight of the task. In
+    evaluation, `loss` is the sum of all `weight[t] * <t>_loss` and the mean of
+    added losses. It depends on neither the task weighting nor the batches, so
+    that it compares models. It is NaN if no task has a label. In training,
+    `loss` is the mean over batches of the loss that was minimized.
 
-    **Copies.** `type(model).from_config(model.get_config())` makes one;
-    `keras.models.clone_model` makes a functional model that knows no tasks.
+    **Copies.** `type(model).from_config(model.get_config())` makes a copy;
+    `keras.models.clone_model` makes a plain functional model without tasks.
 
     Args:
         inputs: Dict of `keras.Input` by their names, or a single one.
         outputs: Dict of tensors `(batch, output_dim)` by task.
         tasks: Sequence of `keras_moe.models.TaskSpec`, or names of binary
             tasks.
-        entire_space: bool. Whether the predictions are for the entire space
-            although tasks have sample spaces. Defaults to `False`.
+        entire_space: bool. Whether predictions hold for the entire space, even
+            if their tasks have a sample space. Defaults to `False`.
         **kwargs: Arguments of `keras.Model`.
 
     Raises:
-        ValueError: If `outputs` do not belong to the tasks, or an input is not
-            known by its name.
+        ValueError: If an argument is of the wrong kind, `outputs` do not match
+            the tasks, or the key of an input is not its name.
 
     Example:
 
@@ -89,10 +90,11 @@ class MultiTaskModel(TaskTraining, keras.Model):
 
     def __init__(self, inputs, outputs, tasks, entire_space=False, **kwargs):
         tasks = as_tasks(tasks)
+        check_bool("entire_space", entire_space)
         check_graph(inputs, outputs, tasks)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.tasks = tasks
-        self.entire_space = entire_space
+        self.entire_space = bool(entire_space)
         self._graph = (inputs, outputs)
         self._task_losses = {
             t.name: LabelledMean(name=f"{t.name}_loss") for t in tasks
@@ -114,7 +116,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
                     f"Features are missing from the inputs: {missing}. "
                     f"Received: {sorted(inputs)}"
                 )
-            # Columns that are no features may well be there: user ids, say.
+            # The dict may hold columns that are not features, as user ids.
             inputs = {name: inputs[name] for name in expected}
         return super().call(inputs, training=training, mask=mask)
 
@@ -131,23 +133,28 @@ class MultiTaskModel(TaskTraining, keras.Model):
 
         Args:
             optimizer: As in `keras.Model.compile`.
-            loss: `"auto"`, or a dict of losses by task, of which `"auto"` and
-                tasks left out stand for binary cross-entropy, squared error or
-                sparse categorical cross-entropy. A loss is a name or object of
-                Keras, or a function `(y_true (B, 1), y_pred (B, O)) -> (B,)`;
-                labels are float32.
+            loss: `"auto"`, or a dict of losses by task. `"auto"`, also for
+                tasks left out of the dict, means binary cross-entropy, squared
+                error or sparse categorical cross-entropy. A loss is a name or
+                object of Keras, or a function
+                `(y_true (B, 1), y_pred (B, O)) -> (B,)`; labels are float32.
+                Defaults to `"auto"`.
             metrics: `"auto"` (`BinaryAUC`, `RootMeanSquaredError` or
-                `SparseCategoricalAccuracy`), `None`, or a dict of one or a list
-                of metrics by task, where `"auto"` is one too. They leave
-                missing labels out.
+                `SparseCategoricalAccuracy`), `None`, or a dict by task of a
+                metric or a list of metrics, which may include `"auto"`. Missing
+                labels do not count. Defaults to `"auto"`.
             task_weighting: `"static"`, `"uncertainty"`, `"dwa"`, `"rlw"`,
                 `"gls"`, `"famo"`, `"gradnorm"`, `"pcgrad"`, or a
                 `keras_moe.models.TaskWeighting`. Defaults to `"static"`, the
                 sum.
             weighted_metrics: As `metrics`, with sample weights. Defaults to
                 `None`.
-            **kwargs: As in `keras.Model.compile`, without `loss_weights`: see
-                `TaskSpec.weight`.
+            **kwargs: As in `keras.Model.compile`, but without `loss_weights`:
+                see `TaskSpec.weight`.
+
+        Raises:
+            ValueError: If an argument is not one of these, or `task_weighting`
+                does not work under the model's TensorFlow strategy.
         """
         weighting = weightings.get(task_weighting)
         check_compile(self, weighting, kwargs.pop("loss_weights", None))
@@ -158,8 +165,8 @@ class MultiTaskModel(TaskTraining, keras.Model):
             for t in self.tasks
         }
         weighting.set_tasks(self.tasks)
-        # The list forgets the variables of an earlier weighting; only an
-        # attribute makes PyTorch reset the gradients of this one's variables.
+        # The list drops the variables of an earlier weighting. PyTorch resets
+        # the gradients of this one's variables only if it is an attribute.
         self._weightings.clear()
         self._weightings.append(weighting)
         self.task_weighting = weighting
@@ -178,7 +185,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
             "weighted_metrics": weighted_metrics,
             "task_weighting": weighting,
         }
-        # A function, since Keras would track the metrics in a dict once more.
+        # A function, because Keras would track metrics in a dict again.
         self._task_compile_config = lambda: config
         if weighting.uses_gradients:
             self._shared_ids = shared_variable_ids(self)
@@ -193,7 +200,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
         callbacks=None,
         **kwargs,
     ):
-        """As `keras.Model.fit`; what is in NumPy arrays is checked first."""
+        """As `keras.Model.fit`; NumPy arrays are checked first."""
         y = labels_by_task(y)
         check_data(self, x, y)
         if isinstance(y, dict) and kwargs.get("class_weight") is not None:
@@ -255,7 +262,7 @@ class MultiTaskModel(TaskTraining, keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        if "graph" not in config:  # That of a subclass: its arguments.
+        if "graph" not in config:  # A subclass saves its arguments.
             return cls(**config)
         config = dict(config)
         graph = keras.Model.from_config(config.pop("graph"), custom_objects)

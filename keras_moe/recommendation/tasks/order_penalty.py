@@ -6,10 +6,10 @@ from keras_moe.checks import check_at_least
 
 @keras.saving.register_keras_serializable("keras_moe")
 class OrderPenalty(keras.layers.Layer):
-    """Punishes that what follows is more probable than what comes before.
+    """Penalizes an event that is more probable than the one before it.
 
-    It gives the second of two probabilities as it is, and in training adds the
-    loss `weight * mean(max(p - p_before, 0))`.
+    It returns the second of two probabilities unchanged, and in training adds
+    the loss `weight * mean(max(p - p_before, 0))`.
 
     Args:
         weight: float. Factor of the loss. Defaults to `0.6`.
@@ -19,7 +19,7 @@ class OrderPenalty(keras.layers.Layer):
         inputs: List of `p_before` and `p`, of equal shapes.
 
     Raises:
-        ValueError: If `weight` is negative.
+        ValueError: If `weight` is negative or not a number.
 
     Example:
 

@@ -1,11 +1,13 @@
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
+from keras_moe.checks import check_name
 from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_ordered
 from keras_moe.checks import check_rate
-from keras_moe.checks import check_several
 
 TYPES = ("binary", "regression", "multiclass")
 
@@ -18,29 +20,32 @@ class TaskSpec:
     metric of the task.
 
     Args:
-        name: str. Name of the task: of its prediction, its label and its logs.
+        name: str. Name of the task, its prediction, its label and its logs.
         type: `"binary"` (a probability, labels from 0 to 1), `"regression"` (a
             number) or `"multiclass"` (probabilities of `num_classes` classes,
             labels from 0 to `num_classes - 1`). Defaults to `"binary"`.
-        num_classes: int. Number of classes, for `"multiclass"` alone.
-        tower_units: Sequence of ints. Widths of the hidden layers of the task's
-            own tower; empty for none. Defaults to `(64,)`.
-        tower_activation: Their activation. Defaults to `"relu"`.
-        tower_dropout: float. Dropout after each of them. Defaults to `0.0`.
+        num_classes: int. Number of classes, for `"multiclass"` alone. Defaults
+            to `None`.
+        tower_units: List or tuple of ints. Widths of the hidden layers of the
+            task's own tower; empty for no tower. Defaults to `(64,)`.
+        tower_activation: Activation of the hidden layers. Defaults to `"relu"`.
+        tower_dropout: float. Dropout rate after each hidden layer. Defaults to
+            `0.0`.
         weight: float. Factor of the task's loss. Defaults to `1.0`.
-        class_weights: Sequence of one float a class, by which the losses of its
-            examples are multiplied; two for `"binary"`, of label 0 and label 1.
-            Defaults to `None`, all 1.
-        sample_space: str. Name of a binary task without whose label being 1
-            this task has no label: of all that were shown, only what was
-            clicked can be bought. What that means for the loss depends on the
-            heads, see `keras_moe.models.MultiTaskModel`. Defaults to `None`,
-            every example.
-        missing_value: float. A label that means "missing" as NaN does, for
-            labels of a type without NaN. Defaults to `None`.
+        class_weights: Sequence of floats, one for each class: factors of the
+            losses of its examples. A binary task has two, for the labels 0 and
+            1. Defaults to `None`: all are 1.
+        sample_space: str. Name of another binary task. This task has a label
+            only where the other label is 1: only what was clicked can be
+            bought. How the loss treats other examples depends on the heads, see
+            `keras_moe.models.MultiTaskModel`. Defaults to `None`: this task may
+            have a label in every example.
+        missing_value: float. A label that means "missing", as NaN does, for
+            dtypes without NaN. Defaults to `None`.
 
     Raises:
-        ValueError: If arguments are out of range or do not fit together.
+        ValueError: If an argument is out of range or of the wrong kind, or
+            arguments do not fit together.
 
     Example:
 
@@ -66,11 +71,7 @@ class TaskSpec:
         sample_space=None,
         missing_value=None,
     ):
-        if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(
-                "`name` must be a string that is not empty and has no '/'. "
-                f"Received: name={name!r}"
-            )
+        check_name("name", name)
         check_one_of("type", type, TYPES)
         if type == "multiclass":
             check_int("num_classes", num_classes, 2)
@@ -88,28 +89,34 @@ class TaskSpec:
             check_int("tower_units", units, 1)
         check_rate("tower_dropout", tower_dropout)
         check_at_least("weight", weight, 0)
+        if sample_space is not None:
+            check_name("sample_space", sample_space)
         if missing_value is not None:
             check_number("missing_value", missing_value)
         self.name = name
         self.type = type
         self.num_classes = num_classes
         self.tower_units = tuple(tower_units)
-        self.tower_activation = keras.activations.get(tower_activation)
+        self.tower_activation = as_keras_object(
+            "tower_activation", keras.activations.get, tower_activation
+        )
         self.tower_dropout = tower_dropout
         self.weight = weight
-        self.class_weights = self._checked_class_weights(class_weights)
+        self.class_weights = self._as_class_weights(class_weights)
         self.sample_space = sample_space
         self.missing_value = missing_value
 
-    def _checked_class_weights(self, class_weights):
+    def _as_class_weights(self, class_weights):
         if class_weights is None:
             return None
         if self.type == "regression":
             raise ValueError(
-                "A regression has no classes to weigh. "
+                "`class_weights` must be None: a regression has no classes. "
                 f"Received: class_weights={class_weights!r}"
             )
-        check_several("class_weights", class_weights)
+        # Of `{0: 1.0, 1: 5.0}`, as in `fit`, only the keys would be read.
+        check_ordered("class_weights", class_weights)
+        class_weights = list(class_weights)
         num_classes = self.num_classes or 2
         if len(class_weights) != num_classes:
             raise ValueError(
@@ -127,7 +134,7 @@ class TaskSpec:
 
     @property
     def activation(self):
-        """Name of the activation that makes the prediction of logits."""
+        """Name of the activation from logits to predictions."""
         return {
             "binary": "sigmoid",
             "regression": "linear",
@@ -159,25 +166,27 @@ class TaskSpec:
 
 
 def as_tasks(tasks):
-    """A tuple of `TaskSpec`s, from them, their configs or their names.
+    """A tuple of `TaskSpec`s, from specs, configs or names of binary tasks.
 
     Raises:
-        ValueError: If there is none, two have one name, or a sample space is
-            not another binary task, or leads back to the task.
+        ValueError: If there is no task, two tasks have the same name, or a
+            sample space is not another binary task or leads back to the task.
     """
     if isinstance(tasks, (str, TaskSpec, dict)):
         tasks = [tasks]
-    check_several("tasks", tasks)
+    check_ordered("tasks", tasks)
     specs = []
     for task in tasks:
         if isinstance(task, str):
             task = TaskSpec(task)
         elif isinstance(task, dict):
-            task = keras.saving.deserialize_keras_object(task)
+            task = as_keras_object(
+                "tasks", keras.saving.deserialize_keras_object, task
+            )
         if not isinstance(task, TaskSpec):
             raise ValueError(
                 "`tasks` must be made of keras_moe.models.TaskSpec. "
-                f"Received: {task!r}"
+                f"Received: tasks={tasks!r}"
             )
         specs.append(task)
     by_name = {task.name: task for task in specs}
@@ -210,10 +219,13 @@ def without_towers(tasks):
 
     For models whose trunk already contains the towers.
     """
+    if _is_one(tasks):
+        tasks = [tasks]
+    check_ordered("tasks", tasks)
     return as_tasks(
         [
             TaskSpec(task, tower_units=()) if isinstance(task, str) else task
-            for task in ([tasks] if _is_one(tasks) else tasks)
+            for task in tasks
         ]
     )
 
@@ -223,7 +235,11 @@ def in_a_chain(tasks):
 
     Each task is then defined on the positive examples of the one before it.
     """
-    if _is_one(tasks) or not all(isinstance(task, str) for task in tasks):
+    if _is_one(tasks):
+        return as_tasks(tasks)
+    check_ordered("tasks", tasks)
+    tasks = list(tasks)
+    if not all(isinstance(task, str) for task in tasks):
         return as_tasks(tasks)
     spaces = [None, *tasks]
     return as_tasks(

@@ -12,7 +12,7 @@ from keras_moe.recommendation.tasks.training_arguments import as_list
 
 
 class Value(keras.losses.Loss):
-    """The prediction itself."""
+    """A loss that is the prediction itself."""
 
     def call(self, y_true, y_pred):
         return y_pred[:, 0]
@@ -26,10 +26,10 @@ class EndOfEpoch(keras.callbacks.Callback):
 
 
 def with_end_of_epoch(callbacks, model):
-    """What `fit` was given, and before it, as it may save, `EndOfEpoch`."""
+    """Puts `EndOfEpoch` before the callbacks of `fit`, which may save."""
     if not isinstance(callbacks, keras.callbacks.CallbackList):
         return [EndOfEpoch(), *as_list(callbacks)]
-    # That of an earlier `fit` has it already.
+    # A list from an earlier `fit` already has it.
     if not any(isinstance(c, EndOfEpoch) for c in callbacks.callbacks):
         first = EndOfEpoch()
         first.set_model(model)
@@ -38,7 +38,7 @@ def with_end_of_epoch(callbacks, model):
 
 
 class TaskTraining:
-    """The part of a `MultiTaskModel` that makes losses and logs of a batch.
+    """The part of a `MultiTaskModel` that computes losses and logs.
 
     It stands before `keras.Model` among the base classes, and needs the
     attributes that the model's constructor and `compile` set.
@@ -55,7 +55,7 @@ class TaskTraining:
             self._gram = None
 
     def weighted_losses(self, y, y_pred, sample_weight=None):
-        """What the task weighting gets, and what it is made of.
+        """The losses for the task weighting, and their parts.
 
         Returns:
             The losses times the weights of their tasks `(T,)`, a list of the
@@ -80,7 +80,7 @@ class TaskTraining:
                 ops.stop_gradient(loss), count
             )
         if training:
-            # A task of weight 0 is as good as one without labels.
+            # A task of weight 0 counts as one without labels.
             present = [
                 ops.cast(count > 0, "float32") * float(task.weight > 0)
                 for task, count in zip(self.tasks, counts, strict=True)
@@ -89,8 +89,8 @@ class TaskTraining:
             total = self.task_weighting.combine(weighted, present, self._gram)
         else:
             total = ops.sum(weighted)
-        # A Keras loss is divided by the number of replicas where there are
-        # several, since these sum their gradients.
+        # A Keras loss is divided by the number of replicas, because replicas
+        # sum their gradients.
         total = Value()(ops.zeros((1, 1)), ops.reshape(total, (1, 1)))
         if self.losses:
             added = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -113,7 +113,7 @@ class TaskTraining:
         logs = super().get_metrics_result()
         added = logs.pop(self._added_loss.name)
         if self._is_evaluating:
-            # The mean over batches would count a task in those without labels.
+            # A mean over batches would count batches without labels too.
             counted = self._added_loss.count > 0
             total, labels = ops.where(counted, added, 0.0), 0.0
             for task in self.tasks:

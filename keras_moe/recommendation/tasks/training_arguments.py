@@ -13,6 +13,9 @@ from keras_moe.recommendation.tasks.weighting.static_weighting import (
 
 
 def check_graph(inputs, outputs, tasks):
+    """Raises if these cannot be the graph of a `MultiTaskModel`."""
+    check_tensors("inputs", inputs)
+    check_tensors("outputs", outputs)
     names = [task.name for task in tasks]
     if not isinstance(outputs, dict) or set(outputs) != set(names):
         raise ValueError(
@@ -31,6 +34,16 @@ def check_graph(inputs, outputs, tasks):
             raise ValueError(
                 "`inputs` must be a dict of `keras.Input` by their names. "
                 f"Received: {name!r} of name {tensor.name!r}"
+            )
+
+
+def check_tensors(argument, given):
+    """Raises unless all that is in it are symbolic tensors of Keras."""
+    for tensor in keras.tree.flatten(given):
+        if not isinstance(tensor, keras.KerasTensor):
+            raise ValueError(
+                f"`{argument}` must be made of tensors of a graph, as "
+                f"`keras.Input` gives. Received: {argument}={given!r}"
             )
 
 
@@ -53,7 +66,7 @@ def check_compile(model, weighting, loss_weights):
 def labels_by_task(y):
     """Labels as `fit` takes them: a frame becomes a dict, a list an array.
 
-    Whatever is no frame, and no dict, stays as it is.
+    Anything but a frame or a dict is returned unchanged.
     """
     if hasattr(y, "columns"):
         y = {name: y[name] for name in y.columns}
@@ -70,18 +83,18 @@ def _as_array(values):
             # `None` becomes NaN.
             return np.asarray(values, "float32")
         except (TypeError, ValueError):
-            return values  # An error will say what it is.
+            return values  # A later check says what is wrong.
     if hasattr(getattr(values, "dtype", None), "na_value"):
-        # One of pandas' own, in which a missing value is no NaN.
+        # A dtype of pandas, whose missing values are not NaN.
         return values.to_numpy("float32", na_value=np.nan)
     return values
 
 
 def check_data(model, x, y=None, needs_labels=True):
-    """Raises if NumPy arrays cannot be features or labels of the model.
+    """Raises if NumPy arrays do not fit the model's features or tasks.
 
-    With `needs_labels`, also if a task has none.
-    Of a `tf.data.Dataset` nothing but its description is looked at.
+    With `needs_labels`, each task must have a label. Of a `tf.data.Dataset`,
+    only the `element_spec` is checked.
     """
     described = getattr(x, "element_spec", None)
     if described is not None:
@@ -94,15 +107,16 @@ def check_data(model, x, y=None, needs_labels=True):
 
 
 def check_no_frame(x):
+    """Raises if the inputs are a frame."""
     if hasattr(x, "columns"):
         raise ValueError(
-            "`x` must be a dict of arrays by feature, which the `encode` of a "
-            f"FeatureEmbedding makes of a frame. Received: {type(x).__name__}"
+            "`x` must be a dict of arrays by feature, as `encode` of a "
+            f"FeatureEmbedding returns. Received: {type(x).__name__}"
         )
 
 
 def by_task(argument, given, tasks):
-    """A dict by task of what `compile` was given."""
+    """An argument of `compile` as a dict by task."""
     names = [task.name for task in tasks]
     if given is None or isinstance(given, str) and given == "auto":
         return {name: given for name in names}
@@ -115,6 +129,7 @@ def by_task(argument, given, tasks):
 
 
 def masked_metrics(argument, given, tasks):
+    """Lists of `Masked` metrics by task, or `None` if there are none."""
     given = by_task(argument, given, tasks)
     masked = {}
     for task in tasks:
@@ -123,7 +138,7 @@ def masked_metrics(argument, given, tasks):
             for m in as_list(given.get(task.name))
         ]
         if len(tasks) == 1:
-            # Of a single output Keras leaves the name out.
+            # Keras leaves out the name of a single output.
             for metric in masked[task.name]:
                 metric.name = f"{task.name}_{metric.name}"
     return masked if any(masked.values()) else None

@@ -94,7 +94,9 @@ class PartsTest(TestCase):
     def test_each_layer_has_parts_of_its_own(self):
         gates = TaskGates()
         MultiGateMoE(2, gates=gates)
-        with self.assertRaisesRegex(ValueError, "must be those of one layer"):
+        with self.assertRaisesRegex(
+            ValueError, "`gates` must belong to one layer"
+        ):
             MultiGateMoE(2, gates=gates)
 
     def test_networks_of_layers(self):

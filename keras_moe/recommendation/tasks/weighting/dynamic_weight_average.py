@@ -13,19 +13,20 @@ class DynamicWeightAverage(TaskWeighting):
     """More weight for tasks whose loss goes down more slowly (DWA).
 
     ```
-    ratio[t]  = mean loss[t] of the last period / of the one before
+    ratio[t]  = mean loss[t] of last period / mean loss[t] of period before
     weight    = T * softmax(ratio / temperature)
     loss      = sum over t of weight[t] * loss[t]
     ```
 
-    A period is an epoch of `fit`, or `update_steps` steps. In the first two the
-    weights are 1, as is the ratio of a task without labels in one of them.
+    A period is an epoch of `fit`, or `update_steps` steps. In the first two,
+    all weights are 1. A task without labels in one of the last two periods has
+    the ratio 1.
 
     Args:
-        temperature: float. The larger, the more equal are the weights.
-            Defaults to `2.0`.
+        temperature: float. Larger values make the weights more equal. Defaults
+            to `2.0`.
         update_steps: int. Length of a period in training steps; needed in a
-            training loop without `fit`. Defaults to `None`, an epoch.
+            training loop without `fit`. Defaults to `None`: an epoch.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:

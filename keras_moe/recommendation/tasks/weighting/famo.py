@@ -10,7 +10,7 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class FAMO(TaskWeighting):
-    """Weights under which all losses shrink at a like rate, from losses alone.
+    """Weights under which all losses shrink equally fast, from losses alone.
 
     ```
     z      = softmax(xi)
@@ -19,23 +19,24 @@ class FAMO(TaskWeighting):
     xi    -= learning_rate * (d softmax(xi) / d xi @ change + decay * xi)
     ```
 
-    The value is not a mean of losses, and may be negative. `c` makes its
+    The loss is not a mean of losses, and may be negative. `c` makes its
     gradient a weighted mean of the losses' gradients.
 
-    The paper computes the losses of the batch once more after the step. Here
-    `change` compares a batch with the next one, which costs nothing. Over many
-    steps their differences add up to that between the last and the first, so
-    that the noise of batches does not. (The authors' code makes the steps of
-    `xi` with Adam and a rate of 0.025, which would add the noise up.)
+    The paper computes the losses of a batch again after the step. Here `change`
+    compares a batch with the next one, which costs nothing. Over many steps the
+    changes add up to the difference between the last loss and the first, so
+    that the noise of batches cancels. (The authors' code updates `xi` with Adam
+    and a rate of 0.025, which would let this noise add up.)
 
-    The sum is over the tasks with labels in the batch, and a task that has none
-    keeps its last loss to compare with.
+    The sum is over the tasks with labels in the batch. A task without labels
+    keeps its last loss for the next comparison.
 
     Args:
         learning_rate: float. Step size of `xi`. Defaults to `1.0`.
-        decay: float. How `xi` is drawn to 0, to equal weights. Defaults to
-            `1e-3`.
-        epsilon: float. The smallest loss. Defaults to `1e-8`.
+        decay: float. Weight decay of `xi`, which pulls the weights towards
+            equality. Defaults to `1e-3`.
+        epsilon: float. Losses below `epsilon` count as `epsilon`. Defaults to
+            `1e-8`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:

@@ -9,19 +9,19 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class GeometricLoss(TaskWeighting):
-    """The geometric mean of the losses (GLS), to which their scale is nothing.
+    """The geometric mean of the losses (GLS), whose scales do not matter.
 
     ```
     loss = (product over t of loss[t] * weight[t]) ** (1 / T)
     ```
 
-    The mean is over the tasks with labels in the batch. As the product does
-    not care for factors, `TaskSpec.weight` changes nothing but the step size.
+    The mean is over the tasks with labels in the batch. `TaskSpec.weight`
+    multiplies the whole product, so it changes only the step size.
     Losses must not be negative; those below `epsilon` count as `epsilon` and
     have no gradient.
 
     Args:
-        epsilon: float. The smallest loss. Defaults to `1e-8`.
+        epsilon: float. Lower bound of the losses. Defaults to `1e-8`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:

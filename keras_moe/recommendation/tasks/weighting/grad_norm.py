@@ -10,25 +10,25 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class GradNorm(TaskWeighting):
-    """Weights under which tasks that learn slowly get larger gradients.
+    """Weights that give tasks that learn slowly larger gradients.
 
     ```
     norm[t]   = weight[t] * |gradient of loss[t]|
     rate[t]   = loss[t] / its first value, divided by the mean over tasks
     target[t] = mean norm * rate[t] ** alpha
     weight   -= learning_rate * gradient of sum(|norm - target|), target fixed
-    weight   *= what their sum was / sum(weight)
+    weight   *= sum(weight before the step) / sum(weight)
     loss      = sum over t of weight[t] * loss[t]
     ```
 
-    The gradients are those for all trainable variables of layers that more than
-    one task uses, except `<task>_tower_...` and `<task>_logits`.
-    Means and sums are over the tasks with labels in the batch; others keep
-    their weight. Costs a second forward pass, and a backward pass a task.
+    The gradients are taken for all trainable variables of layers that more than
+    one task uses, except `<task>_tower_...` and `<task>_logits`. Means and sums
+    are over the tasks with labels in the batch; others keep their weight. This
+    costs a second forward pass, and a backward pass for each task.
 
     Args:
-        alpha: float. How strongly slow tasks are favoured; with 0 all get equal
-            norms. Defaults to `1.5`.
+        alpha: float. Strength with which slow tasks are favoured; with 0 all
+            tasks get equal norms. Defaults to `1.5`.
         learning_rate: float. Step size of the weights. Defaults to `0.025`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
@@ -85,7 +85,7 @@ class GradNorm(TaskWeighting):
         rates = rates / ops.where(mean_rate > 0, mean_rate, 1.0)
         targets = mean_norm * ops.power(rates, self.alpha)
         slopes = present * norms * ops.sign(factors * norms - targets)
-        # A negative weight would make the loss larger.
+        # With a negative weight, training would increase the loss.
         moved = ops.maximum(factors - self.learning_rate * slopes, 1e-3)
         before, after = ops.sum(present * factors), ops.sum(present * moved)
         moved = moved * before / ops.where(after > 0, after, 1.0)

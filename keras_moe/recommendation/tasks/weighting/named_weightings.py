@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.recommendation.tasks.weighting.dynamic_weight_average import (
     DynamicWeightAverage,
 )
@@ -43,7 +44,11 @@ def get(identifier):
     if isinstance(identifier, str) and identifier in _NAMED:
         return _NAMED[identifier]()
     if isinstance(identifier, dict):
-        identifier = keras.saving.deserialize_keras_object(identifier)
+        identifier = as_keras_object(
+            "task_weighting",
+            keras.saving.deserialize_keras_object,
+            identifier,
+        )
     if not isinstance(identifier, TaskWeighting):
         raise ValueError(
             f"`task_weighting` must be one of {tuple(_NAMED)} or a "

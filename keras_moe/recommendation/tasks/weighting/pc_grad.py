@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_seed
 from keras_moe.recommendation.tasks.weighting.task_weighting import (
     TaskWeighting,
 )
@@ -8,7 +9,7 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class PCGrad(TaskWeighting):
-    """Gradients without what contradicts another task's gradient.
+    """Gradients without the parts that conflict with other tasks' gradients.
 
     ```
     for each task i:
@@ -18,15 +19,19 @@ class PCGrad(TaskWeighting):
     gradient = sum over i of p[i]
     ```
 
-    `g[t]` is the gradient of the task's loss for all trainable variables. As
-    each `p[i]` is a sum of them, all that is needed are their inner products,
-    and the result is the gradient of a sum of losses with the weights so found.
-    Costs a second forward pass, and a backward pass a task. The `loss` that
-    `fit` reports is that weighted sum; compare models by the losses of tasks.
+    `g[t]` is the gradient of the task's loss for all trainable variables. Each
+    `p[i]` is a weighted sum of these gradients. Their inner products suffice to
+    find the weights, and the result is the gradient of the losses' weighted
+    sum. This costs a second forward pass, and a backward pass for each task.
+    The `loss` that `fit` reports is the weighted sum; compare models by the
+    losses of tasks.
 
     Args:
-        seed: int. Seed of the orders. Defaults to `None`, a random one.
+        seed: int. Seed of the orders. Defaults to `None`: a random seed.
         **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If `seed` is neither an int nor `None`.
 
     Example:
 
@@ -41,6 +46,7 @@ class PCGrad(TaskWeighting):
 
     def __init__(self, seed=None, **kwargs):
         super().__init__(**kwargs)
+        check_seed("seed", seed)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -59,7 +65,7 @@ class PCGrad(TaskWeighting):
 
 
 def projected_weights(gram, orders):
-    """What the sum of all projected gradients has of each task's gradient.
+    """Weights of the tasks' gradients in the sum of projected gradients.
 
     Args:
         gram: `(T, T)`. Inner products of the gradients.
@@ -73,7 +79,7 @@ def projected_weights(gram, orders):
     norms = ops.diagonal(gram)
     for step in range(num_tasks):
         other = ops.one_hot(orders[:, step], num_tasks)  # (T, T)
-        others = 1.0 - ops.diagonal(other)  # A task has no quarrel with itself.
+        others = 1.0 - ops.diagonal(other)  # Not the task itself.
         products = ops.sum(ops.matmul(parts, gram) * other, axis=-1)
         squared = ops.sum(other * norms, axis=-1)
         factors = ops.minimum(products, 0.0) / ops.where(

@@ -1,6 +1,7 @@
 import keras
 from keras import ops
 
+from keras_moe.checks import check_seed
 from keras_moe.recommendation.tasks.weighting.task_weighting import (
     TaskWeighting,
 )
@@ -8,7 +9,7 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 
 @keras.saving.register_keras_serializable("keras_moe")
 class RandomLossWeighting(TaskWeighting):
-    """Other random weights at each training step (RLW).
+    """New random weights at each training step (RLW).
 
     ```
     weight = T * softmax(standard normal numbers)
@@ -19,8 +20,12 @@ class RandomLossWeighting(TaskWeighting):
     tasks, as in an unweighted sum; in the paper they sum to 1.
 
     Args:
-        seed: int. Seed of the numbers. Defaults to `None`, a random one.
+        seed: int. Seed of the random numbers. Defaults to `None`: a random
+            seed.
         **kwargs: Arguments of `keras.layers.Layer`.
+
+    Raises:
+        ValueError: If `seed` is neither an int nor `None`.
 
     Example:
 
@@ -33,6 +38,7 @@ class RandomLossWeighting(TaskWeighting):
 
     def __init__(self, seed=None, **kwargs):
         super().__init__(**kwargs)
+        check_seed("seed", seed)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 

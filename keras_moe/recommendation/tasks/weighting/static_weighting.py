@@ -18,12 +18,13 @@ class StaticWeighting(TaskWeighting):
     ```
 
     Args:
-        decay: float, or a sequence of one a task. By what a weight is
-            multiplied after each epoch of `fit`. Defaults to `1.0`.
+        decay: float, or a list or tuple of floats, one for each task. Factor of
+            a weight after each epoch of `fit`. Defaults to `1.0`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: If a `decay` is not positive, or their number is wrong.
+        ValueError: If a `decay` is not positive; in `compile`, if their number
+            is not the number of tasks.
 
     Example:
 

@@ -4,7 +4,7 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_moe")
 class TaskWeighting(keras.layers.Layer):
-    """Base class of the ways to make one loss of the losses of all tasks.
+    """Base class of task weightings, which combine the tasks' losses into one.
 
     It is a layer only to own variables that a model trains and saves; it is
     not called. A subclass defines
@@ -16,17 +16,26 @@ class TaskWeighting(keras.layers.Layer):
     `losses (T,)` are the tasks' mean losses times their `TaskSpec.weight`, in
     float32; `present (T,)` is 1.0 for a task that has labels in the batch and a
     weight above 0, and 0.0 for others, whose loss is 0. State is updated in
-    `combine`, which is called in training alone: the loss that `evaluate`
-    reports is always `sum(losses)`, to be compared between weightings.
+    `combine`, which only training calls: the loss that `evaluate` reports is
+    always `sum(losses)`, so that weightings can be compared.
 
-    With `uses_gradients = True` it gets `gram (T, T)`, the inner products of
-    the gradients of all losses with respect to the trainable variables that
-    `select(variables, shared)` chooses: `shared` belong to layers that more
-    than one task uses. That costs a second forward pass and a backward pass for
-    each task.
+    With `uses_gradients = True`, `combine` gets `gram (T, T)`, the inner
+    products of the gradients of all losses with respect to the trainable
+    variables that `select(variables, shared)` returns. `shared` are variables
+    of layers that more than one task uses. This costs a second forward pass,
+    and a backward pass for each task.
 
     Args:
         **kwargs: Arguments of `keras.layers.Layer`.
+
+    Example:
+
+    >>> class LargestLoss(keras_moe.models.TaskWeighting):
+    ...     def combine(self, losses, present, gram=None):
+    ...         return keras.ops.max(losses)
+    >>> weighting = LargestLoss()
+    >>> float(weighting.combine(np.array([0.5, 2.0]), np.ones(2)))
+    2.0
     """
 
     uses_gradients = False
@@ -57,7 +66,7 @@ class TaskWeighting(keras.layers.Layer):
         )
 
     def task_weights(self):
-        """The present factors of the losses, of shape `(T,)`."""
+        """The current factors of the losses, of shape `(T,)`."""
         return ops.ones((self.num_tasks,))
 
     def select(self, variables, shared):
@@ -65,10 +74,16 @@ class TaskWeighting(keras.layers.Layer):
         return variables
 
     def end_epoch(self):
-        """What to do between two epochs of `fit`."""
+        """Runs between two epochs of `fit`. By default it does nothing."""
 
     def add_state(self, name, value, shape=None):
-        """A float32 variable of one number a task, that is not trained."""
+        """Adds an untrained float32 variable, one number for each task.
+
+        Args:
+            name: str.
+            value: float. Its initial value.
+            shape: Tuple of ints. Defaults to `None`: `(T,)`.
+        """
         return self.add_weight(
             name=name,
             shape=(self.num_tasks,) if shape is None else shape,

@@ -15,17 +15,17 @@ class UncertaintyWeighting(TaskWeighting):
     loss = sum over t of c[t] * exp(-s[t]) * loss[t] + s[t] / 2
     ```
 
-    `s[t]` is the logarithm of the variance, one trainable number a task that
-    the model's optimizer learns with all others. `c[t]` is 1/2 for a
+    `s[t]` is the logarithm of the variance: one trainable number for each task,
+    which the model's optimizer updates with all others. `c[t]` is 1/2 for a
     regression and 1 otherwise. A task without labels in the batch has no
     gradient for its `s[t]`. The loss may become negative.
 
     Args:
-        initial_log_variance: float. What `s` starts from. Defaults to `0.0`.
+        initial_log_variance: float. Initial value of `s`. Defaults to `0.0`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Raises:
-        ValueError: If `initial_log_variance` is not finite.
+        ValueError: If `initial_log_variance` is not a finite number.
 
     Example:
 
