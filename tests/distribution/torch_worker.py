@@ -37,6 +37,7 @@ from tests.distribution.torch_cases import build  # noqa: E402
 from tests.distribution.torch_cases import compiled  # noqa: E402
 from tests.distribution.torch_cases import data  # noqa: E402
 from tests.distribution.torch_cases import fit  # noqa: E402
+from tests.distribution.torch_cases import go_on_alone  # noqa: E402
 from tests.distribution.torch_cases import gradients_of  # noqa: E402
 from tests.distribution.torch_cases import inputs  # noqa: E402
 from tests.distribution.torch_cases import same_files  # noqa: E402
@@ -380,7 +381,9 @@ CHECKS = {
 
 
 def main(arguments):
-    references = alone(arguments) if RANK == 0 else None
+    references = alone() if RANK == 0 else None
+    if "moved" in arguments and RANK == 0:
+        go_on_alone()
     process_engine.initialize(timeout=TIMEOUT, seed=3)
     references = collectives.broadcast_object(references)
     for check in arguments:
