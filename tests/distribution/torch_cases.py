@@ -185,9 +185,9 @@ def bare(engine, kwargs, policy="float32", recompute=False):
     return model if engine is None else through(model, engine)
 
 
-def gradients_of(model, engine, x):
+def gradients_of(model, engine, x, optimizer=None):
     """The loss of one step, and what it subtracted from each variable."""
-    optimizer = keras.optimizers.SGD(1.0)
+    optimizer = optimizer or keras.optimizers.SGD(1.0)
     model.compile(optimizer, "mse", jit_compile=False)
     if engine is not None:
         model = engine.distribute(model)

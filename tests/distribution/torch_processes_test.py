@@ -71,7 +71,7 @@ class TorchProcessesTest(unittest.TestCase):
         cls.two_checks = (
             *("training", "gradients", "half_precision", "unused_result"),
             *("traffic", "inference", "refusals", "interrupted_save"),
-            *("batch_normalization", "sharded"),
+            *("batch_normalization", "loss_scaling", "sharded"),
         )
         cls.statuses, cls.texts = run(cls.folder, 2, *cls.two_checks, "killed")
 

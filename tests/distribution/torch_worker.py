@@ -5,7 +5,6 @@ train together, and the first compares.
 """
 
 import os
-import re
 import sys
 
 # Keras imports it to save a model if it is there, which takes long.
@@ -17,10 +16,9 @@ import torch.distributed as dist  # noqa: E402
 
 from keras_moe.backend.torch import collectives  # noqa: E402
 from keras_moe.distribution import process_engine  # noqa: E402
-from keras_moe.experts import GLUExperts  # noqa: E402
-from keras_moe.experts import LayerExperts  # noqa: E402
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts  # noqa: E402
 from keras_moe.layers import MoE  # noqa: E402
+from keras_moe.stacked import expert_shards  # noqa: E402
 from tests.distribution.torch_cases import BATCH  # noqa: E402
 from tests.distribution.torch_cases import CASES  # noqa: E402
 from tests.distribution.torch_cases import DIM  # noqa: E402
@@ -43,6 +41,8 @@ from tests.distribution.torch_cases import inputs  # noqa: E402
 from tests.distribution.torch_cases import same_files  # noqa: E402
 from tests.distribution.torch_cases import state  # noqa: E402
 from tests.distribution.torch_cases import through  # noqa: E402
+from tests.distribution.torch_refusals import check_interrupted_save  # noqa: E402, F401
+from tests.distribution.torch_refusals import check_refusals  # noqa: E402, F401
 
 
 def check_training(engine, references):
@@ -103,6 +103,28 @@ def check_half_precision(engine, references):
             w = own_part(engine, variable, w)
             scale = max(np.abs(w).max(), 1e-4)
             np.testing.assert_allclose(f / scale, w / scale, atol=4e-2)
+
+
+def check_loss_scaling(engine, references):
+    """An infinite gradient of one process stops the step of all."""
+    with engine.scope():
+        model = bare(engine, dict)
+    inner = keras.optimizers.SGD(1.0)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+    loss, found = gradients_of(model, engine, inputs(""), optimizer)
+    _, wanted = references["gradients"]["recomputed"]
+    for variable, f, w in zip(
+        model.trainable_variables, found, wanted, strict=True
+    ):
+        w = own_part(engine, variable, w)
+        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-6)
+    before = [np.array(v.numpy()) for v in model.trainable_variables]
+    x = engine.split(inputs(""), batch_size=BATCH)
+    y = np.full_like(x, np.inf if RANK else 0.0)
+    model.train_on_batch(x, y)
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert optimizer.dynamic_scale.numpy() == 2.0
 
 
 def check_unused_result(engine, references):
@@ -174,6 +196,10 @@ def check_memory(engine, references):
     model.fit(*engine.split(x, x, batch_size=BATCH), verbose=0)
     experts = 2 * EXPERTS * 3 * DIM * 4  # two layers, three kernels
     rest = 2 * DIM * EXPERTS + 2 * (EXPERTS + 3)
+    divided = [v for v in model.variables if expert_shards.mark_of(v)]
+    assert len(divided) == 6
+    # Keras 3.16 averages all other gradients by itself.
+    assert len(model._ddp_params_and_buffers_to_ignore) == 6
     routers = 2 * DIM * EXPERTS
     of_model = sum(v.value.numel() for v in model.variables)
     assert of_model == experts // shards + rest, of_model
@@ -201,101 +227,6 @@ def check_inference(engine, references):
     )
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable.numpy(), value)
-
-
-def raises(error, pattern, function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except error as caught:
-        assert re.search(pattern, str(caught)), str(caught)
-    else:
-        raise AssertionError(f"No error like {pattern!r}")
-
-
-def check_refusals(engine, references):
-    size = engine.num_processes
-    raises(
-        ValueError,
-        "nearest for 7 experts: 1 and 7",
-        lambda: build_bank(engine, GLUExperts(7, 4)),
-    )
-    layers = LayerExperts(keras.layers.Dense(DIM), EXPERTS)
-    model = build_bank(engine, layers)
-    raises(ValueError, "cannot be divided", engine.distribute, model)
-    raises(
-        ValueError,
-        "bank_regularizer",
-        lambda: build_bank(
-            engine, GLUExperts(EXPERTS, 4, bank_regularizer="l2")
-        ),
-    )
-    raises(
-        ValueError,
-        "must divide the number of processes",
-        process_engine.ProcessEngine,
-        size + 1,
-    )
-    raises(
-        ValueError,
-        "same num_expert_shards",
-        process_engine.ProcessEngine,
-        1 if RANK else size,
-    )
-    # Different numbers of experts.
-    number = EXPERTS if RANK else 2 * EXPERTS
-    model = build_bank(engine, GLUExperts(number, 4))
-    raises(ValueError, "same model", engine.distribute, model)
-    # Not distributed.
-    model = build_bank(engine, GLUExperts(EXPERTS, 4))
-    model.compile("sgd", "mse")
-    x = inputs("")
-    raises(RuntimeError, "distribute", model.train_on_batch, x, x)
-    raises(RuntimeError, "model.save", model.save, FOLDER / "x.keras")
-    model = engine.distribute(model)
-    raises(ValueError, "Adafactor", model.compile, "adafactor", "mse")
-    loss = keras.losses.MeanSquaredError(reduction="sum")
-    raises(ValueError, "sum_over_batch_size", model.compile, "sgd", loss)
-    model.compile("sgd", "mse")
-    # Data.
-    raises(ValueError, "same data", model.fit, x[RANK:], x[RANK:])
-    raises(ValueError, "batch_size", engine.split, x, batch_size=size + 1)
-    raises(ValueError, "last batch", engine.split, x[1:], batch_size=BATCH)
-    raises(ValueError, "one file", model.save, FOLDER / "x.h5")
-    raises(NotImplementedError, "exported", model.export, FOLDER / "x")
-
-
-def build_bank(engine, experts):
-    with engine.scope():
-        x = keras.Input((LENGTH, DIM))
-        model = keras.Model(x, MoE(experts=experts)(x))
-    return through(model, engine)
-
-
-def check_interrupted_save(engine, references):
-    """A save that fails leaves the file of the one before whole."""
-    model = engine.distribute(build_bank(engine, GLUExperts(EXPERTS, 4)))
-    path = FOLDER / "interrupted.keras"
-    model.save(path)
-    before = path.read_bytes()
-
-    def fail(self, store):
-        raise OSError("No space left on device")
-
-    original = GLUExperts.save_own_variables
-    GLUExperts.save_own_variables = fail
-    try:
-        raises(
-            RuntimeError if RANK else OSError,
-            "No space left",
-            model.save,
-            path,
-        )
-    finally:
-        GLUExperts.save_own_variables = original
-    collectives.wait()
-    assert path.read_bytes() == before
-    names = [p.name for p in FOLDER.iterdir() if p.name.startswith(".")]
-    assert not names, names
 
 
 def check_batch_normalization(engine, references):
