@@ -23,7 +23,17 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch"}
 EVERYWHERE = {
     *("keras", "numpy"),
     *("contextlib", "datetime", "fractions", "functools", "hashlib"),
-    *("inspect", "itertools", "json", "math", "numbers", "os", "random", "re"),
+    *(
+        "importlib",
+        "inspect",
+        "itertools",
+        "json",
+        "math",
+        "numbers",
+        "os",
+        "random",
+        "re",
+    ),
     *("shutil", "threading", "types", "typing", "warnings", "weakref"),
     "zipfile",
 }

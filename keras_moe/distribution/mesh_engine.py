@@ -1,24 +1,43 @@
 """Expert parallelism for one program that drives a mesh of devices (JAX)."""
 
+import os
+
 import keras
 
 from keras_moe import backend
+from keras_moe.checks import check_at_least
+from keras_moe.distribution.engine import Engine
 from keras_moe.stacked import expert_shards
 
+_SEVERAL_PROCESSES = (
+    "KERAS_DISTRIBUTION_JOB_ADDRESSES",
+    "KERAS_DISTRIBUTION_NUM_PROCESSES",
+    "JAX_COORDINATOR_ADDRESS",
+)
 # Room for the rows of one owner beyond an even division.
 DEFAULT_SLACK = 0.0625
+OPTIONS = ("devices", "slack")
 
 
-def as_devices(devices):
-    """The names of the devices, for `None` of all."""
-    return devices or keras.distribution.list_devices()
+def initialize():
+    """Joins the processes that the environment tells of."""
+    if any(name in os.environ for name in _SEVERAL_PROCESSES):
+        keras.distribution.initialize()
 
 
-def make(*args):
-    return MeshEngine(*args)
+def make(divide, devices=None, slack=DEFAULT_SLACK):
+    """The engine of an `ExpertParallel`.
+
+    Args:
+        divide: `divide(number of devices) -> (expert shards, data shards)`.
+        devices, slack: As for `ExpertParallel`.
+    """
+    check_at_least("slack", slack, 0)
+    devices = devices or keras.distribution.list_devices()
+    return MeshEngine(*divide(len(devices)), devices, slack)
 
 
-class MeshEngine(keras.distribution.ModelParallel):
+class MeshEngine(Engine, keras.distribution.ModelParallel):
     """Divides the batch over all devices, and the experts over some.
 
     Args:
@@ -32,20 +51,18 @@ class MeshEngine(keras.distribution.ModelParallel):
 
     def __init__(self, num_expert_shards, num_data_shards, devices, slack):
         mesh = keras.distribution.DeviceMesh(
-            (num_data_shards, num_expert_shards),
-            self.batch_axes,
-            devices,
+            (num_data_shards, num_expert_shards), self.batch_axes, devices
         )
         super().__init__(
             layout_map=keras.distribution.LayoutMap(mesh),
             batch_dim_name="data",
         )
         self.num_expert_shards = num_expert_shards
+        self.num_data_shards = num_data_shards
         self.slack = slack
 
     def distribute(self, model):
-        """The model: Keras divides it as it is made."""
-        return model
+        return model  # divided as it was made
 
     def check_divided(self, experts):
         """Raises if no variable of routed experts is divided.

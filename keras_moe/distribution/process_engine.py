@@ -12,6 +12,7 @@ from keras_moe import backend
 from keras_moe.backend.torch import collectives
 from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
+from keras_moe.distribution.engine import Engine
 from keras_moe.distribution.process_dispatcher import ProcessDispatcher
 from keras_moe.distribution.process_files import read_sharded
 from keras_moe.distribution.process_files import write_sharded
@@ -21,6 +22,7 @@ from keras_moe.distribution.process_state import check_same
 from keras_moe.stacked import expert_shards
 
 DEFAULT_TIMEOUT = 600.0
+OPTIONS = ("timeout",)
 
 
 def initialize(timeout=DEFAULT_TIMEOUT, seed=None):
@@ -43,23 +45,17 @@ def initialize(timeout=DEFAULT_TIMEOUT, seed=None):
         keras.utils.set_random_seed(seed)
 
 
-def as_devices(devices):
-    """One device for each process, whose number `torchrun` was given."""
-    if devices is not None:
-        raise ValueError(
-            "On PyTorch each process has one device: set the number of "
-            "processes with `torchrun --nproc-per-node`. "
-            f"Received: devices={devices}"
-        )
-    return list(range(collectives.num_processes()))
+def make(divide, timeout=DEFAULT_TIMEOUT):
+    """The engine of an `ExpertParallel`.
+
+    Args:
+        divide: `divide(number of devices) -> (expert shards, data shards)`.
+        timeout: As for `ExpertParallel`.
+    """
+    return ProcessEngine(divide(collectives.num_processes())[0], timeout)
 
 
-def make(num_expert_shards, num_data_shards, devices, slack):
-    """The engine of an `ExpertParallel`; the rest follows from the shards."""
-    return ProcessEngine(num_expert_shards)
-
-
-class ProcessEngine:
+class ProcessEngine(Engine):
     """Divides the experts of a model among processes.
 
     The processes are replicas of expert groups: process `r` holds share `r %
@@ -96,7 +92,7 @@ class ProcessEngine:
                 f"{size} processes"
             )
         self.num_expert_shards = shards
-        self.num_replicas = size // shards
+        self.num_replicas = self.num_data_shards = size // shards
         self.shard = expert_shards.ExpertShard(index % shards, shards, self)
         self.expert_group = self.replica_group = None
         self._link = None

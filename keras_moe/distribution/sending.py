@@ -6,16 +6,18 @@ from keras_moe.distribution import mesh
 
 
 def send(dispatcher, tokens, routing, experts, *args, **kwargs):
-    """`dispatcher(...)`, on all devices of the active distribution.
+    """`dispatcher(...)`, on all devices that compute together.
 
     A dispatcher that moves rows itself is called as it is.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or dispatcher.moves_rows:
-        return dispatcher(tokens, routing, experts, *args, **kwargs)
-    return mesh.dispatch(
-        distribution, dispatcher, tokens, routing, experts, *args, **kwargs
-    )
+    everything = (dispatcher, tokens, routing, experts, *args)
+    if not dispatcher.moves_rows:
+        if experts.engine is not None:
+            return experts.engine.dispatch(*everything, **kwargs)
+        distribution = _active_mesh()
+        if distribution is not None:
+            return mesh.dispatch(distribution, *everything, **kwargs)
+    return dispatcher(tokens, routing, experts, *args, **kwargs)
 
 
 def apply_to_tokens(layer, function, tokens):
@@ -24,7 +26,14 @@ def apply_to_tokens(layer, function, tokens):
     For layers whose kernels the compiler cannot divide. Each row of the result
     must depend on its own token alone.
     """
-    distribution = keras.distribution.distribution()
+    distribution = _active_mesh()
     if distribution is None:
         return function(layer, tokens)
     return mesh.apply(distribution, layer, function, tokens)
+
+
+def _active_mesh():
+    """What Keras divides batches by, where one program drives all devices."""
+    if keras.config.backend() != "jax":
+        return None
+    return keras.distribution.distribution()

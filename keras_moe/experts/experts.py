@@ -68,6 +68,8 @@ class Experts(keras.layers.Layer):
     # Whether a router chooses among them; the layer that has it says so. Shared
     # experts, which all tokens go through, stay whole on every device.
     routed = False
+    # What computes divided experts, from where they were built.
+    engine = None
 
     def __init__(
         self,
@@ -144,6 +146,7 @@ class Experts(keras.layers.Layer):
         )
         if shard is not None:
             expert_shards.mark(variable, shard)
+            self.engine = shard.engine
         return variable
 
     def _check_divisible(self, shard, of_bank):

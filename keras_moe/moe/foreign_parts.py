@@ -17,7 +17,7 @@ _ROUTER_DECLARATIONS = (
     "distinct_choices",
     *("choices_per_token", "per", "routing_class", "max_rows", "max_choices"),
 )
-_EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix")
+_EXPERTS_DECLARATIONS = ("uses_max_group_size", "mix", "engine")
 
 
 def as_router(layer):
@@ -25,9 +25,16 @@ def as_router(layer):
     return _declaring(layer, Router, _ROUTER_DECLARATIONS)
 
 
-def as_experts(layer):
-    """The experts, with all declarations of `Experts`."""
-    return _declaring(layer, Experts, _EXPERTS_DECLARATIONS)
+def as_experts(layer, routed=False):
+    """The experts, with all declarations of `Experts`.
+
+    Args:
+        layer: A layer of experts.
+        routed: bool. Whether a router chooses among them.
+    """
+    layer = _declaring(layer, Experts, _EXPERTS_DECLARATIONS)
+    layer.routed = routed
+    return layer
 
 
 def _declaring(layer, base, names):

@@ -187,8 +187,7 @@ class MoE(RoutedLayer):
             name=name or parts.default_name(),
             **kwargs,
         )
-        self.experts = foreign.as_experts(experts)
-        self.experts.routed = True
+        self.experts = foreign.as_experts(experts, routed=True)
         self.dispatcher = sender
         self._own_dispatcher = dispatcher is not None
         if sender.seed_generator is not None:
@@ -265,15 +264,9 @@ class MoE(RoutedLayer):
         rows, mask = tokens.rows, tokens.mask
         if self.pre_experts is not None:
             rows = call_masked(self.pre_experts, rows, mask)
+        sent = (rows, routing, self.experts, mask, training, self.router)
         outputs, group_sizes = send(
-            self.dispatcher,
-            rows,
-            routing,
-            self.experts,
-            mask,
-            training,
-            self.router,
-            num_sequences=tokens.positions[0],
+            self.dispatcher, *sent, num_sequences=tokens.positions[0]
         )
         foreign.check_width(self.experts, rows.shape, outputs.shape)
         if self.post_experts is not None:

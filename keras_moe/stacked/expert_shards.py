@@ -89,15 +89,6 @@ def mark_of(variable):
     return getattr(variable, "expert_shard", None)
 
 
-def engine_of(layer):
-    """What sends rows to the experts of a layer; `None` if it has all."""
-    for variable in layer.variables:
-        mark = mark_of(variable)
-        if mark is not None:
-            return mark.shard.engine
-    return None
-
-
 def to_file(variable, value):
     """What a file holds for a variable: the experts of all processes.
 

@@ -37,7 +37,9 @@ def devices(number):
 
 
 def expert_parallel(expert, data=1, **kwargs):
-    return ExpertParallel(expert, data, devices(expert * data), **kwargs)
+    return ExpertParallel(
+        expert, data, devices=devices(expert * data), **kwargs
+    )
 
 
 def data_parallel(number):
@@ -238,8 +240,7 @@ class MeshTest(TestCase):
             text = step.lower(weights, x).compile().as_text()
         tokens = examples * LENGTH
         gathered = result_sizes(text, "all-gather")
-        # No more than the scores, which the choice needs on this platform.
-        self.assertLessEqual(max(gathered, default=0), tokens * EXPERTS)
+        self.assertEqual(gathered, [])
         sent = result_sizes(text, "all-to-all")
         # The smaller ones are for rows that had no room.
         first = [size for size in sent if size == max(sent)]

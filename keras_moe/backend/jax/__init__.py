@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax import lax
 from keras import ops
 
@@ -28,9 +29,12 @@ def refusal(implementation, rhs_shape, dtype):
 
 
 def top_k_indices(scores, k):
-    if not all(isinstance(size, int) for size in scores.shape):
-        # To be exported. TensorFlow, which is to load that, is usually too old
-        # for how JAX writes `top_k` down.
+    is_divided = keras.distribution.distribution() is not None
+    if is_divided or not all(isinstance(size, int) for size in scores.shape):
+        # Among devices, XLA gathers the scores of the whole batch for `top_k`,
+        # but not to sort them. In a file that is to be exported, TensorFlow,
+        # which is to load it, is usually too old for how JAX writes `top_k`
+        # down.
         return jnp.argsort(scores, axis=-1, descending=True)[..., :k]
     return lax.top_k(scores, k)[1]
 
