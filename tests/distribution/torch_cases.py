@@ -14,8 +14,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from keras_moe.dispatch import Capacity  # noqa: E402
-from keras_moe.dispatch import Dispatcher  # noqa: E402
-from keras_moe.distribution import process_engine  # noqa: E402
+from keras_moe.distribution import ExpertParallel  # noqa: E402
 from keras_moe.experts import GLUExperts  # noqa: E402
 from keras_moe.experts import LowRankExperts  # noqa: E402
 from keras_moe.layers import MoE  # noqa: E402
@@ -30,28 +29,7 @@ TIMEOUT = float(os.environ.get("KERAS_MOE_TEST_TIMEOUT", "60"))
 FOLDER = pathlib.Path(os.environ.get("KERAS_MOE_TEST_FOLDER", "."))
 
 
-class Through(Dispatcher):
-    """Hands over to the engine of the experts."""
-
-    moves_rows = True
-
-    def __init__(self, inner, engine):
-        self.inner, self.engine = inner, engine
-        self.capacity, self.weights_on = inner.capacity, inner.weights_on
-        self.seed_generator = inner.seed_generator
-
-    def __call__(self, *args, **kwargs):
-        return self.engine.dispatch(self.inner, *args, **kwargs)
-
-
-def through(model, engine):
-    for layer in model.layers:
-        if isinstance(layer, MoE):
-            layer.dispatcher = Through(layer.dispatcher, engine)
-    return model
-
-
-def build(engine=None, **kwargs):
+def build(**kwargs):
     keras.utils.set_random_seed(3)
     router = TopKRouter(
         EXPERTS, 2, score_activation="sigmoid", expert_bias=True
@@ -68,8 +46,7 @@ def build(engine=None, **kwargs):
     )(x)
     x = MoE(EXPERTS, 5, experts="mlp", name="second", **kwargs)(x)
     x = keras.layers.GlobalAveragePooling1D()(x)
-    model = keras.Model(inputs, keras.layers.Dense(3)(x))
-    return model if engine is None else through(model, engine)
+    return keras.Model(inputs, keras.layers.Dense(3)(x))
 
 
 def data(seed=0):
@@ -87,12 +64,12 @@ def compiled(model, **kwargs):
     return model
 
 
-def fit(model, engine=None, **kwargs):
+def fit(model, strategy=None, **kwargs):
     x, y = data()
     batch = BATCH
-    if engine is not None:
-        x, y = engine.split(x, y, batch_size=BATCH)
-        batch = BATCH // engine.num_processes
+    if strategy is not None:
+        x, y = strategy.split(x, y, batch_size=BATCH)
+        batch = BATCH // strategy.num_processes
     kwargs = {"epochs": EPOCHS, "verbose": 0, **kwargs}
     return model.fit(x, y, batch_size=batch, shuffle=False, **kwargs)
 
@@ -128,10 +105,10 @@ def alone():
     )
     results["predict"] = model.predict(x, batch_size=BATCH, verbose=0)
     for name, kwargs in CASES.items():
-        found = gradients_of(bare(None, kwargs), None, inputs(name))
+        found = gradients_of(bare(kwargs), None, inputs(name))
         results["gradients"][name] = found
     for policy in ("mixed_bfloat16", "mixed_float16"):
-        model = bare(None, dict, policy=policy)
+        model = bare(dict, policy=policy)
         results["gradients"][policy] = gradients_of(model, None, inputs(policy))
     path.write_bytes(pickle.dumps(results))
     return results
@@ -139,9 +116,9 @@ def alone():
 
 def go_on_alone():
     """One process reads what two have left, and trains on for two epochs."""
-    engine = process_engine.ProcessEngine()
+    strategy = ExpertParallel()
     model = compiled(build())
-    engine.load_sharded(model, FOLDER / "sharded")
+    strategy.load_sharded(model, FOLDER / "sharded")
     compare(model, keras.saving.load_model(FOLDER / "sharded.keras"))
     model = keras.saving.load_model(FOLDER / "killed.keras")
     fit(model, epochs=5, initial_epoch=3)
@@ -169,7 +146,7 @@ def state(model):
     return [*model.weights, *model.optimizer.variables]
 
 
-def bare(engine, kwargs, policy="float32", recompute=False):
+def bare(kwargs, policy="float32", recompute=False):
     """Two layers, whose input of zeros may be masked."""
     keras.utils.set_random_seed(5)
     x = inputs = keras.Input((LENGTH, DIM))
@@ -181,19 +158,18 @@ def bare(engine, kwargs, policy="float32", recompute=False):
                 dtype=policy,
                 name=name,
             )(x, mask=mask)
-    model = keras.Model(inputs, x)
-    return model if engine is None else through(model, engine)
+    return keras.Model(inputs, x)
 
 
-def gradients_of(model, engine, x, optimizer=None):
+def gradients_of(model, strategy, x, optimizer=None):
     """The loss of one step, and what it subtracted from each variable."""
     optimizer = optimizer or keras.optimizers.SGD(1.0)
     model.compile(optimizer, "mse", jit_compile=False)
-    if engine is not None:
-        model = engine.distribute(model)
+    if strategy is not None:
+        model = strategy.distribute(model)
     y = np.cos(np.arange(x.size).reshape(x.shape)).astype("float32")
-    if engine is not None:
-        x, y = engine.split(x, y, batch_size=len(x))
+    if strategy is not None:
+        x, y = strategy.split(x, y, batch_size=len(x))
     before = [np.array(v.numpy()) for v in model.trainable_variables]
     loss = model.train_on_batch(x, y)
     return loss, [

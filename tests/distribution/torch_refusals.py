@@ -5,7 +5,7 @@ import re
 import keras
 
 from keras_moe.backend.torch import collectives
-from keras_moe.distribution import process_engine
+from keras_moe.distribution import ExpertParallel
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
 from keras_moe.layers import MoE
@@ -16,7 +16,6 @@ from tests.distribution.torch_cases import FOLDER
 from tests.distribution.torch_cases import LENGTH
 from tests.distribution.torch_cases import RANK
 from tests.distribution.torch_cases import inputs
-from tests.distribution.torch_cases import through
 
 
 def raises(error, pattern, function, *args, **kwargs):
@@ -28,68 +27,67 @@ def raises(error, pattern, function, *args, **kwargs):
         raise AssertionError(f"No error like {pattern!r}")
 
 
-def check_refusals(engine, references):
-    size = engine.num_processes
+def check_refusals(strategy, references):
+    size = strategy.num_processes
     raises(
         ValueError,
         "nearest for 7 experts: 1 and 7",
-        lambda: build_bank(engine, GLUExperts(7, 4)),
+        lambda: build_bank(strategy, GLUExperts(7, 4)),
     )
     layers = LayerExperts(keras.layers.Dense(DIM), EXPERTS)
-    model = build_bank(engine, layers)
-    raises(ValueError, "cannot be divided", engine.distribute, model)
+    model = build_bank(strategy, layers)
+    raises(ValueError, "cannot be divided", strategy.distribute, model)
     raises(
         ValueError,
         "bank_regularizer",
         lambda: build_bank(
-            engine, GLUExperts(EXPERTS, 4, bank_regularizer="l2")
+            strategy, GLUExperts(EXPERTS, 4, bank_regularizer="l2")
         ),
     )
     raises(
         ValueError,
-        "must divide the number of processes",
-        process_engine.ProcessEngine,
+        "must be the number of devices",
+        ExpertParallel,
         size + 1,
     )
     raises(
         ValueError,
         "same num_expert_shards",
-        process_engine.ProcessEngine,
+        ExpertParallel,
         1 if RANK else size,
     )
     # Different numbers of experts.
     number = EXPERTS if RANK else 2 * EXPERTS
-    model = build_bank(engine, GLUExperts(number, 4))
-    raises(ValueError, "same model", engine.distribute, model)
+    model = build_bank(strategy, GLUExperts(number, 4))
+    raises(ValueError, "same model", strategy.distribute, model)
     # Not distributed.
-    model = build_bank(engine, GLUExperts(EXPERTS, 4))
+    model = build_bank(strategy, GLUExperts(EXPERTS, 4))
     model.compile("sgd", "mse")
     x = inputs("")
     raises(RuntimeError, "distribute", model.train_on_batch, x, x)
     raises(RuntimeError, "model.save", model.save, FOLDER / "x.keras")
-    model = engine.distribute(model)
+    model = strategy.distribute(model)
     raises(ValueError, "Adafactor", model.compile, "adafactor", "mse")
     loss = keras.losses.MeanSquaredError(reduction="sum")
     raises(ValueError, "sum_over_batch_size", model.compile, "sgd", loss)
     model.compile("sgd", "mse")
     # Data.
     raises(ValueError, "same data", model.fit, x[RANK:], x[RANK:])
-    raises(ValueError, "batch_size", engine.split, x, batch_size=size + 1)
-    raises(ValueError, "last batch", engine.split, x[1:], batch_size=BATCH)
+    raises(ValueError, "batch_size", strategy.split, x, batch_size=size + 1)
+    raises(ValueError, "last batch", strategy.split, x[1:], batch_size=BATCH)
     raises(ValueError, "one file", model.save, FOLDER / "x.h5")
     raises(NotImplementedError, "exported", model.export, FOLDER / "x")
 
 
-def build_bank(engine, experts):
-    with engine.scope():
+def build_bank(strategy, experts):
+    with strategy.scope():
         x = keras.Input((LENGTH, DIM))
-        model = keras.Model(x, MoE(experts=experts)(x))
-    return through(model, engine)
+        return keras.Model(x, MoE(experts=experts)(x))
 
 
-def check_interrupted_save(engine, references):
+def check_interrupted_save(strategy, references):
     """A save that fails leaves the file of the one before whole."""
-    model = engine.distribute(build_bank(engine, GLUExperts(EXPERTS, 4)))
+    model = strategy.distribute(build_bank(strategy, GLUExperts(EXPERTS, 4)))
     path = FOLDER / "interrupted.keras"
     model.save(path)
     before = path.read_bytes()
