@@ -73,6 +73,28 @@ class ExamplesTest(unittest.TestCase):
             self.assertGreater(min(load["training_load"]), 0.0)
         self.assertIn("test accuracy", done.stdout)
 
+    @on("torch")
+    def test_torch_experts(self):
+        arguments = ["--epochs", "1", "--output", str(self.folder)]
+        for launch, held in (
+            (["-m", "torch.distributed.run", "--nproc-per-node", "2"], 4),
+            ([], 8),  # goes on from the file
+        ):
+            done = subprocess.run(
+                [sys.executable, *launch]
+                + [str(ROOT / "examples" / "distributed" / "torch_experts.py")]
+                + arguments,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            line = f"Each process holds {held} of 8 experts a layer."
+            self.assertEqual(done.stdout.count(line), 1)
+        files = [path.name for path in self.folder.iterdir()]
+        self.assertEqual(files, ["digits.keras"])
+
     def run_recommendation(self, example, files, *arguments):
         """Runs an example, and returns its output and `summary.json`."""
         output = self.folder / "output"

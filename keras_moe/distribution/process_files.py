@@ -6,10 +6,8 @@ import shutil
 from keras import ops
 
 from keras_moe.backend.torch import collectives
-from keras_moe.distribution.process_state import is_counter
 from keras_moe.distribution.process_state import mark_state
 from keras_moe.distribution.process_state import replace_methods
-from keras_moe.distribution.process_state import replaced_values
 from keras_moe.stacked import expert_shards
 
 
@@ -39,9 +37,6 @@ class ProcessFiles:
         if optimizer and not optimizer.built:
             optimizer.build(self._model.trainable_variables)
         of_model(filepath, *args, **kwargs)
-        for variable in self._model.variables:
-            if is_counter(variable):  # the counts of all processes
-                variable.assign(variable / self._engine.num_processes)
 
     def export(self, of_model, *args, **kwargs):
         raise NotImplementedError(
@@ -61,12 +56,11 @@ class ProcessFiles:
             )
         self._trainer.average_state()
         shard, error = self._engine.shard, None
-        values, sums = self._full_values()
+        values = self._full_values()
         if self._engine.process_index == 0:
             shard.full_values = values
             try:
-                with replaced_values(sums):
-                    _write_whole(of_model, filepath, overwrite)
+                _write_whole(of_model, filepath, overwrite)
             except Exception as caught:  # the others wait for the outcome
                 error = caught
             finally:
@@ -80,7 +74,7 @@ class ProcessFiles:
             )
 
     def _full_values(self):
-        """Whole banks by variable, and sums of counters, in the first process.
+        """Whole banks by variable, in the first process.
 
         Only the first expert group sends, and only the first process keeps.
         """
@@ -89,8 +83,6 @@ class ProcessFiles:
             optimizer = self._model.optimizer
             mark_state(optimizer, self._model)
             variables += optimizer.variables
-        counters = [v for v in variables if is_counter(v)]
-        sums = collectives.add_up([variable.value for variable in counters])
         values = {}
         if engine.process_index < engine.num_expert_shards:
             for variable in variables:
@@ -102,7 +94,7 @@ class ProcessFiles:
                     )
                     if value is not None:
                         values[id(variable)] = ops.convert_to_numpy(value)
-        return values, list(zip(counters, sums, strict=True))
+        return values
 
 
 def _write_whole(write, filepath, overwrite):
@@ -158,7 +150,6 @@ def _by_name(model):
     named = {
         f"model/{number}": variable
         for number, variable in enumerate(model.weights)
-        if not is_counter(variable)
     }
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:

@@ -7,10 +7,8 @@ from keras_moe.backend.torch import collectives
 from keras_moe.distribution.process_files import ProcessFiles
 from keras_moe.distribution.process_optimizer import ProcessOptimizer
 from keras_moe.distribution.process_state import check_same
-from keras_moe.distribution.process_state import is_counter
 from keras_moe.distribution.process_state import is_seed
 from keras_moe.distribution.process_state import replace_methods
-from keras_moe.distribution.process_state import replaced_values
 from keras_moe.distribution.process_state import signature
 from keras_moe.stacked import expert_shards
 
@@ -169,26 +167,28 @@ class ProcessModel:
         return keras.tree.pack_sequence_as(y_pred, weights)
 
     def get_metrics_result(self, of_model):
-        counters = self._counters()
-        own = [ops.cast(v.value, "float64") for v in counters]
-        sums = collectives.add_up(own)
-        with replaced_values(list(zip(counters, sums, strict=True))):
+        """The metrics of what all processes have seen."""
+        # From Keras 3.16 on, the model may add them up itself.
+        if getattr(self._model, "ddp_model", None) is not None:
             return of_model()
-
-    def _counters(self):
-        """Variables that count what this process alone has seen."""
-        found = [v for v in self._model.variables if is_counter(v)]
-        # From Keras 3.16 on, the model may add up its metrics itself.
-        if getattr(self._model, "ddp_model", None) is None:
-            for metric in self._model.metrics:
-                found += [v for v in metric.variables if v.aggregation == "sum"]
-        return list({id(v): v for v in found}.values())
+        own = {
+            id(variable): variable
+            for metric in self._model.metrics
+            for variable in metric.variables
+            if variable.aggregation == "sum"
+        }.values()
+        before = [ops.copy(variable.value) for variable in own]
+        sums = collectives.add_up([ops.cast(b, "float64") for b in before])
+        _assign(own, sums)
+        try:
+            return of_model()
+        finally:
+            _assign(own, before)
 
     def average_state(self):
         """Moving averages, as of a batch normalization, see all examples.
 
         They are linear in what they average, so that once in a while will do.
-        Counts stay the same in sum, and give right shares in each process.
         """
         state = [
             variable
@@ -199,6 +199,11 @@ class ProcessModel:
         sums = collectives.add_up([variable.value for variable in state])
         for variable, total in zip(state, sums, strict=True):
             variable.assign(total / self._engine.num_processes)
+
+
+def _assign(variables, values):
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(ops.cast(value, variable.dtype))
 
 
 def _sizes(x, args, kwargs):

@@ -1,10 +1,8 @@
 """What processes compare, and how the methods of a model are replaced."""
 
-import contextlib
 import functools
 
 import keras
-from keras import ops
 
 from keras_moe.backend.torch import collectives
 from keras_moe.stacked import expert_shards
@@ -107,23 +105,5 @@ def signature(model):
     ]
 
 
-def is_counter(variable):
-    """Whether a variable counts what this process alone has seen."""
-    return variable.synchronization == "on_read"
-
-
 def is_seed(variable):
     return variable.path.endswith("seed_generator_state")
-
-
-@contextlib.contextmanager
-def replaced_values(pairs):
-    """Inside, each variable of `(variable, value)` has the value."""
-    before = [ops.copy(variable.value) for variable, _ in pairs]
-    for variable, value in pairs:
-        variable.assign(ops.cast(value, variable.dtype))
-    try:
-        yield
-    finally:
-        for (variable, _), value in zip(pairs, before, strict=True):
-            variable.assign(value)

@@ -1,7 +1,7 @@
 """PyTorch: several processes train as one does.
 
-Three groups of processes are started, each for many checks of
-torch_worker.py: two processes, two of which one dies, and four.
+Two groups of processes are started, each for many checks of torch_worker.py:
+two, of which one dies in the end, and four that go on from what they left.
 """
 
 import os
@@ -68,30 +68,30 @@ class TorchProcessesTest(unittest.TestCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.folder = folder.name
-
-    def assert_passes(self, num_processes, *checks):
-        statuses, texts = run(self.folder, num_processes, *checks)
-        self.assertEqual(statuses, [0] * num_processes, "\n".join(texts))
-        passed = [
-            line for line in texts[0].splitlines() if line.startswith("passed")
-        ]
-        self.assertEqual(passed, [f"passed {check}" for check in checks])
-
-    def test_two_processes(self):
-        self.assert_passes(
-            2,
+        cls.two_checks = (
             *("training", "gradients", "half_precision", "unused_result"),
             *("traffic", "inference", "refusals", "interrupted_save"),
-            "batch_normalization",
+            *("batch_normalization", "loss_scaling", "sharded"),
+        )
+        cls.statuses, cls.texts = run(cls.folder, 2, *cls.two_checks, "killed")
+
+    def test_two_processes(self):
+        self.assertEqual(
+            passed(self.texts), self.two_checks, "\n".join(self.texts)
         )
 
-    def test_one_dies_and_others_go_on(self):
-        statuses, texts = run(self.folder, 2, "sharded", "killed")
-        self.assertEqual(statuses, [1, 7], "\n".join(texts))
-        self.assertIn("passed sharded", texts[0])
-        self.assertNotIn("passed killed", texts[0])
-        self.assertIn("peer", texts[0])
-        # From what they left, one process goes on and then four.
-        self.assert_passes(
-            4, *("moved", "memory", "gradients:2", "gradients:1")
-        )
+    def test_others_of_a_killed_process_end_with_an_error(self):
+        self.assertEqual(self.statuses, [1, 7], "\n".join(self.texts))
+        self.assertIn("peer", self.texts[0])
+
+    def test_four_processes_go_on(self):
+        checks = ("moved", "memory", "gradients:2", "gradients:1")
+        statuses, texts = run(self.folder, 4, *checks)
+        self.assertEqual(statuses, [0] * 4, "\n".join(texts))
+        self.assertEqual(passed(texts), checks)
+
+
+def passed(texts):
+    """The checks that passed, as the first process says."""
+    lines = [line.split() for line in texts[0].splitlines()]
+    return tuple(line[1] for line in lines if line[:1] == ["passed"])

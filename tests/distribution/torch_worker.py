@@ -5,7 +5,6 @@ train together, and the first compares.
 """
 
 import os
-import re
 import sys
 
 # Keras imports it to save a model if it is there, which takes long.
@@ -16,11 +15,11 @@ import numpy as np  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from keras_moe.backend.torch import collectives  # noqa: E402
-from keras_moe.distribution import process_engine  # noqa: E402
-from keras_moe.experts import GLUExperts  # noqa: E402
-from keras_moe.experts import LayerExperts  # noqa: E402
+from keras_moe.distribution import ExpertParallel  # noqa: E402
+from keras_moe.distribution import initialize  # noqa: E402
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts  # noqa: E402
 from keras_moe.layers import MoE  # noqa: E402
+from keras_moe.stacked import expert_shards  # noqa: E402
 from tests.distribution.torch_cases import BATCH  # noqa: E402
 from tests.distribution.torch_cases import CASES  # noqa: E402
 from tests.distribution.torch_cases import DIM  # noqa: E402
@@ -37,19 +36,21 @@ from tests.distribution.torch_cases import build  # noqa: E402
 from tests.distribution.torch_cases import compiled  # noqa: E402
 from tests.distribution.torch_cases import data  # noqa: E402
 from tests.distribution.torch_cases import fit  # noqa: E402
+from tests.distribution.torch_cases import go_on_alone  # noqa: E402
 from tests.distribution.torch_cases import gradients_of  # noqa: E402
 from tests.distribution.torch_cases import inputs  # noqa: E402
 from tests.distribution.torch_cases import same_files  # noqa: E402
 from tests.distribution.torch_cases import state  # noqa: E402
-from tests.distribution.torch_cases import through  # noqa: E402
+from tests.distribution.torch_refusals import check_interrupted_save  # noqa: E402, F401
+from tests.distribution.torch_refusals import check_refusals  # noqa: E402, F401
 
 
-def check_training(engine, references):
+def check_training(strategy, references):
     for name, settings in SETTINGS.items():
-        with engine.scope():
-            model = compiled(build(engine), **settings)
-        model = engine.distribute(model)
-        history = fit(model, engine)
+        with strategy.scope():
+            model = compiled(build(), **settings)
+        model = strategy.distribute(model)
+        history = fit(model, strategy)
         model.save(FOLDER / f"together_{name}.keras")
         load = model.get_layer("first").statistics.result()["expert_load"]
         np.testing.assert_allclose(load, references["load"][name], rtol=1e-5)
@@ -62,49 +63,71 @@ def check_training(engine, references):
                 )
 
 
-def check_gradients(engine, references):
+def check_gradients(strategy, references):
     for name, kwargs in CASES.items():
-        with engine.scope():
-            model = bare(engine, kwargs, recompute=name == "recomputed")
-        loss, found = gradients_of(model, engine, inputs(name))
+        with strategy.scope():
+            model = bare(kwargs, recompute=name == "recomputed")
+        loss, found = gradients_of(model, strategy, inputs(name))
         wanted_loss, wanted = references["gradients"][name]
         np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
         assert len(found) == len(wanted) >= 6
         for variable, f, w in zip(
             model.trainable_variables, found, wanted, strict=True
         ):
-            w = own_part(engine, variable, w)
+            w = own_part(strategy, variable, w)
             np.testing.assert_allclose(
                 f, w, rtol=1e-4, atol=1e-6, err_msg=f"{name} {variable.path}"
             )
 
 
-def own_part(engine, variable, value):
+def own_part(strategy, variable, value):
     """What the process holds of a variable."""
     if value.shape == tuple(variable.shape):
         return value
-    assert value.shape[0] == engine.num_expert_shards * variable.shape[0]
+    assert value.shape[0] == strategy.num_expert_shards * variable.shape[0]
     size = variable.shape[0]
-    shard = engine.process_index % engine.num_expert_shards
+    shard = strategy.process_index % strategy.num_expert_shards
     return value[shard * size : (shard + 1) * size]
 
 
-def check_half_precision(engine, references):
+def check_half_precision(strategy, references):
     for policy in ("mixed_bfloat16", "mixed_float16"):
-        with engine.scope():
-            model = bare(engine, dict, policy=policy)
-        loss, found = gradients_of(model, engine, inputs(policy))
+        with strategy.scope():
+            model = bare(dict, policy=policy)
+        loss, found = gradients_of(model, strategy, inputs(policy))
         wanted_loss, wanted = references["gradients"][policy]
         np.testing.assert_allclose(loss, wanted_loss, rtol=2e-2)
         for variable, f, w in zip(
             model.trainable_variables, found, wanted, strict=True
         ):
-            w = own_part(engine, variable, w)
+            w = own_part(strategy, variable, w)
             scale = max(np.abs(w).max(), 1e-4)
             np.testing.assert_allclose(f / scale, w / scale, atol=4e-2)
 
 
-def check_unused_result(engine, references):
+def check_loss_scaling(strategy, references):
+    """An infinite gradient of one process stops the step of all."""
+    with strategy.scope():
+        model = bare(dict)
+    inner = keras.optimizers.SGD(1.0)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+    loss, found = gradients_of(model, strategy, inputs(""), optimizer)
+    _, wanted = references["gradients"]["recomputed"]
+    for variable, f, w in zip(
+        model.trainable_variables, found, wanted, strict=True
+    ):
+        w = own_part(strategy, variable, w)
+        np.testing.assert_allclose(f, w, rtol=1e-4, atol=1e-6)
+    before = [np.array(v.numpy()) for v in model.trainable_variables]
+    x = strategy.split(inputs(""), batch_size=BATCH)
+    y = np.full_like(x, np.inf if RANK else 0.0)
+    model.train_on_batch(x, y)
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert optimizer.dynamic_scale.numpy() == 2.0
+
+
+def check_unused_result(strategy, references):
     """The gradients of one process do not need its experts' results."""
 
     class Skipping(keras.layers.Layer):
@@ -112,21 +135,21 @@ def check_unused_result(engine, references):
             return x if RANK == 0 else y
 
     keras.utils.set_random_seed(5)
-    with engine.scope():
+    with strategy.scope():
         x = inputs_ = keras.Input((LENGTH, DIM))
         x = keras.layers.Dense(DIM)(x)
         for _ in range(2):
             x = Skipping()(x, MoE(EXPERTS, 4)(x))
-        model = through(keras.Model(inputs_, x), engine)
-    loss, found = gradients_of(model, engine, inputs(""))
+        model = keras.Model(inputs_, x)
+    loss, found = gradients_of(model, strategy, inputs(""))
     assert np.isfinite(loss).all()
     assert all(np.isfinite(f).all() for f in found)
 
 
-def check_traffic(engine, references):
+def check_traffic(strategy, references):
     """Rows travel once each way, and are computed where they arrive."""
-    with engine.scope():
-        model = bare(engine, dict)
+    with strategy.scope():
+        model = bare(dict)
     sent, computed = [], []
     exchange = collectives.exchange_rows
     mix = FeedForwardExperts.mix
@@ -140,7 +163,7 @@ def check_traffic(engine, references):
         computed.append(tokens.shape[0])
         return mix(self, tokens, *args, **kwargs)
 
-    x = engine.split(inputs(""), batch_size=BATCH)
+    x = strategy.split(inputs(""), batch_size=BATCH)
     collectives.exchange_rows = counting
     FeedForwardExperts.mix = counting_mix
     try:
@@ -150,10 +173,10 @@ def check_traffic(engine, references):
         FeedForwardExperts.mix = mix
     routing = model.get_layer("one").route(x, mask=np.any(x != 0, -1))
     owner = routing.expert_indices.numpy() // (
-        EXPERTS // engine.num_expert_shards
+        EXPERTS // strategy.num_expert_shards
     )
     everyone = collectives.gather_objects(owner.ravel().tolist())
-    own = engine.process_index
+    own = strategy.process_index
     away = sum(number != own for number in everyone[own])
     mine = sum(numbers.count(own) for numbers in everyone)
     back = mine - everyone[own].count(own)
@@ -163,16 +186,20 @@ def check_traffic(engine, references):
     assert len(sent) == 4 and len(computed) == 2
 
 
-def check_memory(engine, references):
+def check_memory(strategy, references):
     """Each process has its share of the experts and of their moments."""
-    shards = engine.num_expert_shards
-    with engine.scope():
-        model = compiled(bare(engine, dict))
-    model = engine.distribute(model)
+    shards = strategy.num_expert_shards
+    with strategy.scope():
+        model = compiled(bare(dict))
+    model = strategy.distribute(model)
     x = inputs("")
-    model.fit(*engine.split(x, x, batch_size=BATCH), verbose=0)
+    model.fit(*strategy.split(x, x, batch_size=BATCH), verbose=0)
     experts = 2 * EXPERTS * 3 * DIM * 4  # two layers, three kernels
     rest = 2 * DIM * EXPERTS + 2 * (EXPERTS + 3)
+    divided = [v for v in model.variables if expert_shards.mark_of(v)]
+    assert len(divided) == 6
+    # Keras 3.16 averages all other gradients by itself.
+    assert len(model._ddp_params_and_buffers_to_ignore) == 6
     routers = 2 * DIM * EXPERTS
     of_model = sum(v.value.numel() for v in model.variables)
     assert of_model == experts // shards + rest, of_model
@@ -180,21 +207,21 @@ def check_memory(engine, references):
     assert moments == 2 * (experts // shards + routers), moments
 
 
-def check_inference(engine, references):
+def check_inference(strategy, references):
     """Evaluation and prediction are those of one process."""
-    with engine.scope():
-        model = engine.distribute(compiled(build(engine)))
+    with strategy.scope():
+        model = strategy.distribute(compiled(build()))
     before = [np.array(v.numpy()) for v in model.variables]
     x, y = data()
     x, y = x[: 2 * BATCH], y[: 2 * BATCH]
-    parts = engine.split(x, y, batch_size=BATCH)
-    size = BATCH // engine.num_processes
+    parts = strategy.split(x, y, batch_size=BATCH)
+    size = BATCH // strategy.num_processes
     logs = model.evaluate(*parts, batch_size=size, return_dict=True, verbose=0)
     for key, value in references["evaluate"].items():
         np.testing.assert_allclose(logs[key], value, rtol=1e-5)
     np.testing.assert_allclose(
         model.predict(parts[0], batch_size=size, verbose=0),
-        engine.split(references["predict"], batch_size=BATCH),
+        strategy.split(references["predict"], batch_size=BATCH),
         rtol=1e-4,
         atol=1e-6,
     )
@@ -202,106 +229,11 @@ def check_inference(engine, references):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
-def raises(error, pattern, function, *args, **kwargs):
-    try:
-        function(*args, **kwargs)
-    except error as caught:
-        assert re.search(pattern, str(caught)), str(caught)
-    else:
-        raise AssertionError(f"No error like {pattern!r}")
-
-
-def check_refusals(engine, references):
-    size = engine.num_processes
-    raises(
-        ValueError,
-        "nearest for 7 experts: 1 and 7",
-        lambda: build_bank(engine, GLUExperts(7, 4)),
-    )
-    layers = LayerExperts(keras.layers.Dense(DIM), EXPERTS)
-    model = build_bank(engine, layers)
-    raises(ValueError, "cannot be divided", engine.distribute, model)
-    raises(
-        ValueError,
-        "bank_regularizer",
-        lambda: build_bank(
-            engine, GLUExperts(EXPERTS, 4, bank_regularizer="l2")
-        ),
-    )
-    raises(
-        ValueError,
-        "must divide the number of processes",
-        process_engine.ProcessEngine,
-        size + 1,
-    )
-    raises(
-        ValueError,
-        "same num_expert_shards",
-        process_engine.ProcessEngine,
-        1 if RANK else size,
-    )
-    # Different numbers of experts.
-    number = EXPERTS if RANK else 2 * EXPERTS
-    model = build_bank(engine, GLUExperts(number, 4))
-    raises(ValueError, "same model", engine.distribute, model)
-    # Not distributed.
-    model = build_bank(engine, GLUExperts(EXPERTS, 4))
-    model.compile("sgd", "mse")
-    x = inputs("")
-    raises(RuntimeError, "distribute", model.train_on_batch, x, x)
-    raises(RuntimeError, "model.save", model.save, FOLDER / "x.keras")
-    model = engine.distribute(model)
-    raises(ValueError, "Adafactor", model.compile, "adafactor", "mse")
-    loss = keras.losses.MeanSquaredError(reduction="sum")
-    raises(ValueError, "sum_over_batch_size", model.compile, "sgd", loss)
-    model.compile("sgd", "mse")
-    # Data.
-    raises(ValueError, "same data", model.fit, x[RANK:], x[RANK:])
-    raises(ValueError, "batch_size", engine.split, x, batch_size=size + 1)
-    raises(ValueError, "last batch", engine.split, x[1:], batch_size=BATCH)
-    raises(ValueError, "one file", model.save, FOLDER / "x.h5")
-    raises(NotImplementedError, "exported", model.export, FOLDER / "x")
-
-
-def build_bank(engine, experts):
-    with engine.scope():
-        x = keras.Input((LENGTH, DIM))
-        model = keras.Model(x, MoE(experts=experts)(x))
-    return through(model, engine)
-
-
-def check_interrupted_save(engine, references):
-    """A save that fails leaves the file of the one before whole."""
-    model = engine.distribute(build_bank(engine, GLUExperts(EXPERTS, 4)))
-    path = FOLDER / "interrupted.keras"
-    model.save(path)
-    before = path.read_bytes()
-
-    def fail(self, store):
-        raise OSError("No space left on device")
-
-    original = GLUExperts.save_own_variables
-    GLUExperts.save_own_variables = fail
-    try:
-        raises(
-            RuntimeError if RANK else OSError,
-            "No space left",
-            model.save,
-            path,
-        )
-    finally:
-        GLUExperts.save_own_variables = original
-    collectives.wait()
-    assert path.read_bytes() == before
-    names = [p.name for p in FOLDER.iterdir() if p.name.startswith(".")]
-    assert not names, names
-
-
-def check_batch_normalization(engine, references):
+def check_batch_normalization(strategy, references):
     """Moving averages are those of all parts of the batch."""
     x = inputs("")
-    part = engine.split(x, batch_size=BATCH)
-    with engine.scope():
+    part = strategy.split(x, batch_size=BATCH)
+    with strategy.scope():
         model = keras.Sequential(
             [
                 keras.Input((LENGTH, DIM)),
@@ -310,8 +242,8 @@ def check_batch_normalization(engine, references):
                 MoE(EXPERTS, 4),
             ]
         )
-        through(model, engine).compile("sgd", "mse")
-    model = engine.distribute(model)
+        model.compile("sgd", "mse")
+    model = strategy.distribute(model)
     model.fit(part, part, verbose=0)
     np.testing.assert_allclose(
         model.layers[0].moving_mean.numpy(),
@@ -323,38 +255,37 @@ def check_batch_normalization(engine, references):
         int(v.numpy()[0]) for v in model.variables if "seed" in v.path
     ].pop()
     everyone = collectives.gather_objects(first)
-    assert len(set(everyone)) == engine.num_processes
+    assert len(set(everyone)) == strategy.num_processes
 
 
-def check_moved(engine, references):
+def check_moved(strategy, references):
     """Training goes on with another number of processes."""
-    model = engine.load_model(FOLDER / "moved.keras")
-    through(model, engine)
-    fit(model, engine, epochs=EPOCHS, initial_epoch=5)
+    model = strategy.load_model(FOLDER / "moved.keras")
+    fit(model, strategy, epochs=EPOCHS, initial_epoch=5)
     model.save(FOLDER / "arrived.keras")
     if RANK == 0:
         same_files("alone_accumulated.keras", "arrived.keras")
 
 
-def check_sharded(engine, references):
+def check_sharded(strategy, references):
     """Each process writes its part, and any number of processes read it."""
-    with engine.scope():
-        model = compiled(build(engine))
-    model = engine.distribute(model)
-    fit(model, engine, epochs=1)
+    with strategy.scope():
+        model = compiled(build())
+    model = strategy.distribute(model)
+    fit(model, strategy, epochs=1)
     for _ in range(2):  # the second replaces the first
-        engine.save_sharded(model, FOLDER / "sharded")
+        strategy.save_sharded(model, FOLDER / "sharded")
     model.save(FOLDER / "sharded.keras")
-    with engine.scope():
-        other = engine.distribute(compiled(build()))
+    with strategy.scope():
+        other = strategy.distribute(compiled(build()))
     for variable in other.trainable_variables:
         variable.assign(keras.ops.zeros_like(variable.value))
-    engine.load_sharded(other, FOLDER / "sharded")
+    strategy.load_sharded(other, FOLDER / "sharded")
     for a, b in zip(state(model), state(other), strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-def check_killed(engine, references):
+def check_killed(strategy, references):
     """Fills checkpoints until a process dies."""
 
     class Die(keras.callbacks.Callback):
@@ -365,11 +296,11 @@ def check_killed(engine, references):
             if RANK and (self.epoch, batch) == (3, 1):
                 os._exit(7)
 
-    with engine.scope():
-        model = compiled(build(engine), **SETTINGS["accumulated"])
-    model = engine.distribute(model)
+    with strategy.scope():
+        model = compiled(build(), **SETTINGS["accumulated"])
+    model = strategy.distribute(model)
     checkpoint = keras.callbacks.ModelCheckpoint(FOLDER / "killed.keras")
-    fit(model, engine, callbacks=[checkpoint, Die()])
+    fit(model, strategy, callbacks=[checkpoint, Die()])
 
 
 CHECKS = {
@@ -380,15 +311,17 @@ CHECKS = {
 
 
 def main(arguments):
-    references = alone(arguments) if RANK == 0 else None
-    process_engine.initialize(timeout=TIMEOUT, seed=3)
+    references = alone() if RANK == 0 else None
+    if "moved" in arguments and RANK == 0:
+        go_on_alone()
+    initialize(timeout=TIMEOUT, seed=3)
     references = collectives.broadcast_object(references)
     for check in arguments:
         name, _, shards = check.partition(":")
-        engine = process_engine.ProcessEngine(
+        strategy = ExpertParallel(
             int(shards) if shards else None, timeout=TIMEOUT
         )
-        CHECKS[name](engine, references)
+        CHECKS[name](strategy, references)
         collectives.wait()
         if RANK == 0:
             print("passed", check, flush=True)
