@@ -88,7 +88,10 @@ def train(case, engine=None, optimizer=None):
         h = layer(inputs, mask=ops.greater(masks, 0))
         outputs = keras.layers.Dense(1)(1.0 * h)
         model = keras.Model([inputs, masks], outputs)
-        model.compile(keras.optimizers.Adam(0.02, **optimizer), "mse")
+        model.compile(
+            keras.optimizers.Adam(0.02, **optimizer),
+            "mse",
+        )
         if engine is not None:
             model = engine.distribute(model)
     validation = ([x[:8], mask[:8]], x[:8, :, :1]) if case == "sign" else None
@@ -166,36 +169,32 @@ class DispatchTest(TestCase):
         ]
 
     def test_each_replica_computes_its_experts(self):
-        # The second replica has fewer tokens, at last only a masked one.
+        # The second replica has one token, which is masked.
         x = np.random.default_rng(0).normal(size=(9, DIM)).astype("float32")
         x[1] = x[8] = 0.0
-        alone, both = (
-            ReplicaEngine(1, two_replicas()),
-            ReplicaEngine(2, two_replicas()),
-        )
+        alone, both = (ReplicaEngine(n, two_replicas()) for n in (1, 2))
         with both.scope():
             router = routers.TopKRouter(EXPERTS, 2)
             experts = NotingExperts(EXPERTS, 6)
             router.build((None, DIM))
             experts.build((None, DIM))
-        for split in (6, 8):
-            parts = x[:split], x[split:]
-            wanted = self.run_each(alone, router, experts, parts)
-            results = self.run_each(both, router, experts, parts)
-            rows = wanted[0][2] + wanted[1][2]
-            for i, (result, other) in enumerate(
-                zip(results, wanted, strict=True)
-            ):
-                for one, expected in zip(result[:3], other[:3], strict=True):
-                    self.assertAllClose(one, expected, atol=1e-5)
-                own = np.arange(EXPERTS) // 2 == i
-                self.assertAllEqual(result[3], np.where(own, rows, 0))
-            for k, kernel in enumerate(wanted[0][4]):
-                self.assertAllClose(
-                    results[0][4][k] + results[1][4][k],
-                    kernel + wanted[1][4][k],
-                    atol=1e-5,
-                )
+        parts = x[:8], x[8:]
+        wanted = self.run_each(alone, router, experts, parts)
+        results = self.run_each(both, router, experts, parts)
+        rows = wanted[0][2] + wanted[1][2]
+        self.assertEqual(rows.sum(), 14)
+        for i, (result, other) in enumerate(zip(results, wanted, strict=True)):
+            # Outputs, gradients and rows are those of the replica's tokens.
+            for one, expected in zip(result[:3], other[:3], strict=True):
+                self.assertAllClose(one, expected, atol=1e-5)
+            own = np.arange(EXPERTS) // 2 == i
+            self.assertAllEqual(result[3], np.where(own, rows, 0))
+        for k, kernel in enumerate(wanted[0][4]):
+            self.assertAllClose(
+                results[0][4][k] + results[1][4][k],
+                kernel + wanted[1][4][k],
+                atol=1e-5,
+            )
 
 
 class ErrorsTest(TestCase):
