@@ -10,16 +10,38 @@ theirs, which sends as many times more as there are replicas: the all-to-all of
 TensorFlow 2.21 stops for ever there.
 """
 
+import contextlib
+
 import numpy as np
 from keras import ops
 
 from keras_moe import backend
 from keras_moe.checks import check_int
 from keras_moe.dispatch.dispatcher import Dispatcher
+from keras_moe.distribution.engine import Engine
+from keras_moe.distribution.engine import check_divides
 from keras_moe.ops.routing import Routing
+from keras_moe.stacked import expert_shards
+
+OPTIONS = ("strategy",)
 
 
-class ReplicaEngine:
+def initialize():
+    """Nothing to do: the strategy of several workers reads `TF_CONFIG`."""
+
+
+def make(divide, strategy=None):
+    """The engine of an `ExpertParallel`.
+
+    Args:
+        divide: `divide(number of devices) -> (expert shards, data shards)`.
+        strategy: As for `ExpertParallel`.
+    """
+    strategy = backend.native.as_strategy(strategy)
+    return ReplicaEngine(divide(strategy.num_replicas_in_sync)[0], strategy)
+
+
+class ReplicaEngine(Engine):
     """Runs each expert on one replica of a team of TensorFlow replicas.
 
     Args:
@@ -47,6 +69,7 @@ class ReplicaEngine:
                 f"num_expert_shards={num_expert_shards}, {replicas} replicas"
             )
         self.num_expert_shards = num_expert_shards
+        self.num_data_shards = replicas // num_expert_shards
         self.num_replicas = replicas
 
     def distribute(self, model):
@@ -83,18 +106,13 @@ class ReplicaEngine:
             backend.native.update_together(model.optimizer)
         return model
 
+    @contextlib.contextmanager
     def scope(self):
         """The context in which the model is made."""
-        return self.strategy.scope()
-
-    def check_experts(self, num_experts):
-        """Raises unless each shard gets as many experts as any other."""
-        if num_experts % self.num_expert_shards:
-            raise ValueError(
-                "`num_expert_shards` must be a divisor of the number of "
-                f"experts. Received: num_experts={num_experts}, "
-                f"num_expert_shards={self.num_expert_shards}"
-            )
+        # Each replica has all experts; the shard only leads to this engine.
+        whole = expert_shards.ExpertShard(0, 1, self)
+        with self.strategy.scope(), expert_shards.dividing(whole):
+            yield
 
     def dispatch(
         self,
@@ -117,7 +135,7 @@ class ReplicaEngine:
         Returns:
             `(outputs, group_sizes)` of this replica's own tokens.
         """
-        self.check_experts(experts.num_experts)
+        check_divides(experts.num_experts, self.num_expert_shards)
         context = backend.native.collectives.replica_context()
         if context is not None and self.num_expert_shards > 1:
             team = backend.native.collectives.Team(
