@@ -7,13 +7,16 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.experts import Experts
+from keras_moe.stacked import expert_shards
 
 
 class DeviceBank:
     """The variables of experts, as arrays for `backend.per_device`.
 
     Variables that are divided along their first axis, the experts, make each
-    device the owner of some experts; all others are whole on every device.
+    device the owner of some experts. Divided along the hidden width of the
+    experts, they make it compute a part of the sum that an output is. All
+    others are whole on every device.
 
     Args:
         experts: A layer of experts, built.
@@ -23,6 +26,7 @@ class DeviceBank:
 
     Attributes:
         axis: Name of the mesh axis that divides the experts, or `None`.
+        hidden: Name of the mesh axis that divides the hidden width, or `None`.
         arrays, specs: The variables' values, and how they are divided.
         num_states: Number of seeds, which each device continues.
     """
@@ -33,11 +37,10 @@ class DeviceBank:
         self._seeds = [v for v in variables if _is_seed(v)]
         self._banks = [v for v in variables if not _is_seed(v)]
         axes = [
-            None if whole else _first_axis(v, distribution) for v in self._banks
+            None if whole else _axis(v, 0, distribution) for v in self._banks
         ]
         self.axis = next((axis for axis in axes if axis is not None), None)
-        self._divided = self.axis is not None
-        if self._divided and None in axes:
+        if self.axis is not None and None in axes:
             pairs = zip(self._banks, axes, strict=True)
             names = [v.path for v, axis in pairs if axis is None]
             raise ValueError(
@@ -45,8 +48,22 @@ class DeviceBank:
                 f"along their first axis, or none. Received: {names} whole, "
                 f"others divided along {self.axis!r}"
             )
+        wide = [expert_shards.hidden_axis(v) for v in self._banks]
+        hidden = {
+            None if whole else _axis(v, place, distribution)
+            for v, place in zip(self._banks, wide, strict=True)
+            if place is not None
+        }
+        # Divided in several ways, or not at all, it is computed whole.
+        self.hidden = hidden.pop() if len(hidden) == 1 else None
+        if self.hidden == self.axis:
+            self.hidden = None
+        self.is_divided = self.axis is not None or self.hidden is not None
         self.arrays = [v.value for v in (*self._banks, *self._seeds)]
-        self.specs = [(a,) if a else () for a in axes]
+        self.specs = [
+            _spec(axis, place, self.hidden)
+            for axis, place in zip(axes, wide, strict=True)
+        ]
         self.specs += [()] * len(self._seeds)
         self.num_states = len(self._seeds)
 
@@ -59,6 +76,8 @@ class DeviceBank:
         number = len(self._banks)
         values, seeds = values[:number], values[number:]
         # Devices draw different numbers.
+        if self.hidden is not None:
+            axes = (*axes, self.hidden)
         shifts = [
             ops.cast(backend.device_index(axes), seed.dtype) for seed in seeds
         ]
@@ -68,7 +87,7 @@ class DeviceBank:
                 self._seeds, seeds, shifts, strict=True
             )
         ]
-        if not self._divided:
+        if not self.is_divided:
             mapping += zip(self._banks, values, strict=True)
         scope = keras.StatelessScope(state_mapping=mapping)
 
@@ -80,8 +99,8 @@ class DeviceBank:
             ]
 
         experts = self._experts
-        if self._divided:
-            experts = OwnExperts(experts, self._banks, values)
+        if self.is_divided:
+            experts = OwnExperts(experts, self._banks, values, self.hidden)
         with scope:
             yield experts, states
 
@@ -98,9 +117,10 @@ class OwnExperts:
         values: The weights of the experts of this device.
     """
 
-    def __init__(self, experts, variables, values):
+    def __init__(self, experts, variables, values, hidden):
         self._experts = experts
         self._variables = variables
+        self._hidden = hidden
         self.values = list(values)
         self.num_experts = experts.num_experts
         self.compute_dtype = experts.compute_dtype
@@ -111,15 +131,25 @@ class OwnExperts:
         """A bank of the experts of this device alone."""
         bank = object.__new__(type(self._experts))
         bank.__dict__.update(self._experts.__dict__)
-        replaced = {
-            id(variable): ops.cast(value, bank.compute_dtype)
-            for variable, value in zip(self._variables, values, strict=True)
-        }
+        replaced = {}
+        for variable, value in zip(self._variables, values, strict=True):
+            value = ops.cast(value, bank.compute_dtype)
+            if self._hidden and expert_shards.hidden_axis(variable) is None:
+                # What is added to a sum is added by one of its devices.
+                is_first = backend.device_index(self._hidden) == 0
+                value = ops.where(is_first, value, ops.zeros_like(value))
+            replaced[id(variable)] = value
         for name, value in self._experts.__dict__.items():
             if id(value) in replaced:
                 bank.__dict__[name] = replaced[id(value)]
         bank.__dict__["num_experts"] = values[0].shape[0]
         return bank
+
+    def sum_parts(self, outputs):
+        """The outputs, from those of the parts of the hidden width."""
+        if self._hidden is None:
+            return outputs
+        return backend.sum_over(outputs, self._hidden)
 
 
 def check_can_divide(experts):
@@ -147,11 +177,19 @@ def _first(shift, seed):
     return ops.stack([shift, *[ops.zeros_like(shift)] * (seed.shape[0] - 1)])
 
 
-def _first_axis(variable, distribution):
+def _axis(variable, place, distribution):
+    """Name of the mesh axis that divides an axis of a variable, or `None`."""
     layout = distribution.get_variable_layout(variable)
     axes = tuple(layout.axes) if layout is not None else ()
-    if not axes or axes[0] is None:
+    if len(axes) <= place or axes[place] is None:
         return None
     mesh = distribution.device_mesh
-    size = mesh.shape[mesh.axis_names.index(axes[0])]
-    return axes[0] if size > 1 else None
+    size = mesh.shape[mesh.axis_names.index(axes[place])]
+    return axes[place] if size > 1 else None
+
+
+def _spec(axis, place, hidden):
+    """The names of the mesh axes that divide the first axes of a variable."""
+    if hidden is None or place is None:
+        return (axis,)
+    return (axis, *[None] * (place - 1), hidden)

@@ -36,7 +36,7 @@ class ExpertParallel:
     """Divides the experts among devices, and the batch among all of them.
 
     ```
-    devices = num_data_shards * num_expert_shards
+    devices = num_data_shards * num_expert_shards  (* num_model_shards on JAX)
     ```
 
     Every device computes its own part of each batch. In a `MoE` layer the rows
@@ -67,7 +67,9 @@ class ExpertParallel:
     - JAX: one program drives all of them, and `batch_size` is the size of the
       whole batch. The distribution is a `keras.distribution.ModelParallel`.
       Options: `devices`, the names of the devices, by default all of
-      `keras.distribution.list_devices()`; `slack` (0.0625), the room for rows
+      `keras.distribution.list_devices()`; `num_model_shards` (1), devices that
+      compute each expert of `GLUExperts` and `MLPExperts` together, with a part
+      of its hidden width each; `slack` (0.0625), the room for rows
       beyond an even division among the owners, as a fraction of it. Rows
       without room travel in a further round, so nothing is lost.
     - PyTorch: each process of `torchrun` has one, and gets its part of each

@@ -44,7 +44,8 @@ class Exchange(Dispatcher):
     """Sends rows to the devices that own their experts.
 
     Args:
-        axis: Name of the mesh axis whose devices own the experts.
+        axis: Name of the mesh axis whose devices own the experts, or `None`
+            if all own a part of each.
         slack: Room for rows beyond an even division among the owners, as a
             fraction of it.
         weights_on, capacity: As for `Dispatcher`.
@@ -60,6 +61,11 @@ class Exchange(Dispatcher):
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
     ):
+        if self.axis is None:  # this device has a part of every expert
+            bank = experts.with_values(experts.values)
+            outputs = bank(rows, group_sizes, training=training)
+            return experts.sum_parts(outputs)
+
         def compute(rows, expert, values):
             bank = experts.with_values(values)
             exists = ops.cast(expert < bank.num_experts, "float32")
@@ -69,7 +75,8 @@ class Exchange(Dispatcher):
                 expert_indices=ops.expand_dims(expert, -1),
                 expert_weights=ops.expand_dims(exists, -1),
             )
-            return Dispatcher()(rows, routing, bank, training=training)[0]
+            outputs, _ = Dispatcher()(rows, routing, bank, training=training)
+            return experts.sum_parts(outputs)
 
         return backend.exchange_rows(
             rows, group_sizes, compute, experts.values, self.axis, self.slack
@@ -118,9 +125,9 @@ def dispatch(
     if mask is not None:
         arrays.append(mask)
         fills.append(False)
-    if bank.axis is None:
-        if isinstance(distribution, MeshEngine):
-            distribution.check_divided(experts)
+    if bank.axis is None and isinstance(distribution, MeshEngine):
+        distribution.check_divided(experts)
+    if not bank.is_divided:
         local = Dispatcher(**inner)
     else:
         check_can_divide(experts)

@@ -6,6 +6,7 @@ import keras
 
 from keras_moe import backend
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
 from keras_moe.distribution.engine import Engine
 from keras_moe.distribution.engine import check_divides
 from keras_moe.stacked import expert_shards
@@ -17,7 +18,7 @@ _SEVERAL_PROCESSES = (
 )
 # Room for the rows of one owner beyond an even division.
 DEFAULT_SLACK = 0.0625
-OPTIONS = ("devices", "slack")
+OPTIONS = ("devices", "num_model_shards", "slack")
 
 
 def initialize():
@@ -26,16 +27,23 @@ def initialize():
         keras.distribution.initialize()
 
 
-def make(divide, devices=None, slack=DEFAULT_SLACK):
+def make(divide, devices=None, num_model_shards=1, slack=DEFAULT_SLACK):
     """The engine of an `ExpertParallel`.
 
     Args:
         divide: `divide(number of devices) -> (expert shards, data shards)`.
-        devices, slack: As for `ExpertParallel`.
+        devices, num_model_shards, slack: As for `ExpertParallel`.
     """
     check_at_least("slack", slack, 0)
+    check_int("num_model_shards", num_model_shards, 1)
     devices = devices or keras.distribution.list_devices()
-    return MeshEngine(*divide(len(devices)), devices, slack)
+    if len(devices) % num_model_shards:
+        raise ValueError(
+            "`num_model_shards` must divide the number of devices. Received: "
+            f"num_model_shards={num_model_shards}, {len(devices)} devices"
+        )
+    shards = divide(len(devices) // num_model_shards)
+    return MeshEngine(*shards, num_model_shards, devices, slack)
 
 
 class MeshEngine(Engine, keras.distribution.ModelParallel):
@@ -44,15 +52,25 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
     Args:
         num_expert_shards: int. Devices that own the experts together.
         num_data_shards: int. Groups of these devices.
+        num_model_shards: int. Devices that compute an expert together.
         devices: list of device names.
         slack: Room for rows beyond an even division, a fraction of it.
     """
 
     batch_axes = ("data", "expert")
 
-    def __init__(self, num_expert_shards, num_data_shards, devices, slack):
+    def __init__(
+        self,
+        num_expert_shards,
+        num_data_shards,
+        num_model_shards,
+        devices,
+        slack,
+    ):
         mesh = keras.distribution.DeviceMesh(
-            (num_data_shards, num_expert_shards), self.batch_axes, devices
+            (num_data_shards, num_expert_shards, num_model_shards),
+            (*self.batch_axes, "model"),
+            devices,
         )
         super().__init__(
             layout_map=keras.distribution.LayoutMap(mesh),
@@ -60,6 +78,7 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
         )
         self.num_expert_shards = num_expert_shards
         self.num_data_shards = num_data_shards
+        self.num_model_shards = num_model_shards
         self.slack = slack
 
     def distribute(self, model):
@@ -79,19 +98,27 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
                 f"num_expert_shards={self.num_expert_shards}"
             )
 
+    def _check_width(self, width):
+        if width % self.num_model_shards:
+            raise ValueError(
+                "`num_model_shards` must divide the hidden width of the "
+                f"experts. Received: num_model_shards={self.num_model_shards} "
+                f"for intermediate_dim={width}"
+            )
+
     @property
     def num_model_replicas(self):
-        return self.device_mesh.devices.size
+        return self.num_data_shards * self.num_expert_shards
 
     def get_data_layout(self, data_shape):
-        devices = self.device_mesh.devices.size
+        devices = self.num_model_replicas
         if data_shape[0] is not None and data_shape[0] % devices:
             below = data_shape[0] // devices * devices
             nearest = [n for n in (below, below + devices) if n]
             raise ValueError(
-                "The batch must divide among the devices. Received: a batch "
-                f"of {data_shape[0]} for {devices} devices; the nearest "
-                f"sizes that do are {nearest}"
+                "The batch must divide among the devices that share it. "
+                f"Received: a batch of {data_shape[0]} for {devices} devices; "
+                f"the nearest sizes that do are {nearest}"
             )
         return _BatchLayout(["data"] + [None] * (len(data_shape) - 1), self)
 
@@ -100,6 +127,10 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
             return super().get_variable_layout(variable)
         check_divides(variable.shape[0], self.num_expert_shards)
         axes = ["expert"] + [None] * (len(variable.shape) - 1)
+        hidden = expert_shards.hidden_axis(variable)
+        if hidden is not None:
+            self._check_width(variable.shape[hidden])
+            axes[hidden] = "model"
         return keras.distribution.TensorLayout(axes, self.device_mesh)
 
 

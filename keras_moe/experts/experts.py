@@ -103,7 +103,7 @@ class Experts(keras.layers.Layer):
         self.implementation = implementation
         self._num_banks = 0
 
-    def add_bank(self, name, shape, kind="kernel"):
+    def add_bank(self, name, shape, kind="kernel", hidden_axis=None):
         """Adds the weights of all experts as one variable.
 
         Args:
@@ -115,6 +115,9 @@ class Experts(keras.layers.Layer):
                 attribute `a_initializer`, and optionally `a_regularizer` and
                 `a_constraint`. `bank_regularizer` applies to all kinds but
                 `"bias"`. Defaults to `"kernel"`.
+            hidden_axis: int. The axis of `shape` that is the hidden width,
+                along which devices may divide an expert: the outputs of the
+                parts add up. Defaults to `None`.
 
         Returns:
             A variable of shape `(num_experts,) + shape`. Where experts are
@@ -132,7 +135,10 @@ class Experts(keras.layers.Layer):
             self._check_divisible(shard, of_bank)
         self._num_banks += 1
         if self.routed:
-            expert_shards.note_bank(f"{self.path}/{name}")
+            expert_shards.note_bank(
+                f"{self.path}/{name}",
+                None if hidden_axis is None else 1 + hidden_axis,
+            )
         variable = self.add_weight(
             name=name,
             shape=(num_experts, *shape),

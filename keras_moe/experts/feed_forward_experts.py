@@ -72,10 +72,20 @@ class FeedForwardExperts(Experts):
             (self.num_experts, input_dim, output_dim),
             self.compute_dtype,
         )
-        kernel = self.add_bank(f"{name}_kernel", (input_dim, output_dim))
+        is_last = name == "down"
+        kernel = self.add_bank(
+            f"{name}_kernel",
+            (input_dim, output_dim),
+            hidden_axis=0 if is_last else 1,
+        )
         bias = None
         if self.use_bias:
-            bias = self.add_bank(f"{name}_bias", (output_dim,), kind="bias")
+            bias = self.add_bank(
+                f"{name}_bias",
+                (output_dim,),
+                kind="bias",
+                hidden_axis=None if is_last else 0,
+            )
         setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
 

@@ -8,7 +8,7 @@ trains or saves such variables reads the mark.
 import contextlib
 
 _active = None
-_bank_paths = set()
+_banks = {}  # path -> axis of the hidden width, or None
 
 
 class ExpertShard:
@@ -54,14 +54,24 @@ class BankShard:
         self.is_distributed = False
 
 
-def note_bank(path):
-    """Notes that the variable of this path holds routed experts, `(E, ...)`."""
-    _bank_paths.add(path)
+def note_bank(path, hidden_axis=None):
+    """Notes that the variable of this path holds routed experts, `(E, ...)`.
+
+    Args:
+        path: str.
+        hidden_axis: Its axis of the experts' hidden width, or `None`.
+    """
+    _banks[path] = hidden_axis
 
 
 def is_bank(variable):
     """Whether a variable holds routed experts; asked as it is made (JAX)."""
-    return variable.path in _bank_paths
+    return variable.path in _banks
+
+
+def hidden_axis(variable):
+    """The axis of the experts' hidden width, `None` if there is none."""
+    return _banks.get(variable.path)
 
 
 @contextlib.contextmanager

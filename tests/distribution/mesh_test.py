@@ -14,6 +14,7 @@ from keras import ops
 from keras_moe.distribution import ExpertParallel
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
+from keras_moe.experts import MLPExperts
 from keras_moe.layers import MoE
 from keras_moe.layers import SoftMoE
 from keras_moe.losses import LoadBalancingLoss
@@ -38,9 +39,8 @@ def devices(number):
 
 
 def expert_parallel(expert, data=1, **kwargs):
-    return ExpertParallel(
-        expert, data, devices=devices(expert * data), **kwargs
-    )
+    number = expert * data * kwargs.get("num_model_shards", 1)
+    return ExpertParallel(expert, data, devices=devices(number), **kwargs)
 
 
 def data_parallel(number):
@@ -150,6 +150,7 @@ class MeshTest(TestCase):
         for strategy in (
             expert_parallel(2, 4),
             expert_parallel(4, slack=0.0),
+            expert_parallel(2, 1, num_model_shards=2),
             data_parallel(2),
             model_parallel(),
         ):
@@ -307,6 +308,30 @@ class MeshTest(TestCase):
         with data_parallel(4).scope():
             self.assert_relative(layer(x), wanted)
 
+    @parameterized.parameters((1, 2, GLUExperts), (2, 4, MLPExperts))
+    def test_hidden_width(self, owners, parts, kind):
+        """Devices add up what they make of parts of an expert."""
+        layer = MoE(
+            router=TopKRouter(EXPERTS, 2),
+            experts=kind(
+                EXPERTS, WIDTH, use_bias=True, bias_initializer="ones"
+            ),
+            losses=None,
+        )
+        strategy = expert_parallel(owners, num_model_shards=parts)
+        x, dy = data(5)[::2]
+        with strategy.scope():
+            layer.build(x.shape)
+            shape = layer.experts.down_kernel.value.addressable_shards[0].data
+        self.assertEqual(shape.shape, (EXPERTS // owners, WIDTH // parts, DIM))
+        wanted = self.outputs_and_gradients(layer, x, dy)
+        with strategy.scope():
+            found = self.outputs_and_gradients(layer, x, dy)
+        self.assert_relative(found[0], wanted[0])
+        self.assert_relative(found[1], wanted[1])
+        for name, gradient in wanted[2].items():
+            self.assert_relative(found[2][name], gradient)
+
     def test_soft_moe(self):
         """Slots are of an example, so each device has whole ones."""
         layer = SoftMoE(4, WIDTH, slots_per_expert=2)
@@ -377,6 +402,13 @@ class MeshTest(TestCase):
                     router=TopKRouter(EXPERTS, 2), experts=LayerExperts(experts)
                 )
                 layer(data()[0])
+        with self.assertRaisesRegex(ValueError, "num_model_shards=5 for"):
+            with expert_parallel(1, num_model_shards=5).scope():
+                MoE(EXPERTS, WIDTH).build((None, LENGTH, DIM))
+        with self.assertRaisesRegex(ValueError, "num_model_shards=3, 4 dev"):
+            ExpertParallel(num_model_shards=3, devices=devices(4))
+        with self.assertRaisesRegex(ValueError, "takes the options .*timeout"):
+            ExpertParallel(timeout=3.0)
         for arguments in ((3, 2), (0, 1), (True, 1), (None, 3)):
             with self.assertRaisesRegex(ValueError, "num_(expert|data)_shards"):
                 ExpertParallel(*arguments, devices=devices(4))
