@@ -9,6 +9,7 @@ import unittest
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from keras_moe.distribution import plan
@@ -115,6 +116,24 @@ class GuidesTest(unittest.TestCase):
         kernel = [v.path for v in model.weights].index("moe/router/kernel")
         other = model.get_weights()[kernel] - weights["fit"][kernel]
         self.assertGreater(np.abs(other).max(), 2e-4)
+
+    @pytest.mark.multi_device
+    @pytest.mark.skipif(
+        keras.config.backend() != "jax", reason="the guide is about JAX"
+    )
+    def test_distributed(self):
+        module, _ = load("distributed")
+        alone, model, loaded, logs, alone_logs, held = module.main()
+        self.assertEqual(held, module.EXPERTS // 2)
+        for other in (model, loaded):
+            for value, expected in zip(
+                other.get_weights(), alone.get_weights(), strict=True
+            ):
+                scale = max(np.abs(expected).max(), 1.0)
+                np.testing.assert_allclose(value, expected, atol=2e-5 * scale)
+        self.assertEqual(set(logs), set(alone_logs))
+        for name, values in logs.items():
+            np.testing.assert_allclose(values, alone_logs[name], rtol=1e-4)
 
     def test_routing_of_examples(self):
         module, _ = load("routing")

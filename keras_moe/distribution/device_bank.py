@@ -150,4 +150,8 @@ def _first(shift, seed):
 def _first_axis(variable, distribution):
     layout = distribution.get_variable_layout(variable)
     axes = tuple(layout.axes) if layout is not None else ()
-    return axes[0] if axes else None
+    if not axes or axes[0] is None:
+        return None
+    mesh = distribution.device_mesh
+    size = mesh.shape[mesh.axis_names.index(axes[0])]
+    return axes[0] if size > 1 else None

@@ -96,7 +96,7 @@ def dispatch(
             the dispatcher.
     """
     num_tokens = tokens.shape[0]
-    if is_symbolic_size(num_tokens):  # exported, for one device
+    if _is_for_one_device(distribution, num_tokens):
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )
@@ -146,7 +146,7 @@ def apply(distribution, layer, function, tokens):
         function: Returns as many rows as it gets tokens, each from its token.
         tokens: `(T, ...)`.
     """
-    if is_symbolic_size(tokens.shape[0]):
+    if _is_for_one_device(distribution, tokens.shape[0]):
         return function(layer, tokens)
     bank = DeviceBank(layer, distribution, whole=True)
 
@@ -193,6 +193,13 @@ def _on_devices(compute, distribution, bank, arrays, fills):
     )
     bank.assign(states)
     return outputs[:num_tokens] if missing else outputs, numbers
+
+
+def _is_for_one_device(distribution, num_tokens):
+    # A model whose sizes are symbolic is being exported.
+    return is_symbolic_size(num_tokens) or (
+        distribution.device_mesh.devices.size == 1
+    )
 
 
 def _pad(array, number, fill):

@@ -7,6 +7,7 @@ import keras
 from keras_moe import backend
 from keras_moe.checks import check_at_least
 from keras_moe.distribution.engine import Engine
+from keras_moe.distribution.engine import check_divides
 from keras_moe.stacked import expert_shards
 
 _SEVERAL_PROCESSES = (
@@ -100,17 +101,6 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
         check_divides(variable.shape[0], self.num_expert_shards)
         axes = ["expert"] + [None] * (len(variable.shape) - 1)
         return keras.distribution.TensorLayout(axes, self.device_mesh)
-
-
-def check_divides(num_experts, num_expert_shards):
-    if num_experts % num_expert_shards:
-        possible = [n for n in range(1, num_experts + 1) if not num_experts % n]
-        nearest = sorted(possible, key=lambda n: abs(n - num_expert_shards))[:2]
-        raise ValueError(
-            "`num_expert_shards` must divide the number of experts. Received: "
-            f"num_expert_shards={num_expert_shards} for {num_experts} experts; "
-            f"the nearest numbers that do are {sorted(nearest)}"
-        )
 
 
 class _BatchLayout(keras.distribution.TensorLayout):

@@ -1,19 +1,47 @@
 """Experts over the replicas of a TensorFlow strategy.
 
-`MirroredStrategy` keeps a copy of each variable on each device, so what is
-shared is the computation and the memory for rows, not the memory for weights:
-each replica computes its experts with its slice of the copied weights.
+TensorFlow's strategies keep a copy of each variable on each device, so what is
+shared is the computation, not the memory for weights: each replica computes
+only its own experts, and Keras adds up the gradients.
+
+Between worker processes with one device each, rows travel by an all-to-all. The
+replicas of a process, as those of `MirroredStrategy`, gather all rows and take
+theirs, which sends as many times more as there are replicas: the all-to-all of
+TensorFlow 2.21 stops for ever there.
 """
 
+import contextlib
+
+import numpy as np
 from keras import ops
 
 from keras_moe import backend
 from keras_moe.checks import check_int
 from keras_moe.dispatch.dispatcher import Dispatcher
+from keras_moe.distribution.engine import Engine
+from keras_moe.distribution.engine import check_divides
 from keras_moe.ops.routing import Routing
+from keras_moe.stacked import expert_shards
+
+OPTIONS = ("strategy",)
 
 
-class ReplicaEngine:
+def initialize():
+    """Nothing to do: the strategy of several workers reads `TF_CONFIG`."""
+
+
+def make(divide, strategy=None):
+    """The engine of an `ExpertParallel`.
+
+    Args:
+        divide: `divide(number of devices) -> (expert shards, data shards)`.
+        strategy: As for `ExpertParallel`.
+    """
+    strategy = backend.native.as_strategy(strategy)
+    return ReplicaEngine(divide(strategy.num_replicas_in_sync)[0], strategy)
+
+
+class ReplicaEngine(Engine):
     """Runs each expert on one replica of a team of TensorFlow replicas.
 
     Args:
@@ -41,6 +69,7 @@ class ReplicaEngine:
                 f"num_expert_shards={num_expert_shards}, {replicas} replicas"
             )
         self.num_expert_shards = num_expert_shards
+        self.num_data_shards = replicas // num_expert_shards
         self.num_replicas = replicas
 
     def distribute(self, model):
@@ -77,18 +106,13 @@ class ReplicaEngine:
             backend.native.update_together(model.optimizer)
         return model
 
+    @contextlib.contextmanager
     def scope(self):
         """The context in which the model is made."""
-        return self.strategy.scope()
-
-    def check_experts(self, num_experts):
-        """Raises unless each shard gets as many experts as any other."""
-        if num_experts % self.num_expert_shards:
-            raise ValueError(
-                "`num_expert_shards` must be a divisor of the number of "
-                f"experts. Received: num_experts={num_experts}, "
-                f"num_expert_shards={self.num_expert_shards}"
-            )
+        # Each replica has all experts; the shard only leads to this engine.
+        whole = expert_shards.ExpertShard(0, 1, self)
+        with self.strategy.scope(), expert_shards.dividing(whole):
+            yield
 
     def dispatch(
         self,
@@ -111,7 +135,7 @@ class ReplicaEngine:
         Returns:
             `(outputs, group_sizes)` of this replica's own tokens.
         """
-        self.check_experts(experts.num_experts)
+        check_divides(experts.num_experts, self.num_expert_shards)
         context = backend.native.collectives.replica_context()
         if context is not None and self.num_expert_shards > 1:
             team = backend.native.collectives.Team(
@@ -126,9 +150,8 @@ class ReplicaEngine:
 class _ReplicaDispatcher(Dispatcher):
     """Sends rows to the replicas of a team that compute their experts.
 
-    Rows are gathered: each replica gets those of all and computes its own
-    experts' rows among them. The sum over the replicas, in which one replica
-    has a result for each row and the others have zero, brings them back.
+    Each replica makes a block of rows for each, of the size of the largest
+    block of all, and gets one from each.
     """
 
     moves_rows = True
@@ -143,30 +166,36 @@ class _ReplicaDispatcher(Dispatcher):
         self, rows, group_sizes, experts, training=None, max_group_size=None
     ):
         team, num_experts = self._team, experts.num_experts
+        owners = np.arange(num_experts) // (num_experts // team.size)
+        owns = ops.convert_to_tensor(np.arange(team.size)[:, None] == owners)
         sizes = team.gather(group_sizes)  # (S, E)
-        own, used = ops.shape(rows)[0], ops.max(ops.sum(sizes, axis=1))
-        # Collectives need one shape on all replicas, and one row at least.
-        most = ops.maximum(used, 1)
-        rows = _resized(rows, most)
-        rows = team.differentiable_gather(rows)  # (S, most, ...)
-        shape = ops.shape(rows)[2:]
+        # Rows from each replica to each, and the longest block. Collectives
+        # need one shape on all replicas, and one row at least.
+        sent = ops.matmul(sizes, ops.transpose(ops.cast(owns, "int32")))
+        longest = ops.maximum(ops.max(sent), 1)
+        own = sent[team.rank]  # (S,)
+        starts = ops.cumsum(own) - own
+        blocks = [
+            _resized(rows[starts[i] : starts[i] + own[i]], longest)
+            for i in range(team.size)
+        ]
+        received = team.exchange(ops.stack(blocks))  # (S, longest, ...)
+        sizes = ops.where(owns[team.rank], sizes, 0)
         indices = ops.concatenate(
-            [_experts_of_rows(sizes[i], most) for i in range(team.size)]
-        )  # (S * most,)
-        owners = ops.floor_divide(indices, num_experts // team.size)
-        mine = ops.expand_dims(ops.equal(owners, team.rank), -1)
-        indices = ops.where(mine, ops.expand_dims(indices, -1), num_experts)
+            [_experts_of_rows(sizes[i], longest) for i in range(team.size)]
+        )  # (S * longest,)
+        indices = ops.expand_dims(indices, -1)
+        exists = ops.cast(indices < num_experts, "float32")
         outputs, _ = Dispatcher()(
-            ops.reshape(rows, (team.size * most, *shape)),
-            Routing(None, None, indices, ops.cast(mine, "float32")),
+            ops.reshape(received, (-1, *received.shape[2:])),
+            Routing(None, None, indices, exists),
             experts,
             training=training,
         )
-        outputs = ops.reshape(
-            outputs, (team.size, most, *ops.shape(outputs)[1:])
-        )
-        outputs = team.differentiable_sum(outputs)
-        return _resized(outputs[team.rank], own)
+        outputs = ops.reshape(outputs, (team.size, longest, *outputs.shape[1:]))
+        outputs = team.exchange(outputs)
+        outputs = [outputs[i, : own[i]] for i in range(team.size)]
+        return _resized(ops.concatenate(outputs), ops.shape(rows)[0])
 
 
 def _resized(rows, size):

@@ -1,9 +1,11 @@
+import functools
 import math
 
 import keras
 from keras import ops
 
 from keras_moe.checks import check_bool
+from keras_moe.distribution.sending import apply_to_tokens
 from keras_moe.moe import part_arguments as parts
 from keras_moe.moe.foreign_parts import as_experts
 from keras_moe.moe.foreign_parts import output_shape_of
@@ -142,31 +144,24 @@ class SoftMoE(keras.layers.Layer):
         routing = self._route(inputs, mask, training)
         # In the router's float32, the products as well as the sums.
         slots = ops.einsum(
-            "blep,bld->ebpd", routing.dispatch_weights, routing.inputs
+            "blep,bld->bepd", routing.dispatch_weights, routing.inputs
         )
-        num_experts, batch, num_slots, dim = ops.shape(slots)
-        rows = self.experts(
-            ops.reshape(
-                ops.cast(slots, self.compute_dtype),
-                (num_experts * batch * num_slots, dim),
-            ),
-            ops.zeros((num_experts,), "int32") + batch * num_slots,
-            training=training,
+        results = apply_to_tokens(
+            self.experts,
+            functools.partial(_by_expert, training=training),
+            ops.cast(slots, self.compute_dtype),
         )
-        width = rows.shape[-1]
-        if width != self._width(dim):
+        width = results.shape[-1]
+        if width != self._width(slots.shape[-1]):
             raise ValueError(
                 "`experts` must return rows of the width that its "
                 f"`compute_output_shape` says. Received width {width}, said "
-                f"{self._width(dim)}"
+                f"{self._width(slots.shape[-1])}"
             )
         outputs = ops.einsum(
-            "blep,ebpd->bld",
+            "blep,bepd->bld",
             routing.combine_weights,
-            ops.reshape(
-                ops.cast(rows, routing.combine_weights.dtype),
-                (num_experts, batch, num_slots, width),
-            ),
+            ops.cast(results, routing.combine_weights.dtype),
         )
         return ops.reshape(
             ops.cast(outputs, self.compute_dtype),
@@ -213,6 +208,18 @@ class SoftMoE(keras.layers.Layer):
             "experts": parts.serialize_part(self.experts),
             "causal": self.causal,
         }
+
+
+def _by_expert(experts, slots, training):
+    """Each expert's results for its slots, `(B, E, P, D)`."""
+    batch, num_experts, num_slots, dim = ops.shape(slots)
+    rows = experts(
+        ops.reshape(ops.transpose(slots, (1, 0, 2, 3)), (-1, dim)),
+        ops.zeros((num_experts,), "int32") + batch * num_slots,
+        training=training,
+    )
+    rows = ops.reshape(rows, (num_experts, batch, num_slots, rows.shape[-1]))
+    return ops.transpose(rows, (1, 0, 2, 3))
 
 
 def _get_router(identifier, **kwargs):

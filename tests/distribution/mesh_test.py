@@ -15,6 +15,7 @@ from keras_moe.distribution import ExpertParallel
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
 from keras_moe.layers import MoE
+from keras_moe.layers import SoftMoE
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import RouterZLoss
 from keras_moe.routers import ExpertChoiceRouter
@@ -306,6 +307,31 @@ class MeshTest(TestCase):
         with data_parallel(4).scope():
             self.assert_relative(layer(x), wanted)
 
+    def test_soft_moe(self):
+        """Slots are of an example, so each device has whole ones."""
+        layer = SoftMoE(4, WIDTH, slots_per_expert=2)
+        x, dy = data(5)[::2]
+        layer.build(x.shape)
+        wanted = self.outputs_and_gradients(layer, x, dy)
+        with data_parallel(4).scope():
+            found = self.outputs_and_gradients(layer, x, dy)
+        self.assert_relative(found[0], wanted[0])
+        self.assert_relative(found[1], wanted[1])
+        for name, gradient in wanted[2].items():
+            self.assert_relative(found[2][name], gradient)
+
+    def test_one_device(self):
+        """Nothing is exchanged, and the fused kernel computes."""
+        layer = MoE(EXPERTS, WIDTH)
+        with expert_parallel(1).scope():
+            layer.build((None, LENGTH, DIM))
+            text = str(jax_program(layer, data()[0]))
+        self.assertNotIn("shard_map", text)
+        with expert_parallel(1, 2).scope():
+            text = str(jax_program(layer, data()[0]))
+        self.assertIn("shard_map", text)
+        self.assertNotIn("all_to_all", text)
+
     def test_dropout_differs_between_devices(self):
         with expert_parallel(4).scope():
             bank = GLUExperts(EXPERTS, 64, dropout=0.5, seed=1)
@@ -354,6 +380,14 @@ class MeshTest(TestCase):
         for arguments in ((3, 2), (0, 1), (True, 1), (None, 3)):
             with self.assertRaisesRegex(ValueError, "num_(expert|data)_shards"):
                 ExpertParallel(*arguments, devices=devices(4))
+
+
+def jax_program(layer, x):
+    import jax
+
+    values = [[v.value for v in layer.trainable_variables], []]
+    values[1] = [v.value for v in layer.non_trainable_variables]
+    return jax.make_jaxpr(layer.stateless_call)(*values, x)
 
 
 def result_sizes(text, kind):

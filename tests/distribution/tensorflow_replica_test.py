@@ -14,6 +14,7 @@ from keras import ops
 from keras_moe import losses
 from keras_moe import routers
 from keras_moe.dispatch import Dispatcher
+from keras_moe.distribution import ExpertParallel
 from keras_moe.distribution.replica_engine import ReplicaEngine
 from keras_moe.experts import GLUExperts
 from keras_moe.layers import MoE
@@ -47,19 +48,7 @@ CASES = {
 }
 
 
-class EngineDispatcher(Dispatcher):
-    """Asks an engine, if there is one."""
-
-    engine = None
-
-    def __call__(self, *args, **kwargs):
-        dispatcher = Dispatcher(self.capacity, self.weights_on)
-        if self.engine is None:
-            return dispatcher(*args, **kwargs)
-        return self.engine.dispatch(dispatcher, *args, **kwargs)
-
-
-def train(case, engine=None, optimizer=None):
+def train(case, strategy=None, optimizer=None):
     """The weights, the optimizer's, and the logs of ten steps an epoch."""
     keras.utils.set_random_seed(4)
     rng = np.random.default_rng(5)
@@ -71,16 +60,13 @@ def train(case, engine=None, optimizer=None):
     mask = mask.astype("float32")
     arguments = dict(CASES[case])
     router = routers.TopKRouter(EXPERTS, 2, **arguments.pop("router", {}))
-    dispatcher = EngineDispatcher()
-    dispatcher.engine = engine
-    scope = engine.scope() if engine else contextlib.nullcontext()
+    scope = strategy.scope() if strategy else contextlib.nullcontext()
     with scope:
         inputs = keras.Input((LENGTH, DIM))
         masks = keras.Input((LENGTH,))  # Keras averages a batch: no bools
         layer = MoE(
             router=router,
             intermediate_dim=6,
-            dispatcher=dispatcher,
             name="moe",
             shared_experts=GLUExperts(1, 4),
             **arguments,
@@ -88,9 +74,12 @@ def train(case, engine=None, optimizer=None):
         h = layer(inputs, mask=ops.greater(masks, 0))
         outputs = keras.layers.Dense(1)(1.0 * h)
         model = keras.Model([inputs, masks], outputs)
-        model.compile(keras.optimizers.Adam(0.02, **optimizer), "mse")
-        if engine is not None:
-            model = engine.distribute(model)
+        model.compile(
+            keras.optimizers.Adam(0.02, **optimizer),
+            "mse",
+        )
+        if strategy is not None:
+            model = strategy.distribute(model)
     validation = ([x[:8], mask[:8]], x[:8, :, :1]) if case == "sign" else None
     history = model.fit(
         *([x, mask], x[..., :1]),
@@ -115,8 +104,8 @@ class FitTest(TestCase):
     )
     def test_as_one_device(self, case, shards, optimizer):
         alone = train(case, optimizer=optimizer)
-        engine = ReplicaEngine(shards, two_replicas())
-        weights, state, logs = train(case, engine, optimizer)
+        strategy = ExpertParallel(shards, strategy=two_replicas())
+        weights, state, logs = train(case, strategy, optimizer)
         for ours, wanted in ((weights, alone[0]), (state, alone[1])):
             for one, other in zip(ours, wanted, strict=True):
                 self.assertAllClose(one, other, atol=1e-5)
@@ -166,36 +155,32 @@ class DispatchTest(TestCase):
         ]
 
     def test_each_replica_computes_its_experts(self):
-        # The second replica has fewer tokens, at last only a masked one.
+        # The second replica has one token, which is masked.
         x = np.random.default_rng(0).normal(size=(9, DIM)).astype("float32")
         x[1] = x[8] = 0.0
-        alone, both = (
-            ReplicaEngine(1, two_replicas()),
-            ReplicaEngine(2, two_replicas()),
-        )
+        alone, both = (ReplicaEngine(n, two_replicas()) for n in (1, 2))
         with both.scope():
             router = routers.TopKRouter(EXPERTS, 2)
             experts = NotingExperts(EXPERTS, 6)
             router.build((None, DIM))
             experts.build((None, DIM))
-        for split in (6, 8):
-            parts = x[:split], x[split:]
-            wanted = self.run_each(alone, router, experts, parts)
-            results = self.run_each(both, router, experts, parts)
-            rows = wanted[0][2] + wanted[1][2]
-            for i, (result, other) in enumerate(
-                zip(results, wanted, strict=True)
-            ):
-                for one, expected in zip(result[:3], other[:3], strict=True):
-                    self.assertAllClose(one, expected, atol=1e-5)
-                own = np.arange(EXPERTS) // 2 == i
-                self.assertAllEqual(result[3], np.where(own, rows, 0))
-            for k, kernel in enumerate(wanted[0][4]):
-                self.assertAllClose(
-                    results[0][4][k] + results[1][4][k],
-                    kernel + wanted[1][4][k],
-                    atol=1e-5,
-                )
+        parts = x[:8], x[8:]
+        wanted = self.run_each(alone, router, experts, parts)
+        results = self.run_each(both, router, experts, parts)
+        rows = wanted[0][2] + wanted[1][2]
+        self.assertEqual(rows.sum(), 14)
+        for i, (result, other) in enumerate(zip(results, wanted, strict=True)):
+            # Outputs, gradients and rows are those of the replica's tokens.
+            for one, expected in zip(result[:3], other[:3], strict=True):
+                self.assertAllClose(one, expected, atol=1e-5)
+            own = np.arange(EXPERTS) // 2 == i
+            self.assertAllEqual(result[3], np.where(own, rows, 0))
+        for k, kernel in enumerate(wanted[0][4]):
+            self.assertAllClose(
+                results[0][4][k] + results[1][4][k],
+                kernel + wanted[1][4][k],
+                atol=1e-5,
+            )
 
 
 class ErrorsTest(TestCase):
@@ -203,8 +188,15 @@ class ErrorsTest(TestCase):
         strategy = two_replicas()
         with self.assertRaisesRegex(ValueError, "num_expert_shards=3, 2 repl"):
             ReplicaEngine(3, strategy)
-        with self.assertRaisesRegex(ValueError, "num_experts=5"):
-            ReplicaEngine(2, strategy).check_experts(5)
+        with self.assertRaisesRegex(ValueError, "for 2 devices"):
+            ExpertParallel(2, 2, strategy=strategy)
+        expert_parallel = ExpertParallel(2, strategy=strategy)
+        with self.assertRaisesRegex(ValueError, r"shards=2 for 5 .* \[1, 5\]"):
+            with expert_parallel.scope():
+                layer = MoE(5, intermediate_dim=4)
+                inputs = keras.Input((3,))
+                model = keras.Model(inputs, layer(inputs))
+            model.predict(np.ones((4, 3)), verbose=0)
 
     def test_models(self):
         engine = ReplicaEngine(2, two_replicas())

@@ -130,6 +130,10 @@ class DataParallelTest(TestCase):
         self.assertAllClose(with_constant - without, 1.0, atol=1e-5)
 
     def test_statistics_are_those_of_the_whole_batch(self):
+        with single_device():
+            _, _, single = build_and_fit(
+                learning_rate=0.0, capacity_factor=0.5, statistics="per_expert"
+            )
         for epochs in (1, 2):
             with data_parallel():
                 _, layer, history = build_and_fit(
@@ -145,12 +149,6 @@ class DataParallelTest(TestCase):
                 result = layer.statistics.result()
             self.assertEqual(tokens, EXAMPLES * LENGTH)
             self.assertEqual(counts.sum(), EXAMPLES * LENGTH * TOP_K)
-            with single_device():
-                _, _, single = build_and_fit(
-                    learning_rate=0.0,
-                    capacity_factor=0.5,
-                    statistics="per_expert",
-                )
             for e in range(EXPERTS):
                 self.assertAllClose(
                     history[f"moe_load_{e}"][-1], single[f"moe_load_{e}"][0]

@@ -124,7 +124,7 @@ class BehaviourTest(TestCase):
         x = np.repeat(inputs(shape=(1, 1, 5)), 4096, axis=1) + 1
         with mock.patch.object(ops, "einsum", wraps=ops.einsum) as einsum:
             outputs = layer(x)
-        mixed = [c.args[1:] for c in einsum.mock_calls if "ebpd" in c.args[0]]
+        mixed = [c.args[1:] for c in einsum.mock_calls if "bepd" in c.args[0]]
         self.assertLen(mixed, 2)
         for operand in (*mixed[0], *mixed[1]):
             self.assertDType(operand, "float32")

@@ -29,7 +29,10 @@ def refusal(implementation, rhs_shape, dtype):
 
 
 def top_k_indices(scores, k):
-    is_divided = keras.distribution.distribution() is not None
+    distribution = keras.distribution.distribution()
+    is_divided = (
+        distribution is not None and distribution.device_mesh.devices.size > 1
+    )
     if is_divided or not all(isinstance(size, int) for size in scores.shape):
         # Among devices, XLA gathers the scores of the whole batch for `top_k`,
         # but not to sort them. In a file that is to be exported, TensorFlow,

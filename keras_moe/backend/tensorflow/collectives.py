@@ -11,15 +11,20 @@ the second are run in the order in which they were traced, so that the first
 replica would wait for ever for the second.
 """
 
+import itertools
 import threading
 import weakref
 
+import numpy as np
 import tensorflow as tf
 
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 
 # Strategies number their own groups from 1.
 FIRST_GROUP_KEY = 1 << 20
+# Of all traces. Each call takes another multiple of it, below 2 ** 31: enough
+# for a million steps.
+MOST_KEYS = 1 << 11
 _lock = threading.Lock()
 _group_keys = {}  # devices -> int
 _traces = weakref.WeakKeyDictionary()  # graph -> _Trace
@@ -47,16 +52,18 @@ class Team:
         self._context = context
         self.size = size or context.num_replicas_in_sync
         devices = context.strategy.extended.worker_devices
-        # One replica for each worker or, on a TPU, one trace for all.
-        self._is_alone = len(devices) == 1
+        # One trace for all replicas, or one replica for each worker.
+        self._is_tpu = isinstance(context.strategy, tf.distribute.TPUStrategy)
+        self._is_alone = self._is_tpu or len(devices) == 1
         if self._is_alone:
             if self.size < context.num_replicas_in_sync:
                 raise NotImplementedError(
-                    "With one device for each worker, all replicas exchange "
-                    "with each other. Received: "
+                    "On TPUs, and with one device for each worker, all "
+                    "replicas exchange with each other. Received: "
                     f"{context.num_replicas_in_sync} replicas in teams of "
                     f"{self.size}"
                 )
+            self._replica, self._devices = 0, ("workers",)
             self.rank = context.replica_id_in_sync_group
             return
         self._replica = int(
@@ -89,23 +96,40 @@ class Team:
             input=tensor, shape=shape, **self._keys()
         )
 
-    def differentiable_sum(self, tensor):
-        """The same as `sum`. Each gradient is the sum of the replicas'."""
+    def exchange(self, blocks):
+        """Sends block `i` to replica `i`: `(S, n, ...)` -> `(S, n, ...)`.
+
+        Block `i` of the result comes from replica `i`. Gradients travel back
+        in the same way.
+        """
 
         @tf.custom_gradient
-        def call(tensor):
-            return self.sum(tensor), self.sum
+        def call(blocks):
+            return self._exchange(blocks), self._exchange
 
-        return call(tensor)
+        return call(blocks)
 
-    def differentiable_gather(self, tensor):
-        """The same as `gather`. Each gets the gradients of its own tensor."""
-
-        @tf.custom_gradient
-        def call(tensor):
-            return self.gather(tensor), lambda grad: self.sum(grad)[self.rank]
-
-        return call(tensor)
+    def _exchange(self, blocks):
+        if self._is_tpu or not self._is_alone:
+            return self.gather(blocks)[:, self.rank]
+        keys = self._keys()
+        # Blocks have another size at each call, and so must have another key.
+        calls, first = itertools.count(), keys["instance_key"]
+        if first >= MOST_KEYS:
+            raise NotImplementedError(
+                "Workers exchange rows in at most 2048 places of all steps "
+                f"that were traced. Received: {first}"
+            )
+        key = tf.numpy_function(
+            lambda: np.int32(first + MOST_KEYS * next(calls)), [], tf.int32
+        )
+        return tf.raw_ops.CollectiveAllToAllV2(
+            input=blocks,
+            group_size=self.size,
+            group_key=keys["group_key"],
+            instance_key=key,
+            ordering_token=[],
+        )
 
     def _keys(self):
         """Attributes that tell TensorFlow which operations belong together."""
@@ -136,7 +160,7 @@ class _Trace:
         n = self._used.get(replica, 0)
         self._used[replica] = n + 1
         if n == len(self._keys):
-            # Never used again, as operations of one key have one shape.
+            # Never used again by another trace.
             _last_instance_key += 1
             self._keys.append(_last_instance_key)
         return self._keys[n]
