@@ -24,6 +24,12 @@ class ProcessDispatcher(Dispatcher):
     """
 
     def __init__(self, dispatcher, engine):
+        if type(dispatcher) is not Dispatcher:
+            raise ValueError(
+                "Several processes send rows in their own way, and take a "
+                "dispatcher of the class `Dispatcher` alone. "
+                f"Received: dispatcher={dispatcher!r}"
+            )
         self.moves_rows = engine.num_expert_shards > 1
         # What `Dispatcher.__init__` makes, without a second seed.
         self.capacity = dispatcher.capacity

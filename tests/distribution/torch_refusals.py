@@ -5,6 +5,7 @@ import re
 import keras
 
 from keras_moe.backend.torch import collectives
+from keras_moe.dispatch import Dispatcher
 from keras_moe.distribution import ExpertParallel
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
@@ -56,6 +57,10 @@ def check_refusals(strategy, references):
         ExpertParallel,
         1 if RANK else size,
     )
+    model = build_bank(
+        strategy, GLUExperts(EXPERTS, 4), dispatcher=OwnDispatcher()
+    )
+    raises(ValueError, "class `Dispatcher` alone", model, inputs(""))
     # Different numbers of experts.
     number = EXPERTS if RANK else 2 * EXPERTS
     model = build_bank(strategy, GLUExperts(number, 4))
@@ -79,10 +84,14 @@ def check_refusals(strategy, references):
     raises(NotImplementedError, "exported", model.export, FOLDER / "x")
 
 
-def build_bank(strategy, experts):
+class OwnDispatcher(Dispatcher):
+    pass
+
+
+def build_bank(strategy, experts, **kwargs):
     with strategy.scope():
         x = keras.Input((LENGTH, DIM))
-        return keras.Model(x, MoE(experts=experts)(x))
+        return keras.Model(x, MoE(experts=experts, **kwargs)(x))
 
 
 def check_interrupted_save(strategy, references):
