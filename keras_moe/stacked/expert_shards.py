@@ -8,7 +8,7 @@ trains or saves such variables reads the mark.
 import contextlib
 
 _active = None
-_bank_paths = set()
+_path_of_new_bank = None
 
 
 class ExpertShard:
@@ -54,14 +54,39 @@ class BankShard:
         self.is_distributed = False
 
 
-def note_bank(path):
-    """Notes that the variable of this path holds routed experts, `(E, ...)`."""
-    _bank_paths.add(path)
+@contextlib.contextmanager
+def making_bank(path):
+    """The variable of this path, made inside, holds routed experts."""
+    global _path_of_new_bank
+    before, _path_of_new_bank = _path_of_new_bank, path
+    try:
+        yield
+    finally:
+        _path_of_new_bank = before
+
+
+def note_bank(variable):
+    """Notes that a variable holds routed experts, `(E, ...)`."""
+    variable.holds_routed_experts = True
+
+
+def note_shared(variable):
+    """Notes that all experts of a bank use a variable as a whole."""
+    variable.is_shared_by_experts = True
+
+
+def is_shared(variable):
+    return getattr(variable, "is_shared_by_experts", False)
 
 
 def is_bank(variable):
-    """Whether a variable holds routed experts; asked as it is made (JAX)."""
-    return variable.path in _bank_paths
+    """Whether a variable holds routed experts; asked as it is made (JAX).
+
+    A path alone does not say it: another model may use it for other weights.
+    """
+    return variable.path == _path_of_new_bank or getattr(
+        variable, "holds_routed_experts", False
+    )
 
 
 @contextlib.contextmanager
