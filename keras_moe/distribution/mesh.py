@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.dispatch import Dispatcher
 from keras_moe.distribution.device_bank import DeviceBank
+from keras_moe.distribution.device_bank import WholeBatchNeeded
 from keras_moe.distribution.device_bank import check_can_divide
 from keras_moe.distribution.mesh_engine import DEFAULT_SLACK
 from keras_moe.distribution.mesh_engine import MeshEngine
@@ -60,7 +61,7 @@ class Exchange(Dispatcher):
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
     ):
-        def compute(rows, expert, values):
+        def compute(rows, expert, values, first, seeds):
             bank = experts.with_values(values)
             exists = ops.cast(expert < bank.num_experts, "float32")
             routing = Routing(
@@ -69,10 +70,17 @@ class Exchange(Dispatcher):
                 expert_indices=ops.expand_dims(expert, -1),
                 expert_weights=ops.expand_dims(exists, -1),
             )
-            return Dispatcher()(rows, routing, bank, training=training)[0]
+            with experts.drawing(seeds, first):
+                return Dispatcher()(rows, routing, bank, training=training)[0]
 
         return backend.exchange_rows(
-            rows, group_sizes, compute, experts.values, self.axis, self.slack
+            rows,
+            group_sizes,
+            compute,
+            experts.values,
+            experts.next_seeds(),
+            self.axis,
+            self.slack,
         )
 
 
@@ -96,10 +104,14 @@ def dispatch(
             the dispatcher.
     """
     num_tokens = tokens.shape[0]
-    if _is_for_one_device(distribution, num_tokens):
+
+    def everything():
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )
+
+    if _is_for_one_device(distribution, num_tokens):
+        return everything()
     if not experts.built:
         experts.build((None, *tokens.shape[1:]))
     bank = DeviceBank(experts, distribution)
@@ -134,7 +146,10 @@ def dispatch(
         routing = Routing(None, None, indices, weights)
         return local(tokens, routing, own, mask, training, router)
 
-    return _on_devices(compute, distribution, bank, arrays, fills)
+    try:
+        return _on_devices(compute, distribution, bank, arrays, fills)
+    except WholeBatchNeeded:  # the compiler divides what it can
+        return everything()
 
 
 def apply(distribution, layer, function, tokens):
@@ -153,7 +168,10 @@ def apply(distribution, layer, function, tokens):
     def compute(own, tokens):
         return function(own, tokens), ops.zeros((), "int32")
 
-    return _on_devices(compute, distribution, bank, [tokens], [0])[0]
+    try:
+        return _on_devices(compute, distribution, bank, [tokens], [0])[0]
+    except WholeBatchNeeded:
+        return function(layer, tokens)
 
 
 def _on_devices(compute, distribution, bank, arrays, fills):
