@@ -12,6 +12,7 @@ from keras import ops
 from keras_moe import backend
 from keras_moe.dispatch import Dispatcher
 from keras_moe.distribution.device_bank import DeviceBank
+from keras_moe.distribution.device_bank import WholeBatchNeeded
 from keras_moe.distribution.device_bank import check_can_divide
 from keras_moe.distribution.mesh_engine import DEFAULT_SLACK
 from keras_moe.distribution.mesh_engine import MeshEngine
@@ -63,10 +64,11 @@ class Exchange(Dispatcher):
     ):
         if self.axis is None:  # this device has a part of every expert
             bank = experts.with_values(experts.values)
-            outputs = bank(rows, group_sizes, training=training)
+            with experts.drawing(experts.next_seeds(), 0):
+                outputs = bank(rows, group_sizes, training=training)
             return experts.sum_parts(outputs)
 
-        def compute(rows, expert, values):
+        def compute(rows, expert, values, first, seeds):
             bank = experts.with_values(values)
             exists = ops.cast(expert < bank.num_experts, "float32")
             routing = Routing(
@@ -75,11 +77,18 @@ class Exchange(Dispatcher):
                 expert_indices=ops.expand_dims(expert, -1),
                 expert_weights=ops.expand_dims(exists, -1),
             )
-            outputs, _ = Dispatcher()(rows, routing, bank, training=training)
-            return experts.sum_parts(outputs)
+            with experts.drawing(seeds, first):
+                outputs = Dispatcher()(rows, routing, bank, training=training)
+            return experts.sum_parts(outputs[0])
 
         return backend.exchange_rows(
-            rows, group_sizes, compute, experts.values, self.axis, self.slack
+            rows,
+            group_sizes,
+            compute,
+            experts.values,
+            experts.next_seeds(),
+            self.axis,
+            self.slack,
         )
 
 
@@ -103,10 +112,14 @@ def dispatch(
             the dispatcher.
     """
     num_tokens = tokens.shape[0]
-    if _is_for_one_device(distribution, num_tokens):
+
+    def everything():
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )
+
+    if _is_for_one_device(distribution, num_tokens):
+        return everything()
     if not experts.built:
         experts.build((None, *tokens.shape[1:]))
     bank = DeviceBank(experts, distribution)
@@ -141,7 +154,10 @@ def dispatch(
         routing = Routing(None, None, indices, weights)
         return local(tokens, routing, own, mask, training, router)
 
-    return _on_devices(compute, distribution, bank, arrays, fills)
+    try:
+        return _on_devices(compute, distribution, bank, arrays, fills)
+    except WholeBatchNeeded:  # the compiler divides what it can
+        return everything()
 
 
 def apply(distribution, layer, function, tokens):
@@ -160,7 +176,10 @@ def apply(distribution, layer, function, tokens):
     def compute(own, tokens):
         return function(own, tokens), ops.zeros((), "int32")
 
-    return _on_devices(compute, distribution, bank, [tokens], [0])[0]
+    try:
+        return _on_devices(compute, distribution, bank, [tokens], [0])[0]
+    except WholeBatchNeeded:
+        return function(layer, tokens)
 
 
 def _on_devices(compute, distribution, bank, arrays, fills):

@@ -91,9 +91,10 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
         """
         if self.num_expert_shards > 1 and experts.variables:
             raise ValueError(
-                "The experts are not divided among the devices: they are no "
-                "bank of `keras_moe.experts`, or were built before their `MoE` "
-                "layer was made. "
+                "The experts are not divided among the devices: their weights "
+                "are not stacked by expert (`LayerExperts`, `MixedExperts`, "
+                "layers of another library), or they were built before their "
+                "`MoE` layer was made. "
                 f"Received: experts={experts!r}, "
                 f"num_expert_shards={self.num_expert_shards}"
             )

@@ -134,22 +134,25 @@ class Experts(keras.layers.Layer):
             num_experts = stop - start
             self._check_divisible(shard, of_bank)
         self._num_banks += 1
-        if self.routed:
-            expert_shards.note_bank(
-                f"{self.path}/{name}",
-                None if hidden_axis is None else 1 + hidden_axis,
+        path = f"{self.path}/{name}" if self.routed else None
+        if hidden_axis is not None:
+            hidden_axis += 1
+        with expert_shards.making_bank(path, hidden_axis):
+            variable = self.add_weight(
+                name=name,
+                shape=(num_experts, *shape),
+                initializer=per_expert.PerExpertInitializer(
+                    initializer, self._num_banks, shard
+                ),
+                regularizer=(regularizer or of_bank)
+                and per_expert.PerExpertRegularizer(
+                    regularizer, of_bank, shard
+                ),
+                constraint=constraint
+                and per_expert.PerExpertConstraint(constraint),
             )
-        variable = self.add_weight(
-            name=name,
-            shape=(num_experts, *shape),
-            initializer=per_expert.PerExpertInitializer(
-                initializer, self._num_banks, shard
-            ),
-            regularizer=(regularizer or of_bank)
-            and per_expert.PerExpertRegularizer(regularizer, of_bank, shard),
-            constraint=constraint
-            and per_expert.PerExpertConstraint(constraint),
-        )
+        if self.routed:
+            expert_shards.note_bank(variable, hidden_axis)
         if shard is not None:
             expert_shards.mark(variable, shard)
             self.engine = shard.engine

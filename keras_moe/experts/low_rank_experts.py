@@ -8,6 +8,7 @@ from keras_moe.experts.experts import as_part_of_bank
 from keras_moe.experts.glu_experts import GLUExperts
 from keras_moe.experts.grouped_rows import clear_unused_rows
 from keras_moe.ops.grouped_matmul import check_operands_of
+from keras_moe.stacked import expert_shards
 from keras_moe.stacked import per_expert
 
 
@@ -166,7 +167,7 @@ class LowRankExperts(GLUExperts):
         draw = per_expert.PerExpertInitializer(
             getattr(self, f"{kind}_initializer"), stream=self._num_banks
         )
-        return self.add_weight(
+        weight = self.add_weight(
             name=name,
             shape=shape,
             initializer=lambda shape, dtype=None: draw((1, *shape), dtype)[0],
@@ -174,6 +175,8 @@ class LowRankExperts(GLUExperts):
             constraint=getattr(self, f"{kind}_constraint"),
             trainable=not self.freeze_shared,
         )
+        expert_shards.note_shared(weight)
+        return weight
 
     def dense(self, name, rows, group_sizes):
         out = ops.einsum("nd,df->nf", rows, getattr(self, f"{name}_kernel"))

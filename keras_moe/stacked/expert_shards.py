@@ -8,7 +8,7 @@ trains or saves such variables reads the mark.
 import contextlib
 
 _active = None
-_banks = {}  # path -> axis of the hidden width, or None
+_new_bank = (None, None)  # path and hidden axis of what is being made
 
 
 class ExpertShard:
@@ -54,24 +54,52 @@ class BankShard:
         self.is_distributed = False
 
 
-def note_bank(path, hidden_axis=None):
-    """Notes that the variable of this path holds routed experts, `(E, ...)`.
+@contextlib.contextmanager
+def making_bank(path, hidden_axis=None):
+    """The variable of this path, made inside, holds routed experts.
 
     Args:
-        path: str.
+        path: str, or `None` if it does not.
         hidden_axis: Its axis of the experts' hidden width, or `None`.
     """
-    _banks[path] = hidden_axis
+    global _new_bank
+    before, _new_bank = _new_bank, (path, hidden_axis)
+    try:
+        yield
+    finally:
+        _new_bank = before
+
+
+def note_bank(variable, hidden_axis=None):
+    """Notes that a variable holds routed experts, `(E, ...)`."""
+    variable.holds_routed_experts = True
+    variable.hidden_axis = hidden_axis
+
+
+def note_shared(variable):
+    """Notes that all experts of a bank use a variable as a whole."""
+    variable.is_shared_by_experts = True
+
+
+def is_shared(variable):
+    return getattr(variable, "is_shared_by_experts", False)
 
 
 def is_bank(variable):
-    """Whether a variable holds routed experts; asked as it is made (JAX)."""
-    return variable.path in _banks
+    """Whether a variable holds routed experts; asked as it is made (JAX).
+
+    A path alone does not say it: another model may use it for other weights.
+    """
+    return variable.path == _new_bank[0] or getattr(
+        variable, "holds_routed_experts", False
+    )
 
 
 def hidden_axis(variable):
     """The axis of the experts' hidden width, `None` if there is none."""
-    return _banks.get(variable.path)
+    if variable.path == _new_bank[0]:
+        return _new_bank[1]
+    return getattr(variable, "hidden_axis", None)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def sum_over(tensor, axes):
     return lax.psum(tensor, axes)
 
 
-def exchange_rows(rows, group_sizes, compute, weights, axis, slack):
+def exchange_rows(rows, group_sizes, compute, weights, seeds, axis, slack):
     """Sends rows to the devices that own their experts, and results back.
 
     In a round, each device sends the same number of rows to every owner, which
@@ -55,11 +55,13 @@ def exchange_rows(rows, group_sizes, compute, weights, axis, slack):
         rows: `(N, D)`, the rows of expert 0 first; rows beyond the groups are
             not sent.
         group_sizes: `(E,)` int32.
-        compute: `compute(rows (M, D), experts (M,), weights) -> (M, F)`, for
-            rows in any order with the number of their expert on this device,
-            `E / owners` for unused rows.
+        compute: `compute(rows (M, D), experts (M,), weights, first, seeds) ->
+            (M, F)`, for rows in any order with the number of their expert on
+            this device, `E / owners` for unused rows. `first` differs between
+            rounds. It must have no other effect.
         weights: The weights of the experts on this device, arrays that get a
             gradient.
+        seeds: list of arrays that get none.
         axis: Name of the mesh axis whose devices own the experts.
         slack: float. Room of the first round beyond the even division.
 
@@ -75,10 +77,10 @@ def exchange_rows(rows, group_sizes, compute, weights, axis, slack):
     even = num_rows / owners
     first_size = min(_round_up(even * (1 + slack)), num_rows)
     next_size = min(_round_up(even / 4), num_rows)
-    constants = (sent, jnp.cumsum(arriving, axis=1))
+    constants = (sent, jnp.cumsum(arriving, axis=1), seeds)
 
     def one_round(first, size, rows, weights, constants):
-        sent, ends = constants
+        sent, ends, seeds = constants
         packed = _pack(rows, sent, first, size)  # (owners, size, D)
         received = lax.all_to_all(packed, axis, 0, 0, tiled=True)
         place = first + jnp.arange(size, dtype="int32")
@@ -86,7 +88,7 @@ def exchange_rows(rows, group_sizes, compute, weights, axis, slack):
         experts = jnp.sum(place[None, :, None] >= ends[:, None, :], axis=-1)
         received = received.reshape(owners * size, *rows.shape[1:])
         experts = experts.reshape(-1).astype("int32")
-        results = compute(received, experts, weights)
+        results = compute(received, experts, weights, first, seeds)
         results = results.reshape(owners, size, *results.shape[1:])
         results = lax.all_to_all(results, axis, 0, 0, tiled=True)
         return _unpack(results, sent, first, num_rows)
