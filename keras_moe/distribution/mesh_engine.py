@@ -46,7 +46,7 @@ def make(divide, devices=None, num_model_shards=1, slack=DEFAULT_SLACK):
     return MeshEngine(*shards, num_model_shards, devices, slack)
 
 
-class MeshEngine(Engine, keras.distribution.ModelParallel):
+class MeshEngine(keras.distribution.ModelParallel, Engine):
     """Divides the batch over all devices, and the experts over some.
 
     Args:
@@ -82,7 +82,16 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
         self.slack = slack
 
     def distribute(self, model):
-        return model  # divided as it was made
+        """Checks the model, which is divided as it was made."""
+        for variable in model.variables if model.built else ():
+            held = len(variable.value.sharding.device_set)
+            if held != self.device_mesh.devices.size:
+                raise ValueError(
+                    "The model must be made in the scope of the strategy. "
+                    f"Received: {variable.path} on {held} devices, for "
+                    f"{self.device_mesh.devices.size}"
+                )
+        return model
 
     def check_divided(self, experts):
         """Raises if no variable of routed experts is divided.
@@ -107,9 +116,14 @@ class MeshEngine(Engine, keras.distribution.ModelParallel):
                 f"for intermediate_dim={width}"
             )
 
+    # Keras divides a `tf.data.Dataset` among processes by these.
     @property
     def num_model_replicas(self):
         return self.num_data_shards * self.num_expert_shards
+
+    @property
+    def process_index(self):
+        return self.data_shard_id
 
     def get_data_layout(self, data_shape):
         devices = self.num_model_replicas

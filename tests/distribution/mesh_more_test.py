@@ -1,5 +1,7 @@
 """What could go wrong silently on a mesh of simulated devices (JAX)."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ from keras_moe.distribution import ExpertParallel
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
 from keras_moe.experts import LowRankExperts
+from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
+from keras_moe.losses import LoadBalancingLoss
 from keras_moe.routers import TopKRouter
 from tests.test_case import TestCase
 
@@ -42,15 +46,20 @@ def inputs(examples=16):
     return rng.normal(size=(examples, LENGTH, DIM)).astype("float32")
 
 
-def step(layer, x, training=True, **kwargs):
+def step(layer, x, transform=lambda function: function):
     """Outputs, losses, gradients and new state of a compiled step."""
     import jax
 
-    def loss(trainable, x):
-        state = [v.value for v in layer.non_trainable_variables]
-        outputs, state, losses = layer.stateless_call(
-            trainable, state, x, training=training, return_losses=True, **kwargs
+    before = [v.value for v in layer.non_trainable_variables]
+
+    @transform
+    def call(trainable, x):
+        return layer.stateless_call(
+            trainable, before, x, training=True, return_losses=True
         )
+
+    def loss(trainable, x):
+        outputs, state, losses = call(trainable, x)
         factors = np.cos(np.arange(outputs.size)).reshape(outputs.shape)
         total = jax.numpy.sum(outputs * factors) + sum(losses)
         return total, (outputs, losses, state)
@@ -62,13 +71,23 @@ def step(layer, x, training=True, **kwargs):
     return [np.asarray(x) for x in jax.tree.leaves((results, gradients))]
 
 
+def model_parallel(axes, layouts):
+    """Of the user's own, with the batch on the axis "b"."""
+    mesh = keras.distribution.DeviceMesh((2, 2), axes, devices(4))
+    layout_map = keras.distribution.LayoutMap(mesh)
+    for path, layout in layouts.items():
+        layout_map[path] = layout
+    return keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name="b"
+    )
+
+
 class MeshMoreTest(TestCase):
-    def assert_same_step(self, layer, x, strategy, **kwargs):
+    def assert_same_step(self, layer, x, strategy):
         """As on one device; returns what the device computed."""
-        layer.build(x.shape)
-        wanted = step(layer, x, **kwargs)
+        wanted = step_once_built(layer, x)
         with strategy.scope():
-            found = step(layer, x, **kwargs)
+            found = step(layer, x)
         for value, expected in zip(found, wanted, strict=True):
             self.assert_relative(value, expected, 1e-5)
         return wanted
@@ -162,6 +181,119 @@ class MeshMoreTest(TestCase):
             layer = MoE(EXPERTS, WIDTH)
             layer.build((None, LENGTH, DIM))
         self.assert_same_step(layer, inputs(), data_parallel(4))
+
+    def test_layouts(self):
+        """Whatever a layout divides, the numbers are the same, or an error."""
+        layer = MoE(
+            router=TopKRouter(EXPERTS, 2),
+            experts=GLUExperts(EXPERTS, WIDTH, use_bias=True, name="bank"),
+        )
+        whole = step_once_built(layer, inputs())
+        for axes, layouts in (
+            (
+                ("m", "b"),
+                {
+                    ".*bank/.*_kernel": ("m", None, None),
+                    ".*bank/.*_bias": ("m", None),
+                },
+            ),
+            (
+                ("b", "m"),
+                {
+                    ".*bank/(gate|up)_kernel": (None, None, "m"),
+                    ".*bank/down_kernel": (None, "m", None),
+                },
+            ),
+        ):
+            strategy = model_parallel(axes, layouts)
+            layout = strategy.get_variable_layout(layer.experts.up_kernel)
+            self.assertIn("m", layout.axes)
+            with self.subTest(layouts=layouts):
+                with strategy.scope():
+                    found = step(layer, inputs())
+                for value, expected in zip(found, whole, strict=True):
+                    self.assert_relative(value, expected, 1e-5)
+        strategy = model_parallel(
+            ("b", "m"), {".*bank/.*_kernel": ("m", None, None)}
+        )
+        with strategy.scope():
+            with self.assertRaisesRegex(ValueError, "gate_bias'.* whole"):
+                step(layer, inputs())
+
+    def test_one_choice_and_more_room_than_tokens(self):
+        layer = MoE(
+            router=TopKRouter(EXPERTS, 1),
+            experts=GLUExperts(EXPERTS, WIDTH),
+            losses=None,
+            capacity=Capacity(size=10**6),
+        )
+        _, outputs, *rest = self.assert_same_step(
+            layer, inputs(), expert_parallel(2, 2)
+        )
+        number = len(layer.trainable_variables)
+        gradients = rest[-number - 1 : -1]
+        paths = [v.path for v in layer.trainable_variables]
+        self.assertIn("router", paths[0])
+        self.assertGreater(np.abs(gradients[0]).max(), 1e-3)
+
+    def test_recomputation(self):
+        """Routes the same and counts once."""
+        import jax
+
+        layer = MoE(
+            router=TopKRouter(EXPERTS, 2, expert_bias=True),
+            experts=GLUExperts(EXPERTS, WIDTH),
+        )
+        x = inputs()
+        wanted = step_once_built(layer, x)
+        with expert_parallel(2, slack=0.0).scope():
+            found = step(layer, x, transform=jax.checkpoint)
+        for value, expected in zip(found, wanted, strict=True):
+            self.assert_relative(value, expected, 1e-5)
+
+    def test_losses_of_sequences_do_not_depend_on_the_batch(self):
+        import jax
+
+        layer = MoE(
+            EXPERTS, WIDTH, losses=[LoadBalancingLoss(0.5, per="sequence")]
+        )
+        call = functools.partial(
+            layer.stateless_call, training=True, return_losses=True
+        )
+        x = inputs()
+        layer.build(x.shape)
+        with expert_parallel(4).scope():
+            state = [
+                [v.value for v in layer.trainable_variables],
+                [v.value for v in layer.non_trainable_variables],
+            ]
+            losses = []
+            for part in (x, x[:4], x[4:]):
+                (loss,) = jax.jit(call)(*state, part)[2]
+                losses.append(float(loss))
+        self.assertAlmostEqual(losses[0], losses[1] / 4 + losses[2] * 3 / 4, 5)
+
+    def test_model_made_elsewhere(self):
+        model = keras.Sequential(
+            [keras.Input((LENGTH, DIM)), MoE(EXPERTS, WIDTH)]
+        )
+        strategy = expert_parallel(2)
+        with strategy.scope():
+            with self.assertRaisesRegex(ValueError, "made in the scope"):
+                strategy.distribute(model)
+
+    def test_processes_are_those_of_keras(self):
+        """By their number Keras divides a dataset among them."""
+        with expert_parallel(2).scope():
+            engine = keras.distribution.distribution()
+        of_keras = keras.distribution.ModelParallel.num_processes
+        self.assertIs(type(engine).num_processes, of_keras)
+        self.assertEqual(engine.num_model_replicas, 2)
+
+
+def step_once_built(layer, x):
+    layer.build(x.shape)
+    return step(layer, x)
 
 
 def is_whole(variable):
