@@ -102,6 +102,10 @@ class EncoderBlock(keras.layers.Layer):
         check_one_of("route_per", route_per, ("token", "image"))
         if group_size is not None:
             check_int("group_size", group_size, 1)
+        if feed_forward is None:
+            raise ValueError(
+                "`feed_forward` must be a layer. Received: feed_forward=None"
+            )
         self.feed_forward = as_layer("feed_forward", feed_forward)
         takes = inspect.signature(self.feed_forward.call).parameters
         if group_size is not None and "mask" not in takes:

@@ -7,11 +7,12 @@ from keras_moe.checks import check_one_of
 from keras_moe.checks import check_rate
 from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
-from keras_moe.moe.model_config import settings_of
+from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.attention_pooling import AttentionPooling
 from keras_moe.vision.models.presets import Presets
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_backbone import as_dtype
+from keras_moe.vision.models.vision_backbone import frozen_parts
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
 POOLINGS = ("token", "gap", "map")
@@ -41,7 +42,7 @@ class MoEImageClassifier(Presets, keras.Model):
             the output. Defaults to `None`.
         head_dtype: As for `keras.layers.Layer`, for the output. Defaults to
             `None`, the dtype of the backbone.
-        **kwargs: `name` and `trainable`.
+        name, trainable: As for `keras.Model`.
 
     Input shape:
         That of the backbone.
@@ -81,7 +82,9 @@ class MoEImageClassifier(Presets, keras.Model):
         dropout=0.0,
         representation_dim=None,
         head_dtype=None,
-        **kwargs,
+        *,
+        name=None,
+        trainable=True,
     ):
         if not isinstance(backbone, self.backbone_class):
             raise ValueError(
@@ -119,7 +122,12 @@ class MoEImageClassifier(Presets, keras.Model):
         x = keras.layers.Dense(
             num_classes, activation, dtype=head_dtype, name="predictions"
         )(x)
-        super().__init__(inputs=inputs, outputs=x, **kwargs)
+        super().__init__(
+            inputs=inputs,
+            outputs=x,
+            name=name or default_name("moe_image_classifier"),
+            trainable=trainable,
+        )
         self.backbone = backbone
         self.dtype_policy = dtype
         arguments = {
@@ -160,7 +168,7 @@ class MoEImageClassifier(Presets, keras.Model):
         return {
             "name": self.name,
             "trainable": self.trainable,
-            **settings_of(self),
+            **frozen_parts(self),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             **self._arguments(),
         }

@@ -2,6 +2,7 @@ import keras
 
 from keras_moe.checks import check_int
 from keras_moe.experts.mlp_experts import MLPExperts
+from keras_moe.moe.part_arguments import default_name
 from keras_moe.moe.soft_moe import SoftMoE
 from keras_moe.routers.soft_router import SoftRouter
 from keras_moe.vision.models.moe_blocks import moe_block_indices
@@ -104,12 +105,14 @@ class SoftMoEBackbone(VisionBackbone):
         layer_norm_epsilon=1e-6,
         data_format=None,
         dtype=None,
+        *,
+        name=None,
         **kwargs,
     ):
         arguments = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("self", "kwargs", "__class__")
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "name", "kwargs", "__class__")
         }
         check_int("num_layers", num_layers, 1)
         if moe_layers is None:
@@ -142,4 +145,9 @@ class SoftMoEBackbone(VisionBackbone):
             )
             for i, block in enumerate(where)
         }
-        super().__init__(arguments, layers, **kwargs)
+        super().__init__(
+            arguments,
+            layers,
+            name=name or default_name("soft_moe_backbone"),
+            **kwargs,
+        )

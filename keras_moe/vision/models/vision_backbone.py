@@ -21,13 +21,24 @@ class VisionBackbone(Presets, keras.Model):
         blocks: dict of block numbers to further arguments of `EncoderBlock`.
         takes_context: list of ints. The blocks that take a second input,
             `task_ids`, as context.
-        **kwargs: `name` and `trainable`.
+        name, trainable: As for `keras.Model`.
     """
 
     def __init__(
-        self, arguments, moe_layers, blocks=None, takes_context=(), **kwargs
+        self,
+        arguments,
+        moe_layers,
+        blocks=None,
+        takes_context=(),
+        *,
+        name,
+        trainable=True,
     ):
-        a = arguments
+        # Lists, as they are after loading.
+        a = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in arguments.items()
+        }
         dtype = a["dtype"] = as_dtype(a["dtype"])
         for name in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
             check_int(name, a[name], 1)
@@ -85,7 +96,9 @@ class VisionBackbone(Presets, keras.Model):
             epsilon=a["layer_norm_epsilon"], dtype=dtype, name="norm"
         )(x)
         inputs = images if context is None else [images, context]
-        super().__init__(inputs=inputs, outputs=x, **kwargs)
+        super().__init__(
+            inputs=inputs, outputs=x, name=name, trainable=trainable
+        )
         a["data_format"] = embedding.data_format
         self.data_format = embedding.data_format
         self.use_class_token = a["use_class_token"]
@@ -111,7 +124,7 @@ class VisionBackbone(Presets, keras.Model):
         return {
             "name": self.name,
             "trainable": self.trainable,
-            **settings_of(self),
+            **frozen_parts(self),
             **self._arguments(),
             "dtype": keras.dtype_policies.serialize(self._arguments()["dtype"]),
         }
@@ -119,6 +132,13 @@ class VisionBackbone(Presets, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return made_again(cls, *deserialized(config, custom_objects))
+
+
+def frozen_parts(model):
+    """The frozen layers and weights; the dtype is an argument."""
+    settings = settings_of(model)
+    del settings["dtype_policy"]
+    return settings
 
 
 def as_dtype(dtype):

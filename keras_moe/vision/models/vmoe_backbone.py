@@ -12,6 +12,7 @@ from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
 from keras_moe.moe.moe import MoE
+from keras_moe.moe.part_arguments import default_name
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
 from keras_moe.vision.models.moe_blocks import moe_block_indices
@@ -51,7 +52,8 @@ class VMoEBackbone(VisionBackbone):
             Defaults to `8`.
         moe_layers: Which blocks have experts: `"every_2"` the odd ones,
             counted from 0, `"last_n"` the last n of the odd ones, as in the
-            paper, or a list of ints. Defaults to `"last_2"`.
+            paper, or a list of ints; an empty one gives the dense model.
+            Defaults to `"last_2"`.
         router: A name of `keras_moe.routers.get`, a router, of which each block
             gets its own copy, or a list of these. Defaults to `"v_moe"`.
         top_k: int. Experts per token, for routers given by name. Defaults to
@@ -100,7 +102,7 @@ class VMoEBackbone(VisionBackbone):
         layer_norm_epsilon: float. Defaults to `1e-6`.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `None`, that of the Keras configuration.
-        dtype: As for `keras.layers.Layer`, or a `keras.DTypePolicyMap`.
+        dtype: As for `keras.layers.Layer`, or a DTypePolicyMap.
             Defaults to `None`.
         **kwargs: `name` and `trainable`.
 
@@ -168,12 +170,14 @@ class VMoEBackbone(VisionBackbone):
         layer_norm_epsilon=1e-6,
         data_format=None,
         dtype=None,
+        *,
+        name=None,
         **kwargs,
     ):
         arguments = {
-            name: value
-            for name, value in locals().items()
-            if name not in ("self", "kwargs", "__class__")
+            key: value
+            for key, value in locals().items()
+            if key not in ("self", "name", "kwargs", "__class__")
         }
         check_int("num_layers", num_layers, 1)
         check_int("num_shared_experts", num_shared_experts, 0)
@@ -195,6 +199,7 @@ class VMoEBackbone(VisionBackbone):
             layers,
             dict.fromkeys(where, block),
             takes_context=context,
+            name=name or default_name("v_moe_backbone"),
             **kwargs,
         )
 
