@@ -1,5 +1,7 @@
 """The base class of the tests, and the only place that imports keras.src."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -12,13 +14,23 @@ class TestCase(testing.TestCase):
         keras.utils.set_random_seed(0)
 
     def outputs_and_gradients(
-        self, layer, inputs, cotangent=None, losses=False, **kwargs
+        self,
+        layer,
+        inputs,
+        cotangent=None,
+        losses=False,
+        whole_paths=False,
+        traced=True,
+        **kwargs,
     ):
         """Runs a built layer, and differentiates `sum(outputs * cotangent)`.
 
         With `losses`, the losses the layer adds are part of the sum. Returns
         the outputs, the gradient of the inputs, and the gradients of the
-        trainable variables by the end of their path.
+        trainable variables by their path without the layer's name, which the
+        paths in a functional model (`whole_paths`) do not have. Without
+        `traced` TensorFlow runs it as it goes, which takes less time for large
+        models that run once.
         """
         differentiate = {
             "jax": _gradients_jax,
@@ -26,6 +38,8 @@ class TestCase(testing.TestCase):
             "torch": _gradients_torch,
         }[keras.config.backend()]
         inputs = ops.convert_to_tensor(inputs)
+        if not traced and keras.config.backend() == "tensorflow":
+            differentiate = functools.partial(differentiate, traced=False)
 
         def objective(outputs, added):
             outputs = ops.cast(outputs, "float32")
@@ -38,11 +52,13 @@ class TestCase(testing.TestCase):
             layer, inputs, objective, kwargs
         )
         names = [v.path for v in layer.trainable_variables]
+        if not whole_paths:
+            names = [name.split("/", 1)[1] for name in names]
         return (
             ops.convert_to_numpy(outputs),
             ops.convert_to_numpy(d_inputs),
             {
-                name.split("/", 1)[1]: ops.convert_to_numpy(gradient)
+                name: ops.convert_to_numpy(gradient)
                 for name, gradient in zip(names, d_variables, strict=True)
             },
         )
@@ -75,10 +91,9 @@ def _gradients_jax(layer, inputs, objective, kwargs):
     return outputs, d_inputs, d_variables
 
 
-def _gradients_tensorflow(layer, inputs, objective, kwargs):
+def _gradients_tensorflow(layer, inputs, objective, kwargs, traced=True):
     import tensorflow as tf
 
-    @tf.function
     def run(inputs):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -91,7 +106,7 @@ def _gradients_tensorflow(layer, inputs, objective, kwargs):
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
-    return run(inputs)
+    return (tf.function(run) if traced else run)(inputs)
 
 
 def _gradients_torch(layer, inputs, objective, kwargs):

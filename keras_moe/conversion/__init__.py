@@ -1,3 +1,6 @@
 """Functions that change existing models."""
 
+from keras_moe.conversion.resize_positions import (
+    resize_positions as resize_positions,
+)
 from keras_moe.conversion.set_eval_top_k import set_eval_top_k as set_eval_top_k

@@ -28,7 +28,8 @@ class GLUExperts(FeedForwardExperts):
     Args:
         num_experts: int. Number of experts in the bank.
         intermediate_dim: int. Width of each expert's hidden layer.
-        activation: Any Keras activation, `"quick_gelu"` or `"relu_squared"`.
+        activation: Any Keras activation, `"gelu_tanh"`, `"quick_gelu"` or
+            `"relu_squared"`.
             Defaults to `"silu"`.
         use_bias: bool. Whether the three layers have a bias. Defaults to
             `False`.

@@ -17,8 +17,9 @@ class MLPExperts(FeedForwardExperts):
     Args:
         num_experts: int. Number of experts in the bank.
         intermediate_dim: int. Width of each expert's hidden layer.
-        activation: Any Keras activation, `"quick_gelu"` or `"relu_squared"`
-            (Nemotron). Defaults to `"relu"`.
+        activation: Any Keras activation, `"gelu_tanh"` (V-MoE),
+            `"quick_gelu"` or `"relu_squared"` (Nemotron). Defaults to
+            `"relu"`.
         use_bias: bool. Whether both layers have a bias. Defaults to `True`.
         output_dim: int, or `None` for the width of the input. Defaults to
             `None`.

@@ -49,3 +49,10 @@ from keras_moe.recommendation.layers.sub_network_routing import (
 )
 from keras_moe.stacked.stacked_dense import StackedDense as StackedDense
 from keras_moe.stacked.stacked_mlp import StackedMLP as StackedMLP
+from keras_moe.vision.layers.attention_pooling import (
+    AttentionPooling as AttentionPooling,
+)
+from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
+from keras_moe.vision.layers.patch_embedding import (
+    PatchEmbedding as PatchEmbedding,
+)

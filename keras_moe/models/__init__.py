@@ -52,3 +52,13 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.image_classifier import (
+    MoEImageClassifier as MoEImageClassifier,
+)
+from keras_moe.vision.models.image_classifier import (
+    VMoEImageClassifier as VMoEImageClassifier,
+)
+from keras_moe.vision.models.soft_moe_backbone import (
+    SoftMoEBackbone as SoftMoEBackbone,
+)
+from keras_moe.vision.models.vmoe_backbone import VMoEBackbone as VMoEBackbone

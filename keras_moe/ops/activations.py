@@ -45,7 +45,16 @@ def relu_squared(x):
     return ops.square(ops.relu(x))
 
 
-_NAMED = {"quick_gelu": Swish(1.702), "relu_squared": relu_squared}
+def gelu_tanh(x):
+    """GELU, its normal distribution approximated by a tanh (V-MoE, GPT-2)."""
+    return ops.gelu(x, approximate=True)
+
+
+_NAMED = {
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": Swish(1.702),
+    "relu_squared": relu_squared,
+}
 
 
 def get(identifier):
@@ -67,6 +76,6 @@ def is_pure(activation):
     name = getattr(activation, "__name__", "")
     return (
         type(activation) is Swish
-        or activation is relu_squared
+        or activation in (gelu_tanh, relu_squared)
         or getattr(keras.activations, name, None) is activation
     )

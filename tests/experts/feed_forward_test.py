@@ -85,7 +85,10 @@ class FeedForwardTest(BankTestCase):
         self.check_dtypes(make, self.rows.astype("float32"), SIZES)
 
     @parameterized.parameters(
-        ("quick_gelu",), ("relu_squared",), ("gelu",), (experts.Swish(0.3),)
+        ("quick_gelu",),
+        ("relu_squared",),
+        ("gelu_tanh",),
+        (experts.Swish(0.3),),
     )
     def test_saving(self, activation):
         layer = experts.GLUExperts(

@@ -1,9 +1,9 @@
 import keras
 
 from keras_moe.checks import is_int
-from keras_moe.recommendation.models.model_config import deserialized
-from keras_moe.recommendation.models.model_config import made_again
-from keras_moe.recommendation.models.model_config import settings_of
+from keras_moe.moe.model_config import deserialized
+from keras_moe.moe.model_config import made_again
+from keras_moe.moe.model_config import settings_of
 from keras_moe.recommendation.tasks.assemble import assemble
 from keras_moe.recommendation.tasks.multi_task_model import MultiTaskModel
 from keras_moe.recommendation.tasks.training_arguments import check_data

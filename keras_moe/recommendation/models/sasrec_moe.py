@@ -5,11 +5,11 @@ from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_int_up_to
 from keras_moe.checks import check_rate
+from keras_moe.moe.model_config import deserialized
+from keras_moe.moe.model_config import made_again
+from keras_moe.moe.model_config import settings_of
 from keras_moe.moe.moe import MoE
 from keras_moe.recommendation.models.layer_arguments import split_arguments
-from keras_moe.recommendation.models.model_config import deserialized
-from keras_moe.recommendation.models.model_config import made_again
-from keras_moe.recommendation.models.model_config import settings_of
 from keras_moe.recommendation.models.next_item_model import NextItemModel
 from keras_moe.recommendation.models.sasrec_graph import NEVER
 from keras_moe.recommendation.models.sasrec_graph import sasrec_graph

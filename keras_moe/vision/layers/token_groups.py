@@ -1,0 +1,32 @@
+"""Groups of tokens that take no notice of where an image ends."""
+
+import math
+
+from keras import ops
+
+
+def to_groups(x, size):
+    """`(B, N, ...)` to `(G, size, ...)`, in the order of images and tokens.
+
+    Returns:
+        `(groups, mask)`. A last group that is not full is filled up with zeros,
+        which `mask` `(G, size)` marks with `False`. It is `None` where all
+        groups are known to be full.
+    """
+    batch, tokens, *rest = ops.shape(x)
+    number = batch * tokens
+    x = ops.reshape(x, (number, *rest))
+    missing = -number % size
+    if isinstance(missing, int) and not missing:
+        return ops.reshape(x, (number // size, size, *rest)), None
+    filling = ops.zeros((missing, *rest), dtype=x.dtype)
+    x = ops.concatenate([x, filling], axis=0)
+    places = ops.arange(number + missing)
+    mask = ops.reshape(places < number, (-1, size))
+    return ops.reshape(x, (-1, size, *rest)), mask
+
+
+def from_groups(x, shape):
+    """The tokens of `to_groups` back in the shape `(B, N, D)`."""
+    number = math.prod(shape[:2])
+    return ops.reshape(ops.reshape(x, (-1, shape[-1]))[:number], shape)

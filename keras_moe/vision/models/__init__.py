@@ -1,0 +1,1 @@
+"""Ready-made backbones and classifiers of images."""

@@ -1,0 +1,161 @@
+import keras
+
+from keras_moe.checks import check_int
+from keras_moe.checks import check_rate
+from keras_moe.moe.model_config import deserialized
+from keras_moe.moe.model_config import made_again
+from keras_moe.moe.model_config import settings_of
+from keras_moe.vision.layers.attention import VisionMLP
+from keras_moe.vision.layers.encoder_block import EncoderBlock
+from keras_moe.vision.layers.patch_embedding import PatchEmbedding
+from keras_moe.vision.models.presets import Presets
+
+
+class VisionBackbone(Presets, keras.Model):
+    """Base of vision transformers with experts, from images to tokens.
+
+    Args:
+        arguments: dict. The arguments of the subclass's constructor, which are
+            saved.
+        moe_layers: dict of block numbers to feed-forward layers.
+        blocks: dict of block numbers to further arguments of `EncoderBlock`.
+        takes_context: list of ints. The blocks that take a second input,
+            `task_ids`, as context.
+        name, trainable: As for `keras.Model`.
+    """
+
+    def __init__(
+        self,
+        arguments,
+        moe_layers,
+        blocks=None,
+        takes_context=(),
+        *,
+        name,
+        trainable=True,
+    ):
+        # Lists, as they are after loading.
+        a = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in arguments.items()
+        }
+        dtype = a["dtype"] = as_dtype(a["dtype"])
+        for name in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+            check_int(name, a[name], 1)
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            check_rate(name, a[name])
+        if a["hidden_dim"] % a["num_heads"]:
+            raise ValueError(
+                "`num_heads` must divide `hidden_dim`. Received: "
+                f"num_heads={a['num_heads']}, hidden_dim={a['hidden_dim']}"
+            )
+        images = keras.Input(as_image_shape(a["image_shape"]), name="images")
+        context = None
+        if takes_context:
+            context = keras.Input((), dtype="int32", name="task_ids")
+        embedding = PatchEmbedding(
+            a["hidden_dim"],
+            a["patch_size"],
+            use_class_token=a["use_class_token"],
+            positions=a["positions"],
+            data_format=a["data_format"],
+            dtype=dtype,
+            name="patch_embedding",
+        )
+        x = embedding(images)
+        if a["dropout"]:
+            x = keras.layers.Dropout(
+                a["dropout"], dtype=dtype, name="embedding_dropout"
+            )(x)
+        for i in range(a["num_layers"]):
+            feed_forward = moe_layers.get(i)
+            if feed_forward is None:
+                feed_forward = VisionMLP(
+                    a["mlp_dim"],
+                    a["activation"],
+                    a["dropout"],
+                    dtype=dtype,
+                    name="mlp",
+                )
+            block = EncoderBlock(
+                a["num_heads"],
+                feed_forward,
+                qk_norm=a["qk_norm"],
+                layer_norm_epsilon=a["layer_norm_epsilon"],
+                dropout=a["dropout"],
+                attention_dropout=a["attention_dropout"],
+                # Deeper blocks are left out more often.
+                drop_path=a["drop_path"] * i / max(a["num_layers"] - 1, 1),
+                dtype=dtype,
+                name=f"block_{i}",
+                **(blocks or {}).get(i, {}),
+            )
+            has_context = i in takes_context
+            x = block(x, context=context) if has_context else block(x)
+        x = keras.layers.LayerNormalization(
+            epsilon=a["layer_norm_epsilon"], dtype=dtype, name="norm"
+        )(x)
+        inputs = images if context is None else [images, context]
+        super().__init__(
+            inputs=inputs, outputs=x, name=name, trainable=trainable
+        )
+        a["data_format"] = embedding.data_format
+        self.data_format = embedding.data_format
+        self.use_class_token = a["use_class_token"]
+        self.mlp_dim = a["mlp_dim"]
+        # Functions, since Keras would save plain attributes.
+        self._arguments = lambda: dict(a)
+        self.dtype_policy = dtype
+
+    @property
+    def moe_blocks(self):
+        """The numbers of the blocks with experts."""
+        return [
+            i
+            for i in range(self._arguments()["num_layers"])
+            if not isinstance(self.block(i).feed_forward, VisionMLP)
+        ]
+
+    def block(self, index):
+        """The `keras_moe.layers.EncoderBlock` of a number, from 0."""
+        return self.get_layer(f"block_{index}")
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "trainable": self.trainable,
+            **frozen_parts(self),
+            **self._arguments(),
+            "dtype": keras.dtype_policies.serialize(self._arguments()["dtype"]),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return made_again(cls, *deserialized(config, custom_objects))
+
+
+def frozen_parts(model):
+    """The frozen layers and weights; the dtype is an argument."""
+    settings = settings_of(model)
+    del settings["dtype_policy"]
+    return settings
+
+
+def as_dtype(dtype):
+    """A dtype policy, from what a layer takes as `dtype`."""
+    if dtype is None:
+        return keras.config.dtype_policy()
+    return keras.dtype_policies.get(dtype)
+
+
+def as_image_shape(image_shape):
+    if (
+        not isinstance(image_shape, (list, tuple))
+        or len(image_shape) != 3
+        or not all(isinstance(i, int) and i > 0 for i in image_shape)
+    ):
+        raise ValueError(
+            "`image_shape` must be three positive ints. "
+            f"Received: image_shape={image_shape!r}"
+        )
+    return tuple(image_shape)

@@ -1,0 +1,186 @@
+"""V-MoE of google-research/vmoe: whole models on recorded arrays."""
+
+from unittest import mock
+
+import numpy as np
+from absl.testing import parameterized
+from keras import ops
+
+from keras_moe.layers import MoE
+from keras_moe.losses import ImportanceLoss
+from keras_moe.losses import LoadBalancingLoss
+from keras_moe.losses import LoadLoss
+from tests.routing_cases.cases import combine_matrix
+from tests.routing_cases.cases import recorded_draws
+from tests.test_case import TestCase
+from tests.vision_cases import cases
+from tests.vision_cases import vmoe
+
+NAMED = cases.named(vmoe.matches)
+MODES = [
+    (f"{name}_{'training' if prefix else 'inference'}", case, prefix)
+    for name, case in NAMED
+    for prefix in ("", "train/")
+    if f"{prefix}y" in case.arrays
+]
+LOSSES = {
+    "importance_loss": ImportanceLoss(1.0, scores="softmax", per="sequence"),
+    "gshard_loss": LoadBalancingLoss(1.0, per="sequence", assignments="first"),
+    "load_loss": LoadLoss(1.0, per="sequence"),
+}
+
+
+def model_of(case, prefix):
+    """The original has losses in inference too, without the one of loads.
+
+    Ours are those of training: there, without noise, the rest is the same.
+    """
+    without = {} if prefix else {"load_loss_weight": 0.0}
+    return vmoe.model_from_case(case, without)
+
+
+def draws(case, prefix):
+    """Every block draws once; for inference, zeros."""
+    moe = case.config["encoder"]["moe"]
+    noise = case.under("train/noise_unit/") if prefix else {}
+    if not noise and vmoe.router_of(case.meta).get("noise_std", 1.0):
+        tokens = len(case.arrays["x"]) * np.prod(
+            [
+                size // patch
+                for size, patch in zip(
+                    case.arrays["x"].shape[1:3],
+                    case.config["patch_size"],
+                    strict=True,
+                )
+            ]
+        )
+        tokens += len(case.arrays["x"]) * (case.config["classifier"] == "token")
+        zeros = np.zeros((tokens, moe["num_experts"]), "float32")
+        return recorded_draws(normal=[zeros] * len(moe["layers"]))
+    return recorded_draws(normal=[noise[key] for key in sorted(noise, key=int)])
+
+
+class VMoEModelsTest(TestCase):
+    @parameterized.named_parameters(MODES)
+    def test_outputs_and_gradients(self, case, prefix):
+        model = model_of(case, prefix)
+        with draws(case, prefix):
+            outputs, d_inputs, d_weights = self.outputs_and_gradients(
+                model,
+                case.arrays["x"],
+                case.arrays["cotangent"],
+                losses=True,
+                whole_paths=True,
+                traced=False,
+                training=True,
+            )
+        self.assert_relative(outputs, case.arrays[f"{prefix}y"])
+        self.assert_relative(d_inputs, case.arrays[f"{prefix}grad/x"])
+        vmoe.assert_gradients(self, d_weights, prefix, case)
+
+    @parameterized.named_parameters(MODES)
+    def test_routing_and_losses(self, case, prefix):
+        model = model_of(case, prefix)
+        routed = []
+        watched = MoE._routed
+
+        def spy(layer, tokens, routing, training):
+            routed.append((layer, tokens, routing))
+            return watched(layer, tokens, routing, training)
+
+        with mock.patch.object(MoE, "_routed", spy), draws(case, prefix):
+            model(case.arrays["x"], training=True)
+        total = ops.convert_to_numpy(sum(model.losses))
+        auxiliary = case.arrays[f"{prefix}auxiliary_loss"]
+        self.assert_relative(total, np.mean(auxiliary))
+        blocks = sorted(case.config["encoder"]["moe"]["layers"])
+        for block, (layer, tokens, routing) in zip(blocks, routed, strict=True):
+            self.assert_routing(case, f"{prefix}route/{block}/", layer, routing)
+            for name, loss in LOSSES.items():
+                recorded = case.arrays.get(f"{prefix}{name}/{block}")
+                if recorded is not None:
+                    value = loss(routing, None, tokens.positions[0])
+                    self.assert_relative(value, recorded.mean())
+
+    def assert_routing(self, case, where, layer, routing):
+        """`slot` is a place in a queue, here a row of a sorted batch.
+
+        Which tokens have one is compared, not which.
+        """
+        recorded = case.under(where)
+        if not recorded:
+            return
+        groups, size, experts = recorded["combine"].shape
+        flat = (-1, experts)
+        if "logits" in recorded:
+            self.assert_relative(
+                routing.logits, recorded["logits"].reshape(flat)
+            )
+        combine = combine_matrix(layer, routing, groups, training=True)
+        self.assert_relative(combine, recorded["combine"].reshape(flat))
+        self.assertAllEqual(combine > 0, recorded["slot"].reshape(flat) >= 0)
+        if not vmoe.chooses_tokens(case.meta):
+            top_k = routing.expert_indices.shape[-1]
+            rows = layer.capacity.rows_per_expert(size, experts, top_k, True)
+            self.assertEqual(rows, recorded["capacity"])
+
+    @parameterized.named_parameters(NAMED)
+    def test_inference(self, case):
+        model = vmoe.model_from_case(case)
+        self.assert_relative(
+            model(case.arrays["x"], training=False), case.arrays["y"]
+        )
+        self.assertEqual(model.losses, [])
+
+
+class UpcycledTest(TestCase):
+    @parameterized.named_parameters(
+        cases.named(
+            lambda meta, arrays: (
+                vmoe.matches(meta, arrays) and "dense_config" in meta
+            )
+        )
+    )
+    def test_dense_model(self, case):
+        """Experts are copies; with weights that sum to one, all is as before.
+
+        The original does not normalize the weights of the chosen experts, so
+        that its model differs from the dense one.
+        """
+        blocks = case.config["encoder"]["moe"]["layers"]
+        moe = "|".join(f"encoderblock_{block}/Moe/" for block in blocks)
+        shared = {
+            name: value
+            for name, value in case.under("w/").items()
+            if not any(part in name for part in moe.split("|"))
+        }
+        weights = {**shared, **case.under("dense/w/")}
+        dense = case._replace(
+            meta={**case.meta, "config": case.meta["dense_config"]},
+            arrays={
+                "x": case.arrays["x"],
+                **{f"w/{name}": value for name, value in weights.items()},
+            },
+        )
+        model = vmoe.model_from_case(dense)
+        wanted = case.arrays["dense/y"]
+        self.assert_relative(model(case.arrays["x"]), wanted)
+        tiled = vmoe.tiled(case)
+        for name, value in tiled.items():
+            # But for a finite difference that the recording was made with.
+            self.assert_relative(value, case.arrays[f"w/{name}"], 1e-4)
+        upcycled = case._replace(
+            arrays={
+                **case.arrays,
+                **{f"w/{name}": value for name, value in tiled.items()},
+            }
+        )
+        model = vmoe.model_from_case(
+            upcycled,
+            {"load_loss_weight": 0.0},
+            router="top_k",
+            router_noise=None,
+        )
+        self.assert_relative(
+            ops.convert_to_numpy(model(case.arrays["x"])), wanted
+        )
