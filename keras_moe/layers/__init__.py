@@ -49,3 +49,4 @@ from keras_moe.recommendation.layers.sub_network_routing import (
 )
 from keras_moe.stacked.stacked_dense import StackedDense as StackedDense
 from keras_moe.stacked.stacked_mlp import StackedMLP as StackedMLP
+from keras_moe.vision.layers.cond_conv2d import CondConv2D as CondConv2D

@@ -1,0 +1,1 @@
+"""Layers of published vision models."""
