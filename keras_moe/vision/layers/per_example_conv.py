@@ -5,9 +5,9 @@ positions of a kernel, C and F are the channels of inputs and outputs, c and f
 those of one group.
 """
 
-import keras
 from keras import ops
 
+from keras_moe import backend
 from keras_moe.checks import is_int
 
 
@@ -97,35 +97,37 @@ def per_example_conv(images, kernels, strides, dilation_rate):
     """
     if kernels.shape[3] > 1:
         return _by_product(images, kernels, strides, dilation_rate)
-    # JAX's compiler fuses the products of all positions; TensorFlow's depthwise
-    # convolution takes no strides that differ.
-    if keras.config.backend() == "jax" or strides[0] != strides[1]:
-        return _by_position(images, kernels, strides, dilation_rate)
-    return _as_channels(images, kernels, strides, dilation_rate)
+    y = backend.depthwise_conv(
+        images, kernels[:, :, :, 0], strides, dilation_rate
+    )
+    if y is None:
+        y = _by_position(images, kernels, strides, dilation_rate)
+    return y
 
 
 def _positions(images, kernel_size, strides, dilation_rate):
     """What each position of the kernel reads, `(B, H, W, C)` each."""
-    parts = []
-    for row in range(kernel_size[0]):
-        for column in range(kernel_size[1]):
-            part = images
-            for axis, at in ((1, row), (2, column)):
-                before = at * dilation_rate[axis - 1]
-                after = kernel_size[axis - 1] - 1 - at
-                stop = -after * dilation_rate[axis - 1] or None
-                index = [slice(None)] * 4
-                index[axis] = slice(before, stop, strides[axis - 1])
-                part = part[tuple(index)]
-            parts.append(part)
-    return parts
+    reach = [
+        (size - 1) * dilation
+        for size, dilation in zip(kernel_size, dilation_rate, strict=True)
+    ]
+    spans = [ops.shape(images)[1 + axis] - reach[axis] for axis in range(2)]
+    return [
+        backend.window(
+            images,
+            (row * dilation_rate[0], column * dilation_rate[1]),
+            spans,
+            strides,
+        )
+        for row in range(kernel_size[0])
+        for column in range(kernel_size[1])
+    ]
 
 
 def _by_product(images, kernels, strides, dilation_rate):
     """One product of matrices for each example and group."""
     size, (c, filters) = kernels.shape[1:3], kernels.shape[3:]
-    channels, count = images.shape[-1], size[0] * size[1]
-    groups = channels // c
+    count, groups = size[0] * size[1], images.shape[-1] // c
     parts = _positions(images, size, strides, dilation_rate)
     batch, height, width, _ = ops.shape(parts[0])
     if groups == 1:
@@ -142,11 +144,8 @@ def _by_product(images, kernels, strides, dilation_rate):
 
 def _by_position(images, kernels, strides, dilation_rate):
     """Depthwise: a product for each position of the kernel."""
-    size, filters, channels = (
-        kernels.shape[1:3],
-        kernels.shape[4],
-        images.shape[-1],
-    )
+    size, filters = kernels.shape[1:3], kernels.shape[4]
+    channels = images.shape[-1]
     parts = _positions(images, size, strides, dilation_rate)
     shape = (-1, size[0] * size[1], 1, 1, channels, filters // channels)
     weights = ops.reshape(kernels, shape)
@@ -156,37 +155,3 @@ def _by_position(images, kernels, strides, dilation_rate):
     )  # (B, H, W, C, f)
     batch, height, width = ops.shape(y)[:3]
     return ops.reshape(y, (batch, height, width, filters))
-
-
-def _as_channels(images, kernels, strides, dilation_rate):
-    """Depthwise: the channels of all examples, as one image's."""
-    size, filters, channels = (
-        kernels.shape[1:3],
-        kernels.shape[4],
-        images.shape[-1],
-    )
-    batch, height, width, _ = ops.shape(images)
-    first = keras.config.backend() == "torch"
-    weights = ops.transpose(ops.squeeze(kernels, 3), (1, 2, 0, 3))
-    weights = ops.reshape(weights, (*size, -1, filters // channels))
-    if first:
-        x = ops.transpose(images, (0, 3, 1, 2))
-        x = ops.reshape(x, (1, -1, height, width))
-    else:
-        x = ops.transpose(images, (1, 2, 0, 3))
-        x = ops.reshape(x, (1, height, width, -1))
-    y = ops.depthwise_conv(
-        x,
-        weights,
-        strides=strides[0],
-        padding="valid",
-        data_format="channels_first" if first else "channels_last",
-        dilation_rate=dilation_rate,
-    )
-    if first:
-        height, width = ops.shape(y)[2:]
-        y = ops.reshape(y, (batch, filters, height, width))
-        return ops.transpose(y, (0, 2, 3, 1))
-    height, width = ops.shape(y)[1:3]
-    y = ops.reshape(y, (height, width, batch, filters))
-    return ops.transpose(y, (2, 0, 1, 3))
