@@ -11,6 +11,7 @@ import keras
 
 import benchmarks
 from benchmarks import census
+from benchmarks import convolution
 from benchmarks import decode
 from benchmarks import fit
 from benchmarks import latency
@@ -48,6 +49,12 @@ class BenchmarksTest(TestCase):
             )
             self.assertEqual(figures[kind]["dense"]["ratio"], 1)
         self.assertIn("keras_moe", _printed(layer.report, "x", TINY, figures))
+
+    def test_convolution(self):
+        self.arguments.batch = self.arguments.experts = 2
+        figures = convolution.compare((4, 2, 2, 3, 2, 2), self.arguments)
+        for kind in ("forward", "gradients"):
+            self.assertEqual(set(figures[kind]), {"dense", "CondConv2D"})
 
     @unittest.skipUnless(ON_TORCH, "Many steps to compile.")
     def test_step_of_fit(self):

@@ -52,6 +52,13 @@ of the active Keras backend is re-exported here:
   slices cannot depend on data.
 - `num_replicas(model)`: the number of replicas that share each batch and sum
   their gradients.
+- `window(images, starts, spans, strides)`: `images[:, rows, columns]` of images
+  `(B, height, width, C)`, where rows and columns are
+  `start : start + span : stride`.
+- `depthwise_conv(images, kernels, strides, dilation_rate)`: a convolution of
+  each channel of each image `(B, height, width, C)` with a kernel of its own,
+  `(B, kernel height, kernel width, filters)`, without padding. `None` if
+  products for each position of the kernels are faster, or it cannot do it.
 
 `reference.py` needs `keras.ops` alone and is always tried last.
 """
@@ -109,6 +116,8 @@ sum_over_processes = native.sum_over_processes
 slice_bounds = native.slice_bounds
 on_gradient = native.on_gradient
 num_replicas = native.num_replicas
+window = native.window
+depthwise_conv = native.depthwise_conv
 
 if keras.config.backend() == "jax":
     batch_sharding = native.batch_sharding

@@ -15,6 +15,8 @@ from keras_moe.backend.jax.collectives import exchange_rows as exchange_rows
 from keras_moe.backend.jax.collectives import per_device as per_device
 from keras_moe.backend.jax.collectives import sum_over as sum_over
 from keras_moe.backend.jax.grouped_matmul import best_first as best_first
+from keras_moe.backend.jax.images import depthwise_conv as depthwise_conv
+from keras_moe.backend.jax.images import window as window
 
 GROUPED_MATMUL = {
     "row_blocks": grouped_matmul.row_blocks,

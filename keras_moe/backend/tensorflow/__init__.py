@@ -14,6 +14,8 @@ from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
+from keras_moe.backend.tensorflow.images import depthwise_conv as depthwise_conv
+from keras_moe.backend.tensorflow.images import window as window
 from keras_moe.backend.tensorflow.updates import (
     update_together as update_together,
 )

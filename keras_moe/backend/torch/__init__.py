@@ -7,6 +7,8 @@ from keras_moe.backend.torch.fused_experts import expert_loop as fused_loop
 from keras_moe.backend.torch.grouped_matmul import expert_loop
 from keras_moe.backend.torch.grouped_matmul import grouped_mm
 from keras_moe.backend.torch.grouped_matmul import refusal as _refusal
+from keras_moe.backend.torch.images import depthwise_conv as depthwise_conv
+from keras_moe.backend.torch.images import window as window
 
 GROUPED_MATMUL = {"grouped_mm": grouped_mm, "expert_loop": expert_loop}
 FUSED_EXPERTS = {"expert_loop": fused_loop}

@@ -1,1 +1,1 @@
-"""Parts of vision transformers."""
+"""Layers of published vision models."""
