@@ -18,7 +18,7 @@ BANK = (0, 3, 4, 2, 1), (0, 4, 3, 1, 2)
 
 
 def is_layer(config):
-    return "in_channels" in config and "num_experts" in config
+    return {"kernel_size", "out_channels", "num_experts"} <= set(config)
 
 
 def is_network(config):
