@@ -14,6 +14,7 @@ from keras_moe.backend.tensorflow import fused_loop
 from keras_moe.backend.tensorflow import grouped_matmul
 from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
+from keras_moe.backend.tensorflow.steps import train_step as train_step
 from keras_moe.backend.tensorflow.updates import (
     update_together as update_together,
 )
@@ -156,6 +157,8 @@ def as_strategy(strategy=None):
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = tf.config.list_logical_devices("GPU")
     devices = devices or tf.config.list_logical_devices("CPU")
+    if len(devices) == 1:
+        return tf.distribute.get_strategy()  # nothing to mirror
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
