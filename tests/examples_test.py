@@ -95,6 +95,20 @@ class ExamplesTest(unittest.TestCase):
         files = [path.name for path in self.folder.iterdir()]
         self.assertEqual(files, ["digits.keras"])
 
+    @pytest.mark.multi_device
+    @on("tensorflow")
+    def test_tensorflow_experts(self):
+        done = run(
+            "distributed/tensorflow_experts.py",
+            *("--epochs", "1", "--batch-size", "256"),
+            *("--output", str(self.folder)),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("Each device computes 4 of 8 experts", done.stdout)
+        self.assertRegex(done.stdout, r"test accuracy \d+\.\d%")
+        files = [path.name for path in self.folder.iterdir()]
+        self.assertEqual(files, ["digits.keras"])
+
     def run_recommendation(self, example, files, *arguments):
         """Runs an example, and returns its output and `summary.json`."""
         output = self.folder / "output"

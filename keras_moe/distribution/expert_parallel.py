@@ -78,7 +78,9 @@ class ExpertParallel:
     - TensorFlow: the replicas of a `tf.distribute` strategy, whose weights are
       whole on every device: what is divided is the computation. Option:
       `strategy`, by default the present one, several workers if there is a
-      `TF_CONFIG`, or a `MirroredStrategy` of all devices.
+      `TF_CONFIG`, or a `MirroredStrategy` of all devices. With several workers
+      `train_step` takes the place of `fit`, and each gets its part from
+      `split`.
 
     Args:
         num_expert_shards: int, or `None`. Devices that own the experts
@@ -169,6 +171,32 @@ class ExpertParallel:
             A model that is ready for `fit`.
         """
         return self._engine.load_model(filepath, custom_objects, compile)
+
+    def train_step(self, model):
+        """A training step for several workers, where `fit` fails (TensorFlow).
+
+        ```python
+        step = strategy.train_step(model)
+        for x_batch, y_batch in batches:  # the parts of this worker
+            logs = step(x_batch, y_batch)
+        ```
+
+        Each call is a step of `fit`, with Keras' losses, metrics and
+        optimizer. All workers must take part in each, with batches of one size.
+
+        Args:
+            model: A built and compiled `keras.Model`, made in the scope.
+
+        Returns:
+            `step(x, y, sample_weight=None)`, which returns a dict of floats:
+            the loss and the metrics of all workers since
+            `model.reset_metrics()`.
+
+        Raises:
+            NotImplementedError: On the other backends, where `fit` does it.
+            ValueError: As for `distribute`.
+        """
+        return self._engine.train_step(model)
 
     def split(self, *arrays, batch_size):
         """The part of this process in each batch.

@@ -5,18 +5,13 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.backend.torch import collectives
-from keras_moe.dispatch import Capacity
-from keras_moe.dispatch import Dispatcher
-from keras_moe.ops.dispatch_plan import plan_dispatch
-from keras_moe.ops.routing import Routing
+from keras_moe.distribution.part_dispatcher import PartDispatcher
 
 
-class ProcessDispatcher(Dispatcher):
+class ProcessDispatcher(PartDispatcher):
     """A dispatcher for a part of the batch and of the experts.
 
     Rows travel to the processes of an expert group that hold their experts.
-    Which choices a capacity keeps is decided over the whole batch, except with
-    the policy `"random"`, which each process follows alone.
 
     Args:
         dispatcher: The `Dispatcher` whose options count.
@@ -30,46 +25,12 @@ class ProcessDispatcher(Dispatcher):
                 "dispatcher of the class `Dispatcher` alone. "
                 f"Received: dispatcher={dispatcher!r}"
             )
+        super().__init__(dispatcher, is_whole=engine.num_processes == 1)
         self.moves_rows = engine.num_expert_shards > 1
-        # What `Dispatcher.__init__` makes, without a second seed.
-        self.capacity = dispatcher.capacity
-        self.weights_on = dispatcher.weights_on
-        self.seed_generator = dispatcher.seed_generator
         self.engine = engine
 
-    def plan(
-        self,
-        routing,
-        num_experts,
-        mask=None,
-        training=None,
-        router=None,
-        num_sequences=1,
-    ):
-        capacity = self.capacity
-        if (
-            self.engine.num_processes == 1
-            or not capacity.limits(training)
-            or capacity.per != "batch"
-            or capacity.drop_policy == "random"
-            or backend.has_no_values(routing.expert_indices)
-        ):
-            return super().plan(
-                routing, num_experts, mask, training, router, num_sequences
-            )
-        kept = _kept(routing, num_experts, mask, training, capacity)
-        indices = ops.where(kept, routing.expert_indices, num_experts)
-        dropless = Dispatcher(
-            Capacity(normalize_kept_weights=capacity.normalize_kept_weights)
-        )
-        return dropless.plan(
-            routing._replace(expert_indices=indices),
-            num_experts,
-            ops.any(kept, axis=-1),
-            training,
-            router,
-            num_sequences,
-        )
+    def gather_rows(self, tensor):
+        return collectives.gather_rows(tensor)
 
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
@@ -99,30 +60,6 @@ class ProcessDispatcher(Dispatcher):
         self.engine.keep_link(link)
         unused = (num_rows - num_used, *outputs.shape[1:])
         return ops.concatenate([outputs, ops.zeros(unused, outputs.dtype)])
-
-
-def _kept(routing, num_experts, mask, training, capacity):
-    """Which own choices are kept of those of all processes, `(T, K)` bool."""
-    indices = routing.expert_indices
-    if mask is not None:
-        real = ops.expand_dims(mask, -1)
-        indices = ops.where(real, indices, num_experts)
-    indices, start = collectives.gather_rows(indices)
-    probs = weights = None
-    if capacity.drop_policy == "priority":
-        probs, _ = collectives.gather_rows(routing.probs)
-    elif capacity.drop_policy == "weight":
-        weights, _ = collectives.gather_rows(routing.expert_weights)
-    num_tokens, top_k = indices.shape
-    _, plan = plan_dispatch(
-        Routing(None, probs, indices, weights),
-        num_experts,
-        capacity=capacity.rows_per_expert(
-            num_tokens, num_experts, top_k, training
-        ),
-        drop_policy=capacity.drop_policy,
-    )
-    return plan.kept[start : start + routing.expert_indices.shape[0]]
 
 
 def _compute(rows, sizes, experts, training):

@@ -219,38 +219,6 @@ class ProcessEngine(Engine):
         """
         read_sharded(model, folder, self.num_expert_shards)
 
-    def split(self, *arrays, batch_size):
-        """The part of this process in each batch.
-
-        With it, `fit(..., batch_size=batch_size // num_processes,
-        shuffle=False)` sees in each step what one process would see.
-
-        Args:
-            *arrays: NumPy arrays or tensors with the same number of examples.
-            batch_size: int. Size of the batches of all processes together.
-
-        Returns:
-            The parts, as a tuple if there are several arrays.
-        """
-        check_int("batch_size", batch_size, 1)
-        size = self.num_processes
-        lengths = {len(array) for array in arrays}
-        rest = max(lengths) % batch_size
-        if len(lengths) > 1 or batch_size % size or rest % size:
-            raise ValueError(
-                "The number of processes must divide `batch_size`, and the "
-                "size of the last batch; all arrays must be equally long. "
-                f"Received: batch_size={batch_size}, {size} processes, arrays "
-                f"of {sorted(lengths)} examples"
-            )
-        own = []
-        for first in range(0, max(lengths), batch_size):
-            number = min(batch_size, max(lengths) - first) // size
-            start = first + self.process_index * number
-            own += range(start, start + number)
-        parts = tuple(array[own] for array in arrays)
-        return parts if len(parts) > 1 else parts[0]
-
     @contextlib.contextmanager
     def linked(self):
         """Links the exchanges of one training step (see `exchange_rows`)."""

@@ -20,6 +20,7 @@ from keras_moe.checks import check_int
 from keras_moe.dispatch.dispatcher import Dispatcher
 from keras_moe.distribution.engine import Engine
 from keras_moe.distribution.engine import check_divides
+from keras_moe.distribution.part_dispatcher import PartDispatcher
 from keras_moe.ops.routing import Routing
 from keras_moe.stacked import expert_shards
 
@@ -49,8 +50,9 @@ class ReplicaEngine(Engine):
             a divisor of the number of replicas. `None` for all of them.
             Defaults to `None`.
         strategy: A `tf.distribute.Strategy`, or `None` for a
-            `MirroredStrategy` of all GPUs, or of several workers if the
-            environment has a `TF_CONFIG`. Defaults to `None`.
+            `MirroredStrategy` of all GPUs, or of all CPU devices without one,
+            or of several workers if the environment has a `TF_CONFIG`. On one
+            device it is TensorFlow's default strategy. Defaults to `None`.
 
     Raises:
         ValueError: If the number of shards does not divide the replicas.
@@ -71,6 +73,9 @@ class ReplicaEngine(Engine):
         self.num_expert_shards = num_expert_shards
         self.num_data_shards = replicas // num_expert_shards
         self.num_replicas = replicas
+        self.num_processes, self.process_index = (
+            backend.native.collectives.workers(self.strategy)
+        )
 
     def distribute(self, model):
         """Checks a compiled model, and makes its optimizer clip gradients.
@@ -106,6 +111,14 @@ class ReplicaEngine(Engine):
             backend.native.update_together(model.optimizer)
         return model
 
+    def train_step(self, model):
+        self.distribute(model)
+        if not model.compiled:
+            raise ValueError(
+                f"The model must be compiled. Received: model={model!r}"
+            )
+        return backend.native.train_step(model)
+
     @contextlib.contextmanager
     def scope(self):
         """The context in which the model is made."""
@@ -137,34 +150,50 @@ class ReplicaEngine(Engine):
         """
         check_divides(experts.num_experts, self.num_expert_shards)
         context = backend.native.collectives.replica_context()
-        if context is not None and self.num_expert_shards > 1:
-            team = backend.native.collectives.Team(
-                context, self.num_expert_shards
+        if context is not None:
+            dispatcher = _ReplicaDispatcher(
+                dispatcher, context, self.num_expert_shards
             )
-            dispatcher = _ReplicaDispatcher(dispatcher, team)
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )
 
 
-class _ReplicaDispatcher(Dispatcher):
+class _ReplicaDispatcher(PartDispatcher):
     """Sends rows to the replicas of a team that compute their experts.
 
     Each replica makes a block of rows for each, of the size of the largest
     block of all, and gets one from each.
     """
 
-    moves_rows = True
+    def __init__(self, dispatcher, context, num_expert_shards):
+        self._all = self._team = backend.native.collectives.Team(context)
+        # XLA would need to know the number of tokens on each replica.
+        super().__init__(dispatcher, is_whole=self._all.is_tpu)
+        self.moves_rows = num_expert_shards > 1
+        if 1 < num_expert_shards < self._all.size:
+            self._team = backend.native.collectives.Team(
+                context, num_expert_shards
+            )
 
-    def __init__(self, dispatcher, team):
-        self.capacity = dispatcher.capacity
-        self.weights_on = dispatcher.weights_on
-        self.seed_generator = dispatcher.seed_generator
-        self._team = team
+    def gather_rows(self, tensor):
+        number = ops.cast(ops.shape(tensor)[0], "int32")
+        numbers = self._all.gather(number)  # (R,)
+        longest = ops.maximum(ops.max(numbers), 1)
+        parts = self._all.gather(
+            _resized(ops.stop_gradient(tensor), longest)
+        )  # (R, longest, ...)
+        parts = [parts[i, : numbers[i]] for i in range(self._all.size)]
+        starts = ops.cumsum(numbers) - numbers
+        return ops.concatenate(parts), starts[self._all.rank]
 
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
     ):
+        if not self.moves_rows:
+            return super().exchange(
+                rows, group_sizes, experts, training, max_group_size
+            )
         team, num_experts = self._team, experts.num_experts
         owners = np.arange(num_experts) // (num_experts // team.size)
         owns = ops.convert_to_tensor(np.arange(team.size)[:, None] == owners)

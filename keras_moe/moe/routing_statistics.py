@@ -128,6 +128,11 @@ class RoutingStatistics(keras.layers.Layer):
         for counter in self._counters():
             counter.assign(ops.zeros(counter.shape, "float32"))
 
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        # The epoch that was saved: the next one must not add to it.
+        self._recorded = self._readable() and self._has_tokens()
+
     @property
     def metrics(self):
         """The metric, while there is something to show: not in `evaluate`."""

@@ -3,7 +3,7 @@
 Two logical CPU devices (see conftest.py).
 """
 
-import contextlib
+import os
 
 import keras
 import numpy as np
@@ -30,12 +30,17 @@ pytestmark = [
     # TensorFlow says that two devices on one machine do not need NCCL.
     pytest.mark.filterwarnings("ignore:.*NCCL"),
 ]
-EXPERTS, EXAMPLES, LENGTH, DIM = 4, 80, 3, 5
+EXPERTS, LENGTH, DIM = 4, 3, 5
 BIAS = {"expert_bias": True, "bias_update_rate": 0.02}
 CASES = {
-    "sign": {"router": {**BIAS, "score_activation": "sigmoid"}},
+    "sign": {
+        "router": {**BIAS, "score_activation": "sigmoid"},
+        "losses": "default",
+    },
     "quantile": {
-        "router": {**BIAS, "bias_update": "quantile", "bias_update_steps": 2}
+        "router": {**BIAS, "bias_update": "quantile", "bias_update_steps": 2},
+        "capacity_factor": 0.6,
+        "drop_policy": "priority",
     },
     "losses": {
         "losses": [
@@ -48,70 +53,112 @@ CASES = {
 }
 
 
-def train(case, strategy=None, optimizer=None):
-    """The weights, the optimizer's, and the logs of ten steps an epoch."""
+def build(case, **optimizer):
     keras.utils.set_random_seed(4)
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=(EXAMPLES, LENGTH, DIM)).astype("float32")
-    # Unevenly masked, which only the layer knows: Keras would divide the loss
-    # of each replica by the number of its own unmasked positions.
-    mask = rng.random((EXAMPLES, LENGTH)) < 0.7
-    mask[::8] = mask[16:20] = False
-    mask = mask.astype("float32")
     arguments = dict(CASES[case])
     router = routers.TopKRouter(EXPERTS, 2, **arguments.pop("router", {}))
-    scope = strategy.scope() if strategy else contextlib.nullcontext()
-    with scope:
-        inputs = keras.Input((LENGTH, DIM))
-        masks = keras.Input((LENGTH,))  # Keras averages a batch: no bools
-        layer = MoE(
-            router=router,
-            intermediate_dim=6,
-            name="moe",
-            shared_experts=GLUExperts(1, 4),
-            **arguments,
-        )
-        h = layer(inputs, mask=ops.greater(masks, 0))
-        outputs = keras.layers.Dense(1)(1.0 * h)
-        model = keras.Model([inputs, masks], outputs)
-        model.compile(
-            keras.optimizers.Adam(0.02, **optimizer),
-            "mse",
-        )
-        if strategy is not None:
-            model = strategy.distribute(model)
-    validation = ([x[:8], mask[:8]], x[:8, :, :1]) if case == "sign" else None
-    history = model.fit(
-        *([x, mask], x[..., :1]),
+    inputs = keras.Input((LENGTH, DIM))
+    masks = keras.Input((LENGTH,))  # Keras averages a batch: no bools
+    layer = MoE(
+        router=router,
+        intermediate_dim=6,
+        name="moe",
+        shared_experts=GLUExperts(1, 4),
+        **arguments,
+    )
+    h = layer(inputs, mask=ops.greater(masks, 0))
+    outputs = keras.layers.Dense(1)(1.0 * h)
+    model = keras.Model([inputs, masks], outputs)
+    model.compile(keras.optimizers.Adam(0.02, **optimizer), "mse")
+    return model
+
+
+def data(examples):
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(examples, LENGTH, DIM)).astype("float32")
+    # Unevenly masked, which only the layer knows: Keras would divide the loss
+    # of each replica by the number of its own unmasked positions.
+    mask = rng.random((examples, LENGTH)) < 0.7
+    mask[::8] = mask[16:20] = False
+    return [x, mask.astype("float32")], x[..., :1]
+
+
+def fit(model, steps, epochs, first=0, validates=False):
+    """The logs of epochs of some steps."""
+    x, y = data(8 * steps)
+    return model.fit(
+        *(x, y),
         batch_size=8,
-        epochs=2,
+        initial_epoch=first,
+        epochs=epochs,
         shuffle=False,
         verbose=0,
-        validation_data=validation,
+        validation_data=data(8) if validates else None,
     ).history
-    return (
-        [np.array(ops.convert_to_numpy(v)) for v in model.weights],
-        [np.array(ops.convert_to_numpy(v)) for v in model.optimizer.variables],
-        history,
-    )
+
+
+def state(model):
+    return [
+        np.array(ops.convert_to_numpy(v))
+        for v in (*model.variables, *model.optimizer.variables)
+    ]
 
 
 class FitTest(TestCase):
+    def assert_same(self, one, other):
+        """Compares states, or logs."""
+        self.assertEqual(len(one), len(other))
+        names = one if isinstance(one, dict) else range(len(one))
+        for name in names:
+            self.assertAllClose(one[name], other[name], atol=1e-5)
+
+    def test_as_one_device(self):
+        optimizer = {"global_clipnorm": 0.1, "gradient_accumulation_steps": 2}
+        alone = build("sign", **optimizer)
+        wanted = fit(alone, 10, 2, validates=True)
+        strategy = ExpertParallel(2, strategy=two_replicas())
+        with strategy.scope():
+            model = strategy.distribute(build("sign", **optimizer))
+        logs = fit(model, 10, 2, validates=True)
+        self.assert_same(logs, wanted)
+        self.assert_same(state(model), state(alone))
+        file = os.path.join(self.get_temp_dir(), "model.keras")
+        model.save(file)
+        loaded = keras.saving.load_model(file)
+        self.assert_same(state(loaded), state(alone))
+        # Evaluation moves nothing.
+        before = state(model)
+        model.evaluate(*data(8), batch_size=8, verbose=0)
+        counters = {id(v) for v in model.get_layer("moe").statistics.variables}
+        for variable, value in zip(model.variables, before, strict=False):
+            if id(variable) not in counters:
+                self.assertAllEqual(variable.numpy(), value)
+
     @parameterized.parameters(
-        ("sign", 2, {"global_clipnorm": 0.1}),
-        ("quantile", 2, {"gradient_accumulation_steps": 2, "clipnorm": 0.1}),
         ("losses", 1, {"clipvalue": 0.02, "weight_decay": 0.1}),
+        ("quantile", 2, {"gradient_accumulation_steps": 2, "clipnorm": 0.1}),
     )
-    def test_as_one_device(self, case, shards, optimizer):
-        alone = train(case, optimizer=optimizer)
+    def test_goes_on_from_the_file_of_one_device(self, case, shards, optimizer):
+        file = os.path.join(self.get_temp_dir(), "model.keras")
+        alone = build(case, **optimizer)
+        fit(alone, 3, 1)
+        alone.save(file)
+        wanted = fit(alone, 3, 2, first=1)
         strategy = ExpertParallel(shards, strategy=two_replicas())
-        weights, state, logs = train(case, strategy, optimizer)
-        for ours, wanted in ((weights, alone[0]), (state, alone[1])):
-            for one, other in zip(ours, wanted, strict=True):
-                self.assertAllClose(one, other, atol=1e-5)
-        self.assertEqual(set(logs), set(alone[2]))
-        for name, values in logs.items():
-            self.assertAllClose(values, alone[2][name], atol=1e-5)
+        model = strategy.load_model(file)
+        if case == "quantile":
+            self.assertGreater(wanted["routing_dropped_fraction"][0], 0.0)
+            self.assert_same(fit(model, 3, 2, first=1), wanted)
+        else:
+            (x, mask), y = data(24)
+            step = strategy.train_step(model)
+            for i in (0, 8, 16):
+                batch = slice(i, i + 8)
+                logs = step([x[batch], mask[batch]], y[batch])
+            self.assert_same({name: [logs[name]] for name in logs}, wanted)
+            with self.assertRaisesRegex(ValueError, r"2 replicas, .*\[\(3, 3"):
+                step([x[:3], mask[:3]], y[:3])
+        self.assert_same(state(model), state(alone))
 
 
 class NotingExperts(GLUExperts):
@@ -123,17 +170,20 @@ class NotingExperts(GLUExperts):
 
 
 class DispatchTest(TestCase):
-    def run_each(self, engine, router, experts, parts):
+    def run_each(self, engine, router, experts, parts, wrap=lambda f: f):
         """Outputs, gradients of the tokens, and rows of each replica."""
         import tensorflow as tf
+
+        def mixed(x):
+            mask = ops.any(x != 0, axis=-1)
+            return engine.dispatch(
+                Dispatcher(), x, router(x), experts, mask, router=router
+            )
 
         def run(x):
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                mask = ops.any(x != 0, axis=-1)
-                outputs, sizes = engine.dispatch(
-                    Dispatcher(), x, router(x), experts, mask, router=router
-                )
+                outputs, sizes = wrap(mixed)(x)
                 total = tf.reduce_sum(outputs**2)
             gradient, *kernels = tape.gradient(
                 total, [x, *(v.value for v in experts.trainable_variables)]
@@ -167,6 +217,12 @@ class DispatchTest(TestCase):
         parts = x[:8], x[8:]
         wanted = self.run_each(alone, router, experts, parts)
         results = self.run_each(both, router, experts, parts)
+        again = self.run_each(both, router, experts, parts, keras.remat)
+        for one, other in zip(results, again, strict=True):
+            for i in range(3):
+                self.assertAllClose(one[i], other[i], atol=1e-6)
+            for kernel, recomputed in zip(one[4], other[4], strict=True):
+                self.assertAllClose(kernel, recomputed, atol=1e-6)
         rows = wanted[0][2] + wanted[1][2]
         self.assertEqual(rows.sum(), 14)
         for i, (result, other) in enumerate(zip(results, wanted, strict=True)):
@@ -209,6 +265,8 @@ class ErrorsTest(TestCase):
         with self.assertRaisesRegex(ValueError, "inside `scope"):
             engine.distribute(model())
         with engine.scope():
+            with self.assertRaisesRegex(ValueError, "must be compiled"):
+                engine.train_step(keras.Sequential([keras.Input((2,))]))
             for name in ("run_eagerly", "jit_compile"):
                 with self.assertRaisesRegex(ValueError, f"{name}=True"):
                     engine.distribute(model(**{name: True}))

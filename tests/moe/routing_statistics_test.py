@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 
 import keras
@@ -240,6 +241,22 @@ class StatisticsTest(TestCase):
         self.assertEqual(metric.result(), before)
         metric.reset_state()
         self.assertEqual(layer.statistics.metrics, [])
+
+    def test_a_loaded_model_begins_a_new_epoch(self):
+        model = model_with(MoE(2, 3, name="moe"))
+        model.compile("sgd", "mse")
+        model.fit(*data(), verbose=0)
+        path = os.path.join(self.get_temp_dir(), "model.keras")
+        model.save(path)
+        counted = float(model.get_layer("moe").statistics.token_count)
+        self.assertGreater(counted, 0.0)
+        statistics = keras.saving.load_model(path).get_layer("moe").statistics
+        self.assertEqual(float(statistics.token_count), counted)
+        (metric,) = statistics.metrics
+        metric.reset_state()  # as `fit` does with what is listed
+        self.assertEqual(float(statistics.token_count), 0.0)
+        self.assertEqual(statistics.metrics, [])
+        self.assertAllClose(sum(statistics.result()["expert_load"]), 1.0)
 
     def test_a_second_call_in_inference_hides_nothing(self):
         # As a target network would be called.

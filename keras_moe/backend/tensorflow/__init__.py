@@ -16,6 +16,7 @@ from keras_moe.backend.tensorflow.groups import compiles_with_xla
 from keras_moe.backend.tensorflow.groups import refuse_xla
 from keras_moe.backend.tensorflow.images import depthwise_conv as depthwise_conv
 from keras_moe.backend.tensorflow.images import window as window
+from keras_moe.backend.tensorflow.steps import train_step as train_step
 from keras_moe.backend.tensorflow.updates import (
     update_together as update_together,
 )
@@ -158,6 +159,8 @@ def as_strategy(strategy=None):
         return tf.distribute.MultiWorkerMirroredStrategy()
     devices = tf.config.list_logical_devices("GPU")
     devices = devices or tf.config.list_logical_devices("CPU")
+    if len(devices) == 1:
+        return tf.distribute.get_strategy()  # nothing to mirror
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 

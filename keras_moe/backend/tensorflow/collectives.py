@@ -39,6 +39,17 @@ def replica_context():
     return context
 
 
+def workers(strategy):
+    """`(number of worker processes, which of them this is)`."""
+    resolver = strategy.cluster_resolver
+    cluster = resolver.cluster_spec() if resolver else None
+    number = cluster.num_tasks("worker") if cluster else 1
+    # A TPU strategy has one process, whatever its hosts.
+    if number == 1 or isinstance(strategy, tf.distribute.TPUStrategy):
+        return 1, 0
+    return number, resolver.task_id
+
+
 class Team:
     """Some replicas of a strategy, and which of them this one is.
 
@@ -53,16 +64,16 @@ class Team:
         self.size = size or context.num_replicas_in_sync
         devices = context.strategy.extended.worker_devices
         # One trace for all replicas, or one replica for each worker.
-        self._is_tpu = isinstance(context.strategy, tf.distribute.TPUStrategy)
-        self._is_alone = self._is_tpu or len(devices) == 1
+        self.is_tpu = isinstance(context.strategy, tf.distribute.TPUStrategy)
+        self._is_alone = self.is_tpu or len(devices) == 1
+        number = context.num_replicas_in_sync
+        if self.size < number and (self._is_alone or len(devices) < number):
+            raise NotImplementedError(
+                "On TPUs, and with several workers, all replicas exchange with "
+                f"each other. Received: {number} replicas in teams of "
+                f"{self.size}"
+            )
         if self._is_alone:
-            if self.size < context.num_replicas_in_sync:
-                raise NotImplementedError(
-                    "On TPUs, and with one device for each worker, all "
-                    "replicas exchange with each other. Received: "
-                    f"{context.num_replicas_in_sync} replicas in teams of "
-                    f"{self.size}"
-                )
             self._replica, self._devices = 0, ("workers",)
             self.rank = context.replica_id_in_sync_group
             return
@@ -110,7 +121,7 @@ class Team:
         return call(blocks)
 
     def _exchange(self, blocks):
-        if self._is_tpu or not self._is_alone:
+        if self.is_tpu or not self._is_alone:
             return self.gather(blocks)[:, self.rank]
         keys = self._keys()
         # Blocks have another size at each call, and so must have another key.
