@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe import backend
 from keras_moe.backend.torch import collectives
+from keras_moe.dispatch import Dispatcher
 from keras_moe.distribution.part_dispatcher import PartDispatcher
 
 
