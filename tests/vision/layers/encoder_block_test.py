@@ -1,3 +1,5 @@
+import math
+
 import keras
 import numpy as np
 from absl.testing import parameterized
@@ -75,6 +77,23 @@ class EncoderBlockTest(TestCase):
         self.assert_relative(
             outputs, ops.convert_to_numpy(x + ops.reshape(alone, (3, 5, 8)))
         )
+
+    def test_groups_without_a_capacity(self):
+        """In inference they are made only where they matter."""
+        layer = moe(capacity=Capacity(0.5, math.inf, per="sequence"))
+        block = EncoderBlock(2, layer, group_size=4)
+        block.build(self.tokens.shape)
+        shapes = []
+        call = layer.call
+
+        def spy(inputs, *args, **kwargs):
+            shapes.append(tuple(inputs.shape))
+            return call(inputs, *args, **kwargs)
+
+        layer.call = spy
+        for training in (False, True):
+            block(self.tokens, training=training)
+        self.assertEqual(shapes, [(3, 5, 8), (4, 4, 8)])
 
     def test_routed_by_image(self):
         block = EncoderBlock(2, moe(top_k=1), route_per="image")
