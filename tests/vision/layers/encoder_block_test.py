@@ -98,9 +98,9 @@ class EncoderBlockTest(TestCase):
     def test_routed_by_image(self):
         block = EncoderBlock(2, moe(top_k=1), route_per="image")
         block.build(self.tokens.shape)
-        block.feed_forward.router.kernel.assign(
-            np.random.default_rng(1).normal(size=(8, 4))
-        )
+        rng = np.random.default_rng(1)
+        for variable in block.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape))
         outputs = ops.convert_to_numpy(block(self.tokens))
         x, read = map(ops.convert_to_numpy, self.before(block))
         kernel = ops.convert_to_numpy(block.feed_forward.router.kernel)
