@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from keras_moe.layers import Capacity
 from keras_moe.models import VMoEBackbone
 from keras_moe.models import VMoEImageClassifier
 
@@ -52,7 +53,7 @@ def model_from_case(case, loss_weights=None, **changed):
             "router": "expert_choice" if chooses_tokens(case.meta) else "v_moe",
             "top_k": None if chooses_tokens(case.meta) else top_k,
             "router_noise": router.get("noise_std", 1.0),
-            "capacity_factor": dispatcher["capacity_factor"],
+            "capacity_factor": dispatcher.get("capacity_factor", 1.0),
             # The same in inference.
             "eval_capacity_factor": None,
             "capacity_multiple_of": dispatcher.get("capacity_multiple_of", 4)
@@ -64,7 +65,27 @@ def model_from_case(case, loss_weights=None, **changed):
             **(loss_weights or {}),
         }
     backbone = VMoEBackbone(**encoder_arguments(case), **{**options, **changed})
+    if moe and not chooses_tokens(case.meta):
+        set_sizes(backbone, dispatcher, moe["group_size"] * top_k)
     return classifier(VMoEImageClassifier, backbone, case)
+
+
+def set_sizes(backbone, dispatcher, choices):
+    """Capacities that the backbone has no arguments for."""
+    size = dispatcher.get("capacity")
+    if dispatcher.get("capacity_ceil_or_round", "ceil") == "round":
+        experts = backbone.block(
+            backbone.moe_blocks[0]
+        ).feed_forward.num_experts
+        size = round(choices * dispatcher["capacity_factor"] / experts)
+        size += -size % (dispatcher.get("capacity_multiple_of", 4) or 1)
+    if size is None:
+        return
+    for block in backbone.moe_blocks:
+        sender = backbone.block(block).feed_forward.dispatcher
+        config = sender.capacity.get_config()
+        config |= {"capacity_factor": None, "size": size}
+        sender.capacity = Capacity.from_config(config)
 
 
 def loss_arguments(router):

@@ -8,6 +8,7 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
+from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
@@ -164,18 +165,18 @@ class EncoderBlock(keras.layers.Layer):
         x = self.attention(x, x, training=training)
         if self._dropout is not None:
             x = self._dropout(x, training=training)
-        inputs = inputs + self._skip(x, training)
+        inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
-        x = self._feed_forward(x, context)
-        return inputs + self._skip(x, training)
+        x = self._feed_forward(x, context, training)
+        return self._join(inputs, x, training)
 
-    def _skip(self, x, training):
-        if self._drop_path is None:
-            return x
-        return self._drop_path(x, training=training)
+    def _join(self, inputs, x, training):
+        if self._drop_path is not None:
+            x = self._drop_path(x, training=training)
+        # A part may have a dtype of its own, by a DTypePolicyMap.
+        return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, context):
-        # Keras passes `training` on by itself.
+    def _feed_forward(self, x, context, training):
         batch, tokens, dim = ops.shape(x)
         kwargs = {}
         if context is not None:
@@ -184,7 +185,10 @@ class EncoderBlock(keras.layers.Layer):
         if self.route_per == "image":
             mean = ops.mean(x, axis=1, keepdims=True)
             kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
-        if self.group_size in (None, tokens):
+        # Keras passes `training` on by itself.
+        if self.group_size in (None, tokens) or not self._groups_count(
+            training
+        ):
             return self.feed_forward(x, **kwargs)
         groups = {
             name: to_groups(value, self.group_size)
@@ -194,6 +198,13 @@ class EncoderBlock(keras.layers.Layer):
         kwargs = {name: value for name, (value, _) in groups.items()}
         x = self.feed_forward(x, mask=mask, **kwargs)
         return from_groups(x, (batch, tokens, dim))
+
+    def _groups_count(self, training):
+        """Whether what a token gets depends on its group."""
+        layer = self.feed_forward
+        if training or not isinstance(layer, MoE):
+            return True
+        return layer.capacity.limits(training=False) or layer.router.looks_ahead
 
     def compute_output_shape(self, inputs_shape, context_shape=None):
         return tuple(inputs_shape)

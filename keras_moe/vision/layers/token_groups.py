@@ -21,8 +21,9 @@ def to_groups(x, size):
         return ops.reshape(x, (number // size, size, *rest)), None
     filling = ops.zeros((missing, *rest), dtype=x.dtype)
     x = ops.concatenate([x, filling], axis=0)
-    places = ops.arange(number + missing)
-    mask = ops.reshape(places < number, (-1, size))
+    # `arange` of a symbolic size has no dtype in an exported program of torch.
+    is_token = [ops.ones((number,), "bool"), ops.zeros((missing,), "bool")]
+    mask = ops.reshape(ops.concatenate(is_token), (-1, size))
     return ops.reshape(x, (-1, size, *rest)), mask
 
 

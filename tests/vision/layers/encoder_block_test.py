@@ -1,3 +1,5 @@
+import math
+
 import keras
 import numpy as np
 from absl.testing import parameterized
@@ -76,12 +78,29 @@ class EncoderBlockTest(TestCase):
             outputs, ops.convert_to_numpy(x + ops.reshape(alone, (3, 5, 8)))
         )
 
+    def test_groups_without_a_capacity(self):
+        """In inference they are made only where they matter."""
+        layer = moe(capacity=Capacity(0.5, math.inf, per="sequence"))
+        block = EncoderBlock(2, layer, group_size=4)
+        block.build(self.tokens.shape)
+        shapes = []
+        call = layer.call
+
+        def spy(inputs, *args, **kwargs):
+            shapes.append(tuple(inputs.shape))
+            return call(inputs, *args, **kwargs)
+
+        layer.call = spy
+        for training in (False, True):
+            block(self.tokens, training=training)
+        self.assertEqual(shapes, [(3, 5, 8), (4, 4, 8)])
+
     def test_routed_by_image(self):
         block = EncoderBlock(2, moe(top_k=1), route_per="image")
         block.build(self.tokens.shape)
-        block.feed_forward.router.kernel.assign(
-            np.random.default_rng(1).normal(size=(8, 4))
-        )
+        rng = np.random.default_rng(1)
+        for variable in block.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape))
         outputs = ops.convert_to_numpy(block(self.tokens))
         x, read = map(ops.convert_to_numpy, self.before(block))
         kernel = ops.convert_to_numpy(block.feed_forward.router.kernel)
