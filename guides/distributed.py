@@ -98,8 +98,9 @@ def saved_and_loaded(model):
 # `keras.distribution.DataParallel` needs no strategy of ours: in a `MoE` layer
 # each device computes its own tokens, with all experts. So does a layout of
 # your own: `keras.distribution.ModelParallel` with a layout map that divides
-# the banks, such as `{".*/experts/.*": ("model", None, None)}`, makes the
-# devices of that axis the owners.
+# the banks, such as `{".*/experts/.*_kernel": ("model", None, None)}` (and
+# `".*/experts/.*_bias": ("model", None)`, if there are biases), makes the devices
+# of that axis the owners.
 #
 # ## Several hosts, GPUs, TPUs
 #
@@ -120,7 +121,8 @@ def saved_and_loaded(model):
 #
 # The same strategy, one process for each device on PyTorch
 # (examples/distributed/torch_experts.py), the replicas of a `tf.distribute`
-# strategy on TensorFlow (examples/distributed/tensorflow_experts.py):
+# strategy on TensorFlow (examples/distributed/tensorflow_experts.py), where
+# `strategy.train_step(model)` replaces `fit` if there are several workers:
 #
 #     torchrun --nproc-per-node 2 examples/distributed/torch_experts.py
 #     python examples/distributed/tensorflow_experts.py
