@@ -99,8 +99,8 @@ def saved_and_loaded(model):
 # each device computes its own tokens, with all experts. So does a layout of
 # your own: `keras.distribution.ModelParallel` with a layout map that divides
 # the banks, such as `{".*/experts/.*_kernel": ("model", None, None)}` (and
-# `".*/experts/.*_bias": ("model", None)`, if there are biases), makes the devices
-# of that axis the owners.
+# `".*/experts/.*_bias": ("model", None)`, if there are biases), makes the
+# devices of that axis the owners.
 #
 # ## Several hosts, GPUs, TPUs
 #
