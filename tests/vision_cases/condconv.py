@@ -18,11 +18,11 @@ BANK = (0, 3, 4, 2, 1), (0, 4, 3, 1, 2)
 
 
 def is_layer(config):
-    return {"kernel_size", "out_channels", "num_experts"} <= set(config)
+    return {"out_channels", "kernel_size", "num_experts"} <= set(config)
 
 
 def is_network(config):
-    return "arch" in config and "num_features" in config
+    return {"arch", "stem_size", "num_features"} <= set(config)
 
 
 def matches(config, arrays):

@@ -1,4 +1,8 @@
-"""The core's parts in a diffusion transformer, against what DiT-MoE did."""
+"""The core's parts in a diffusion transformer, against what DiT-MoE did.
+
+Not compared is `as_shipped/grad/x`: in inference the original computes its
+routed experts without a gradient. `guided/y` is another call of the same model.
+"""
 
 import json
 import pathlib

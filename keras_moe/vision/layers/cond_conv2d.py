@@ -244,10 +244,10 @@ class CondConv2D(keras.layers.Layer):
             y = ops.transpose(y, (0, 3, 1, 2))
         return self.activation(y)
 
-    def _mix(self, weights, bank):
-        """A weighted sum of the experts for each image, `(B, ...)`."""
+    def _mix(self, weights, bank):  # (B, ...)
         flat = ops.reshape(bank, (self.num_experts, -1))
-        return ops.reshape(ops.matmul(weights, flat), (-1, *bank.shape[1:]))
+        mixed = ops.einsum("be,en->bn", weights, flat)
+        return ops.reshape(mixed, (-1, *bank.shape[1:]))
 
     def _check_images(self, shape):
         if len(shape) != 4:

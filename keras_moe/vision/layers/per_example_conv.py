@@ -133,7 +133,9 @@ def _by_product(images, kernels, strides, dilation_rate):
     if groups == 1:
         x = parts[0] if count == 1 else ops.concatenate(parts, axis=-1)
         x = ops.reshape(x, (batch, height * width, count * c))
-        y = ops.matmul(x, ops.reshape(kernels, (-1, count * c, filters)))
+        kernels = ops.reshape(kernels, (-1, count * c, filters))
+        # On torch `ops.matmul` would make float32 of float64.
+        y = ops.einsum("bnk,bkf->bnf", x, kernels)
     else:
         x = ops.stack(parts, axis=3)  # (B, H, W, S, C)
         x = ops.reshape(x, (batch, height * width, count, groups, c))

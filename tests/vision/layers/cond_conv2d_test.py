@@ -280,6 +280,15 @@ class CondConv2DTest(TestCase):
         expected = ops.convert_to_numpy(exact(x))
         self.assert_relative(ops.cast(y, "float32"), expected, 3e-2)
 
+    def test_float64(self):
+        if keras.config.backend() == "jax":
+            self.skipTest("JAX has float64 only if it is switched on.")
+        exact, x = layer_and_inputs()
+        layer, _ = layer_and_inputs(dtype="float64")
+        y = layer(x)
+        self.assertEqual(keras.backend.standardize_dtype(y.dtype), "float64")
+        self.assertAllClose(y, exact(x), atol=1e-5)
+
     def test_mean_of_large_images_in_half_precision(self):
         # The sum over an image would be infinite in float16.
         layer, _ = layer_and_inputs(dtype="mixed_float16", kernel_size=1)
