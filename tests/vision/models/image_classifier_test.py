@@ -133,8 +133,12 @@ class PresetsTest(TestCase):
             ValueError, "is a VMoEImageClassifier, not a VMoEBackbone"
         ):
             VMoEBackbone.from_preset(folder)
-        with self.assertRaisesRegex(ValueError, "or a folder with config.json"):
-            VMoEBackbone.from_preset(folder + "/none")
+        for cls in (VMoEBackbone, MoEImageClassifier):
+            with self.assertRaisesRegex(
+                ValueError,
+                r"'v_moe_s32_e8_last_2', .*a folder with config.json",
+            ):
+                cls.from_preset(folder + "/none")
 
     def test_classifier_of_a_saved_backbone(self):
         backbone = randomize(soft_moe())

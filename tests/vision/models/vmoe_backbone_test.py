@@ -69,6 +69,16 @@ class PlacementTest(TestCase):
             self.assertEqual((own.top_k, own.jitter), (1, 0.1))
         again = VMoEBackbone.from_config(backbone.get_config())
         self.assertEqual(moe_of(again, 0).router.jitter, 0.1)
+        backbone = v_moe(
+            router=[router, routers.ExpertChoiceRouter(4)],
+            losses=[losses.RouterZLoss(0.1)],
+            moe_layers=[0, 1],
+        )
+        again = VMoEBackbone.from_config(
+            keras.saving.serialize_keras_object(backbone)["config"]
+        )
+        self.assertIsInstance(moe_of(again).router, routers.ExpertChoiceRouter)
+        self.assertEqual(moe_of(again).routing_losses[0].weight, 0.1)
 
     def test_losses(self):
         def kinds(**kwargs):
