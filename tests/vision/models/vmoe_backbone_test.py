@@ -111,6 +111,12 @@ class PlacementTest(TestCase):
 
 
 class VMoEBackboneTest(TestCase):
+    def test_names(self):
+        for make, name in ((v_moe, "v_moe"), (soft_moe, "soft_moe")):
+            self.assertRegex(make().name, rf"^{name}_backbone(_\d+)?$")
+            self.assertEqual(make(name="mine").name, "mine")
+        self.assertFalse(v_moe(trainable=False).trainable)
+
     @parameterized.named_parameters(
         ("v_moe", v_moe, {"num_shared_experts": 1, "qk_norm": True}),
         ("image_groups", v_moe, {"group_size": "image", "router": "st_moe"}),
