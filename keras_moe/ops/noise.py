@@ -5,6 +5,7 @@ import math
 import keras
 from keras import ops
 
+from keras_moe.checks import is_number
 from keras_moe.ops.selection import take_chosen
 from keras_moe.ops.selection import top_k_indices
 
@@ -127,6 +128,10 @@ def expected_load(
         == ops.arange(num_experts, dtype="int32"),
         axis=1,
     )  # (T, E)
+    if is_number(noise_stddev) and noise_stddev == 0:
+        # Without the error function, which TensorFlow cannot run in a program
+        # that JAX has exported.
+        return ops.cast(chosen, dtype)
     thresholds = values[:, top_k - 1 : top_k]
     if threshold == "exact":
         thresholds = ops.where(chosen, values[:, top_k:], thresholds)

@@ -149,9 +149,9 @@ class NoisyTopKRouter(TopKRouter):
 
     def call(self, tokens, mask=None, training=None):
         logits = self.logits(tokens, training)  # (T, E)
-        noisy, stddev = logits, ops.zeros_like(logits)
+        noisy, stddev = logits, 0.0
         if training:
-            stddev = self._stddev(tokens) + stddev
+            stddev = self._stddev(tokens) + ops.zeros_like(logits)
             noisy = logits + stddev * keras.random.normal(
                 ops.shape(logits),
                 dtype=self.compute_dtype,

@@ -13,6 +13,8 @@ from keras_moe.vision.models.presets import Presets
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_backbone import as_dtype
 from keras_moe.vision.models.vision_backbone import frozen_parts
+from keras_moe.vision.models.vision_presets import SOFT_MOE
+from keras_moe.vision.models.vision_presets import VMOE
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
 POOLINGS = ("token", "gap", "map")
@@ -72,6 +74,7 @@ class MoEImageClassifier(Presets, keras.Model):
     """
 
     backbone_class = VisionBackbone
+    presets = {**VMOE, **SOFT_MOE}
 
     def __init__(
         self,
@@ -182,8 +185,6 @@ class MoEImageClassifier(Presets, keras.Model):
 class VMoEImageClassifier(MoEImageClassifier):
     """A `MoEImageClassifier` of a `VMoEBackbone`, with the same arguments.
 
-    Its `from_preset` takes the names of `VMoEBackbone.presets`.
-
     Raises:
         ValueError: As `MoEImageClassifier`, and if the backbone is another.
 
@@ -201,6 +202,7 @@ class VMoEImageClassifier(MoEImageClassifier):
     """
 
     backbone_class = VMoEBackbone
+    presets = VMOE
 
 
 def _backbones(backbone_class):

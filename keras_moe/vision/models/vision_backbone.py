@@ -36,14 +36,14 @@ class VisionBackbone(Presets, keras.Model):
     ):
         # Lists, as they are after loading.
         a = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in arguments.items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in arguments.items()
         }
         dtype = a["dtype"] = as_dtype(a["dtype"])
-        for name in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
-            check_int(name, a[name], 1)
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            check_rate(name, a[name])
+        for key in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+            check_int(key, a[key], 1)
+        for key in ("dropout", "attention_dropout", "drop_path"):
+            check_rate(key, a[key])
         if a["hidden_dim"] % a["num_heads"]:
             raise ValueError(
                 "`num_heads` must divide `hidden_dim`. Received: "

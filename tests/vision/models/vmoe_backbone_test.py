@@ -69,6 +69,16 @@ class PlacementTest(TestCase):
             self.assertEqual((own.top_k, own.jitter), (1, 0.1))
         again = VMoEBackbone.from_config(backbone.get_config())
         self.assertEqual(moe_of(again, 0).router.jitter, 0.1)
+        backbone = v_moe(
+            router=[router, routers.ExpertChoiceRouter(4)],
+            losses=[losses.RouterZLoss(0.1)],
+            moe_layers=[0, 1],
+        )
+        again = VMoEBackbone.from_config(
+            keras.saving.serialize_keras_object(backbone)["config"]
+        )
+        self.assertIsInstance(moe_of(again).router, routers.ExpertChoiceRouter)
+        self.assertEqual(moe_of(again).routing_losses[0].weight, 0.1)
 
     def test_losses(self):
         def kinds(**kwargs):
@@ -101,6 +111,12 @@ class PlacementTest(TestCase):
 
 
 class VMoEBackboneTest(TestCase):
+    def test_names(self):
+        for make, name in ((v_moe, "v_moe"), (soft_moe, "soft_moe")):
+            self.assertRegex(make().name, rf"^{name}_backbone(_\d+)?$")
+            self.assertEqual(make(name="mine").name, "mine")
+        self.assertFalse(v_moe(trainable=False).trainable)
+
     @parameterized.named_parameters(
         ("v_moe", v_moe, {"num_shared_experts": 1, "qk_norm": True}),
         ("image_groups", v_moe, {"group_size": "image", "router": "st_moe"}),
