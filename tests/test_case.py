@@ -1,5 +1,7 @@
 """The base class of the tests, and the only place that imports keras.src."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -7,6 +9,10 @@ from keras.src import testing
 
 
 class TestCase(testing.TestCase):
+    # Whether TensorFlow differentiates in a graph, as `fit` does. Tracing takes
+    # most of the time there: what has another test in a graph does without.
+    in_graph = True
+
     def setUp(self):
         super().setUp()
         keras.utils.set_random_seed(0)
@@ -22,7 +28,9 @@ class TestCase(testing.TestCase):
         """
         differentiate = {
             "jax": _gradients_jax,
-            "tensorflow": _gradients_tensorflow,
+            "tensorflow": functools.partial(
+                _gradients_tensorflow, in_graph=self.in_graph
+            ),
             "torch": _gradients_torch,
         }[keras.config.backend()]
         inputs = ops.convert_to_tensor(inputs)
@@ -75,10 +83,9 @@ def _gradients_jax(layer, inputs, objective, kwargs):
     return outputs, d_inputs, d_variables
 
 
-def _gradients_tensorflow(layer, inputs, objective, kwargs):
+def _gradients_tensorflow(layer, inputs, objective, kwargs, in_graph):
     import tensorflow as tf
 
-    @tf.function
     def run(inputs):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -91,7 +98,7 @@ def _gradients_tensorflow(layer, inputs, objective, kwargs):
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
-    return run(inputs)
+    return (tf.function(run) if in_graph else run)(inputs)
 
 
 def _gradients_torch(layer, inputs, objective, kwargs):
