@@ -9,6 +9,10 @@ from keras.src import testing
 
 
 class TestCase(testing.TestCase):
+    # Whether TensorFlow differentiates in a graph, as `fit` does. Tracing takes
+    # most of the time there: what has another test in a graph does without.
+    in_graph = True
+
     def setUp(self):
         super().setUp()
         keras.utils.set_random_seed(0)
@@ -20,7 +24,6 @@ class TestCase(testing.TestCase):
         cotangent=None,
         losses=False,
         whole_paths=False,
-        traced=True,
         **kwargs,
     ):
         """Runs a built layer, and differentiates `sum(outputs * cotangent)`.
@@ -28,18 +31,16 @@ class TestCase(testing.TestCase):
         With `losses`, the losses the layer adds are part of the sum. Returns
         the outputs, the gradient of the inputs, and the gradients of the
         trainable variables by their path without the layer's name, which the
-        paths in a functional model (`whole_paths`) do not have. Without
-        `traced` TensorFlow runs it as it goes, which takes less time for large
-        models that run once.
+        paths in a functional model (`whole_paths`) do not have.
         """
         differentiate = {
             "jax": _gradients_jax,
-            "tensorflow": _gradients_tensorflow,
+            "tensorflow": functools.partial(
+                _gradients_tensorflow, in_graph=self.in_graph
+            ),
             "torch": _gradients_torch,
         }[keras.config.backend()]
         inputs = ops.convert_to_tensor(inputs)
-        if not traced and keras.config.backend() == "tensorflow":
-            differentiate = functools.partial(differentiate, traced=False)
 
         def objective(outputs, added):
             outputs = ops.cast(outputs, "float32")
@@ -91,7 +92,7 @@ def _gradients_jax(layer, inputs, objective, kwargs):
     return outputs, d_inputs, d_variables
 
 
-def _gradients_tensorflow(layer, inputs, objective, kwargs, traced=True):
+def _gradients_tensorflow(layer, inputs, objective, kwargs, in_graph):
     import tensorflow as tf
 
     def run(inputs):
@@ -106,7 +107,7 @@ def _gradients_tensorflow(layer, inputs, objective, kwargs, traced=True):
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
 
-    return (tf.function(run) if traced else run)(inputs)
+    return (tf.function(run) if in_graph else run)(inputs)
 
 
 def _gradients_torch(layer, inputs, objective, kwargs):

@@ -14,8 +14,8 @@ from keras import ops
 import keras_moe
 from tests import blocks
 from tests.blocks.activations import exact_gelu
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import combine_matrix
-from tests.test_case import TestCase
 
 OWN_PARTS = ("doge", "vitpose_backbone")
 NAMED = [(case, case) for case in blocks.cases() if case not in OWN_PARTS]
@@ -32,7 +32,7 @@ def read(case):
     )
 
 
-class RecordedBlocksTest(TestCase):
+class RecordedBlocksTest(RecordedTest):
     @parameterized.named_parameters(NAMED)
     def test_outputs_and_gradients(self, case):
         spec, arrays, weights, context = read(case)
@@ -176,7 +176,7 @@ class DogeRouter(keras_moe.routers.Router):
         )
 
 
-class OwnPartsTest(TestCase):
+class OwnPartsTest(RecordedTest):
     def test_doge(self):
         spec, arrays = blocks.load("doge")
         weights = blocks.weights_of(arrays)

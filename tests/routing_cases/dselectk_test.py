@@ -11,8 +11,8 @@ from keras import ops
 from keras_moe.ops.smooth_step import smooth_step
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import dselectk
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
-from tests.test_case import TestCase
 
 NAMES = {
     "selector_kernel": "z_weight",
@@ -35,7 +35,7 @@ class Mixture(DenseWeights):
         return ops.einsum("te,td,edf->tf", weights, tokens, kernels)
 
 
-class DSelectKCasesTest(TestCase):
+class DSelectKCasesTest(RecordedTest):
     def test_selectors_and_weights(self):
         for name, config, arrays in load(dselectk.matches):
             with self.subTest(name):

@@ -13,11 +13,11 @@ from keras_moe.ops.entmax import sparsemax
 from tests.ops.entmax_test import Entmax
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import entmax
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
-from tests.test_case import TestCase
 
 
-class EntmaxCasesTest(TestCase):
+class EntmaxCasesTest(RecordedTest):
     def test_maps_and_gradients(self):
         compared = set()
         for name, config, arrays in load(entmax.matches):

@@ -11,8 +11,8 @@ from tests.routers.linear_mixture import LinearMixture
 from tests.routers.linear_mixture import combine_matrix
 from tests.routers.linear_mixture import router_gradient
 from tests.routing_cases import expert_choice
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
-from tests.test_case import TestCase
 
 
 class ZLoss(keras.layers.Layer):
@@ -45,7 +45,7 @@ class Recorded:
         return ops.convert_to_tensor(jitter, dtype)
 
 
-class ExpertChoiceCasesTest(TestCase):
+class ExpertChoiceCasesTest(RecordedTest):
     def test_cases(self):
         found = load(expert_choice.matches)
         for name, config, arrays in found:

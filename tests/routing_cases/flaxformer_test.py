@@ -12,12 +12,12 @@ from keras import ops
 from keras_moe import losses
 from tests.routing_cases import cases
 from tests.routing_cases import flaxformer
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 NAMED = cases.named(flaxformer.matches)
 
 
-class FlaxformerTest(TestCase):
+class FlaxformerTest(RecordedTest):
     def read(self, case):
         _, config, arrays = case
         mask = flaxformer.padding_mask(config, arrays)

@@ -7,8 +7,8 @@ from keras import ops
 from tests import token_loop
 from tests.routing_cases import megablocks
 from tests.routing_cases.cases import DATA
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
-from tests.test_case import TestCase
 
 
 class Loss(keras.layers.Layer):
@@ -85,7 +85,7 @@ def computed_case(config):
     }
 
 
-class MegablocksTest(TestCase):
+class MegablocksTest(RecordedTest):
     def test_cases(self):
         for name, config, arrays in load(megablocks.matches):
             with self.subTest(name):

@@ -10,7 +10,7 @@ from keras_moe import losses
 from keras_moe.ops.assignments import expert_scores
 from tests.routing_cases import cases
 from tests.routing_cases import megatron
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 NAMED = cases.named(megatron.matches)
 
@@ -37,7 +37,7 @@ def computed_quantile_case():
     }
 
 
-class MegatronTest(TestCase):
+class MegatronTest(RecordedTest):
     @parameterized.named_parameters(NAMED)
     def test_routing(self, case):
         _, config, arrays = case

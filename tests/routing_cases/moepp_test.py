@@ -5,7 +5,7 @@ from tests import token_loop
 from tests.routers.logits_checks import RoutingMatrix
 from tests.routing_cases import cases
 from tests.routing_cases import moepp
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 
 def expert(e, row, arrays):
@@ -55,7 +55,7 @@ def route(config, tokens, context, w):
     return np.array(logits), combine
 
 
-class MoEPlusPlusTest(TestCase):
+class MoEPlusPlusTest(RecordedTest):
     def parts(self, arrays):
         tokens = arrays["x"].reshape(-1, arrays["x"].shape[-1])
         context = arrays.get("gate_residual_in")

@@ -3,11 +3,11 @@ from keras import ops
 
 from tests.routers.dense_weights import DenseWeights
 from tests.routing_cases import remoe
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
-from tests.test_case import TestCase
 
 
-class ReMoECasesTest(TestCase):
+class ReMoECasesTest(RecordedTest):
     def test_choices_loss_and_sparsity(self):
         for name, config, arrays in load(remoe.matches):
             with self.subTest(name):

@@ -9,6 +9,7 @@ from tests import token_loop
 from tests.moe.soft_moe_test import soft_moe
 from tests.routing_cases.cases import DATA
 from tests.routing_cases.cases import LinearExperts
+from tests.routing_cases.cases import RecordedTest
 from tests.routing_cases.cases import load
 from tests.routing_cases.soft_moe import draws_of
 from tests.routing_cases.soft_moe import is_vmoe
@@ -17,7 +18,6 @@ from tests.routing_cases.soft_moe import matches
 from tests.routing_cases.soft_moe import router_from_case
 from tests.routing_cases.soft_moe import router_options
 from tests.routing_cases.soft_moe import variables_from_case
-from tests.test_case import TestCase
 
 
 def rows_of_experts(config, arrays, call):
@@ -34,7 +34,7 @@ def rows_of_experts(config, arrays, call):
     return rows[-1]
 
 
-class SoftMoECasesTest(TestCase):
+class SoftMoECasesTest(RecordedTest):
     def assert_close(self, actual, expected, tolerance=1e-5):
         """Relative to the largest entry, however small it is."""
         actual = ops.convert_to_numpy(actual)

@@ -13,12 +13,12 @@ from keras_moe import losses
 from tests import token_loop
 from tests.routing_cases import cases
 from tests.routing_cases import st_moe
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 NAMED = cases.named(st_moe.matches)
 
 
-class STMoETest(TestCase):
+class STMoETest(RecordedTest):
     @parameterized.named_parameters(NAMED)
     def test_outputs_and_routing(self, case):
         _, config, arrays = case

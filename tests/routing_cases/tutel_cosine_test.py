@@ -5,7 +5,7 @@ from keras import ops
 from tests import token_loop
 from tests.routing_cases import cases
 from tests.routing_cases import tutel_cosine
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 WEIGHTS = (
     "temperature",
@@ -40,7 +40,7 @@ def logits_of(arrays):
     return logits
 
 
-class TutelCosineTest(TestCase):
+class TutelCosineTest(RecordedTest):
     def run_case(self, config, arrays):
         router = tutel_cosine.router_from_case(config, arrays)
         outputs, d_tokens, d_weights = self.outputs_and_gradients(

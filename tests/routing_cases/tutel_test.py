@@ -12,7 +12,7 @@ from keras_moe import losses
 from tests import token_loop
 from tests.routing_cases import cases
 from tests.routing_cases import tutel
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 
 def is_dispatch(config, arrays):
@@ -27,7 +27,7 @@ DISPATCH = cases.named(is_dispatch)
 LOAD_IMPORTANCE = cases.named(is_load_importance)
 
 
-class TutelTest(TestCase):
+class TutelTest(RecordedTest):
     def layer(self, config, arrays, **kwargs):
         num_experts, dim = config["E"], config["D"]
         kernel = np.zeros((num_experts, dim, 1), "float32")

@@ -4,12 +4,12 @@ from keras import ops
 
 from tests.routing_cases import cases
 from tests.routing_cases import vmoe
-from tests.test_case import TestCase
+from tests.routing_cases.cases import RecordedTest
 
 NAMED = cases.named(vmoe.matches)
 
 
-class VMoETest(TestCase):
+class VMoETest(RecordedTest):
     def draws(self, case):
         noise = case.arrays.get("noise_unit")
         return cases.recorded_draws(normal=() if noise is None else (noise,))

@@ -28,6 +28,8 @@ def draws(case, prefix):
 
 
 class SoftMoEModelsTest(TestCase):
+    in_graph = False
+
     # `y` is without the rounding to bfloat16 that the original does on the
     # way (`y_bfloat16_path`), and SoftMoE computes in the dtype asked for.
     @parameterized.named_parameters(MODES)
@@ -39,7 +41,6 @@ class SoftMoEModelsTest(TestCase):
                 case.arrays["x"],
                 case.arrays["cotangent"],
                 whole_paths=True,
-                traced=False,
                 training=bool(prefix),
             )
         self.assert_relative(outputs, case.arrays[f"{prefix}y"])

@@ -61,6 +61,8 @@ def draws(case, prefix):
 
 
 class VMoEModelsTest(TestCase):
+    in_graph = False
+
     @parameterized.named_parameters(MODES)
     def test_outputs_and_gradients(self, case, prefix):
         model = model_of(case, prefix)
@@ -71,7 +73,6 @@ class VMoEModelsTest(TestCase):
                 case.arrays["cotangent"],
                 losses=True,
                 whole_paths=True,
-                traced=False,
                 training=True,
             )
         self.assert_relative(outputs, case.arrays[f"{prefix}y"])
