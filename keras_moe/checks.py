@@ -173,3 +173,11 @@ def as_keras_object(name, get, identifier):
             f"`{name}` must be something that Keras knows: {error}. "
             f"Received: {name}={identifier!r}"
         ) from error
+
+
+def nearest_divisors(number, wanted):
+    """The divisors of a number on both sides of one that is none, as words."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    below = [n for n in divisors if n < wanted][-1:]
+    above = [n for n in divisors if n > wanted][:1]
+    return " and ".join(map(str, below + above))

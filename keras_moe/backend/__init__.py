@@ -60,6 +60,11 @@ of the active Keras backend is re-exported here:
   `(B, kernel height, kernel width, filters)`, without padding. `None` if
   products for each position of the kernels are faster, or it cannot do it.
 
+What crosses devices differs too much for names in common: `batch_sharding`,
+`device_index`, `exchange_rows`, `per_device` and `sum_over` are JAX's alone
+(jax/collectives.py); the engines of PyTorch and TensorFlow in `distribution` take
+the `collectives` of their own package.
+
 `reference.py` needs `keras.ops` alone and is always tried last.
 """
 

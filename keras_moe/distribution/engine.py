@@ -58,15 +58,3 @@ class Engine:
 
     def load_sharded(self, model, folder):
         raise NotImplementedError("`load_sharded` is for PyTorch.")
-
-
-def check_divides(num_experts, num_expert_shards):
-    """Raises unless each owner gets as many experts as any other."""
-    if num_experts % num_expert_shards:
-        possible = [n for n in range(1, num_experts + 1) if not num_experts % n]
-        nearest = sorted(possible, key=lambda n: abs(n - num_expert_shards))[:2]
-        raise ValueError(
-            "`num_expert_shards` must divide the number of experts. Received: "
-            f"num_expert_shards={num_expert_shards} for {num_experts} experts; "
-            f"the nearest numbers that do are {sorted(nearest)}"
-        )

@@ -10,6 +10,7 @@ import types
 from keras import ops
 
 from keras_moe import backend
+from keras_moe.dispatch import Capacity
 from keras_moe.dispatch import Dispatcher
 from keras_moe.distribution.device_bank import DeviceBank
 from keras_moe.distribution.device_bank import WholeBatchNeeded
@@ -125,7 +126,8 @@ def dispatch(
     bank = DeviceBank(experts, distribution)
     indices, weights = routing.expert_indices, routing.expert_weights
     inner = {"weights_on": dispatcher.weights_on}
-    if dispatcher.capacity.limits(training):
+    capacity = dispatcher.capacity
+    if capacity.limits(training):
         # Over the whole batch, as on one device.
         plan = dispatcher.plan(
             routing, experts.num_experts, mask, training, router, num_sequences
@@ -133,13 +135,16 @@ def dispatch(
         indices = ops.where(plan.rows.kept, indices, experts.num_experts)
         weights, mask = plan.weights, None
     else:
-        inner["capacity"] = dispatcher.capacity
+        # Without the seed that a policy may have: devices make no variables.
+        inner["capacity"] = Capacity(
+            normalize_kept_weights=capacity.normalize_kept_weights
+        )
     arrays, fills = [tokens, indices, weights], [0, experts.num_experts, 0]
     if mask is not None:
         arrays.append(mask)
         fills.append(False)
-    if bank.axis is None and isinstance(distribution, MeshEngine):
-        distribution.check_divided(experts)
+    if isinstance(distribution, MeshEngine):
+        distribution.check_divided(experts, bank)
     if not bank.is_divided:
         local = Dispatcher(**inner)
     else:

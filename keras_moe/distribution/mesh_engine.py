@@ -8,7 +8,6 @@ from keras_moe import backend
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
 from keras_moe.distribution.engine import Engine
-from keras_moe.distribution.engine import check_divides
 from keras_moe.stacked import expert_shards
 
 _SEVERAL_PROCESSES = (
@@ -93,12 +92,14 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
                 )
         return model
 
-    def check_divided(self, experts):
-        """Raises if no variable of routed experts is divided.
+    def check_divided(self, experts, bank):
+        """Raises unless routed experts are divided as the mesh is.
 
-        Called for experts of which none is, which is right for one owner.
+        Args:
+            experts: The layer.
+            bank: Its `DeviceBank`. Experts without weights need no owner.
         """
-        if self.num_expert_shards > 1 and experts.variables:
+        if self.num_expert_shards > 1 and not bank.axis and experts.variables:
             raise ValueError(
                 "The experts are not divided among the devices: their weights "
                 "are not stacked by expert (`LayerExperts`, `MixedExperts`, "
@@ -106,6 +107,13 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
                 "`MoE` layer was made. "
                 f"Received: experts={experts!r}, "
                 f"num_expert_shards={self.num_expert_shards}"
+            )
+        if self.num_model_shards > 1 and not bank.hidden and experts.variables:
+            raise ValueError(
+                "`num_model_shards` divides the hidden width of `GLUExperts` "
+                "and `MLPExperts` whose activation acts on each unit alone. "
+                f"Received: num_model_shards={self.num_model_shards}, "
+                f"experts={experts!r}"
             )
 
     def _check_width(self, width):
@@ -140,7 +148,7 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
     def get_variable_layout(self, variable):
         if not expert_shards.is_bank(variable):
             return super().get_variable_layout(variable)
-        check_divides(variable.shape[0], self.num_expert_shards)
+        expert_shards.check_divides(variable.shape[0], self.num_expert_shards)
         axes = ["expert"] + [None] * (len(variable.shape) - 1)
         hidden = expert_shards.hidden_axis(variable)
         if hidden is not None:

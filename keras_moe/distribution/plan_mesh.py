@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_moe.checks import check_int
+from keras_moe.checks import nearest_divisors
 
 AXES = ("data", "expert", "model")
 
@@ -36,7 +37,8 @@ def check_divisions(mesh, batch, layers):
                 raise ValueError(
                     f"mesh[{axis!r}] must divide the {what} of {layer.name!r}, "
                     f"{size}. The nearest that do are "
-                    f"{_nearest(size, mesh[axis])}. Received: mesh={mesh}"
+                    f"{nearest_divisors(size, mesh[axis])}. "
+                    f"Received: mesh={mesh}"
                 )
         if layer.divided and layer.width is None and mesh["model"] > 1:
             raise ValueError(
@@ -53,14 +55,6 @@ def check_divisions(mesh, batch, layers):
             f"mesh['data'] * mesh['expert'] = {devices}. The nearest are "
             f"{nearest}{below + devices}. Received: batch={batch}, mesh={mesh}"
         )
-
-
-def _nearest(number, wanted):
-    """The divisors of a number on both sides of one that is none."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below = max(d for d in divisors if d < wanted)
-    above = [d for d in divisors if d > wanted]
-    return f"{below} and {above[0]}" if above else f"{below} at most"
 
 
 def expected_imbalance(layer, mesh, tokens, loads, seed):

@@ -19,7 +19,6 @@ from keras_moe import backend
 from keras_moe.checks import check_int
 from keras_moe.dispatch.dispatcher import Dispatcher
 from keras_moe.distribution.engine import Engine
-from keras_moe.distribution.engine import check_divides
 from keras_moe.distribution.part_dispatcher import PartDispatcher
 from keras_moe.ops.routing import Routing
 from keras_moe.stacked import expert_shards
@@ -148,7 +147,7 @@ class ReplicaEngine(Engine):
         Returns:
             `(outputs, group_sizes)` of this replica's own tokens.
         """
-        check_divides(experts.num_experts, self.num_expert_shards)
+        expert_shards.check_divides(experts.num_experts, self.num_expert_shards)
         context = backend.native.collectives.replica_context()
         if context is not None:
             dispatcher = _ReplicaDispatcher(

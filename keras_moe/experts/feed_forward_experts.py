@@ -72,19 +72,16 @@ class FeedForwardExperts(Experts):
             (self.num_experts, input_dim, output_dim),
             self.compute_dtype,
         )
-        is_last = name == "down"
+        of_kernel = of_bias = None
+        if self._is_by_unit():
+            of_kernel, of_bias = (0, None) if name == "down" else (1, 0)
         kernel = self.add_bank(
-            f"{name}_kernel",
-            (input_dim, output_dim),
-            hidden_axis=0 if is_last else 1,
+            f"{name}_kernel", (input_dim, output_dim), hidden_axis=of_kernel
         )
         bias = None
         if self.use_bias:
             bias = self.add_bank(
-                f"{name}_bias",
-                (output_dim,),
-                kind="bias",
-                hidden_axis=None if is_last else 0,
+                f"{name}_bias", (output_dim,), "bias", hidden_axis=of_bias
             )
         setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
@@ -136,14 +133,27 @@ class FeedForwardExperts(Experts):
             self.join_hidden,
         )
 
-    def _can_mix(self, training):
-        # Overridden methods and other options are only respected by `call`.
-        own = all(
+    def _is_by_unit(self):
+        """Whether no hidden unit is known to depend on another one.
+
+        Only then devices may divide the hidden width among them.
+        """
+        return (
+            self._computes_as_usual()
+            and getattr(type(self).join_hidden, "is_by_unit", False)
+            and activations.is_elementwise(self.activation)
+        )
+
+    def _computes_as_usual(self):
+        return all(
             getattr(type(self), name) is getattr(FeedForwardExperts, name)
             for name in ("call", "dense", "grouped_dense")
         )
+
+    def _can_mix(self, training):
+        # Overridden methods and other options are only respected by `call`.
         return (
-            own
+            self._computes_as_usual()
             and self.implementation is None
             and activations.is_pure(self.activation)
             and not (training and self.dropout > 0)

@@ -113,6 +113,8 @@ class GLUExperts(FeedForwardExperts):
             up = up + self.up_shift
         return self.activation(gate) * up
 
+    join_hidden.is_by_unit = True
+
     def get_config(self):
         return {
             **super().get_config(),

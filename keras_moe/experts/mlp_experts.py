@@ -75,3 +75,5 @@ class MLPExperts(FeedForwardExperts):
 
     def join_hidden(self, up):
         return self.activation(up)
+
+    join_hidden.is_by_unit = True

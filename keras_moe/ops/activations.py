@@ -56,6 +56,9 @@ _NAMED = {
     "relu_squared": relu_squared,
 }
 
+# Activations of Keras that look at several entries.
+_OVER_AN_AXIS = ("glu", "log_softmax", "softmax", "sparsemax")
+
 
 def get(identifier):
     """The activation of a name here, or what Keras finds for it."""
@@ -69,6 +72,12 @@ def serialize(activation):
         if activation is function:
             return name
     return keras.activations.serialize(activation)
+
+
+def is_elementwise(activation):
+    """Whether each entry is known to depend on its own input alone."""
+    name = getattr(activation, "__name__", "")
+    return is_pure(activation) and name not in _OVER_AN_AXIS
 
 
 def is_pure(activation):

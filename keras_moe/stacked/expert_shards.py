@@ -7,8 +7,21 @@ trains or saves such variables reads the mark.
 
 import contextlib
 
+from keras_moe.checks import nearest_divisors
+
 _active = None
 _new_bank = (None, None)  # path and hidden axis of what is being made
+
+
+def check_divides(num_experts, num_expert_shards):
+    """Raises unless each shard gets as many experts as any other."""
+    if num_experts % num_expert_shards:
+        raise ValueError(
+            "`num_expert_shards` must divide the number of experts; the "
+            f"nearest for {num_experts} experts: "
+            f"{nearest_divisors(num_experts, num_expert_shards)}. Received: "
+            f"num_expert_shards={num_expert_shards}, num_experts={num_experts}"
+        )
 
 
 class ExpertShard:
@@ -30,13 +43,7 @@ class ExpertShard:
 
     def bounds(self, num_experts):
         """The first own expert, and the one after the last."""
-        if num_experts % self.count:
-            raise ValueError(
-                "`num_expert_shards` must divide the number of experts of "
-                f"each bank; the nearest for {num_experts} experts: "
-                f"{_nearest_divisors(num_experts, self.count)}. Received: "
-                f"num_expert_shards={self.count}, num_experts={num_experts}"
-            )
+        check_divides(num_experts, self.count)
         size = num_experts // self.count
         return self.index * size, (self.index + 1) * size
 
@@ -157,11 +164,3 @@ def from_file(variable, value):
         return value  # of other experts: the caller will say so
     start = size * of_bank.shard.index
     return value[start : start + size]
-
-
-def _nearest_divisors(number, wanted):
-    """The next smaller and the next larger divisor, as words."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below = [n for n in divisors if n < wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
-    return " and ".join(map(str, below + above))

@@ -5,12 +5,15 @@ import functools
 import keras
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from keras import ops
 
 from keras_moe.distribution import ExpertParallel
+from keras_moe.distribution import device_bank
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
 from keras_moe.experts import LowRankExperts
+from keras_moe.experts import MLPExperts
 from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
@@ -80,6 +83,14 @@ def model_parallel(axes, layouts):
     return keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name="b"
     )
+
+
+@keras.saving.register_keras_serializable("tests")
+class NormalizedExperts(MLPExperts):
+    """Units that depend on the others of their expert."""
+
+    def join_hidden(self, up):
+        return ops.softmax(up)
 
 
 class MeshMoreTest(TestCase):
@@ -219,6 +230,44 @@ class MeshMoreTest(TestCase):
         with strategy.scope():
             with self.assertRaisesRegex(ValueError, "gate_bias'.* whole"):
                 step(layer, inputs())
+
+    @parameterized.parameters("relu", "softmax", "join_hidden")
+    def test_hidden_units_that_depend_on_each_other(self, kind):
+        """Only units that do not are computed where they lie."""
+        bank = (NormalizedExperts if kind == "join_hidden" else MLPExperts)(
+            *(EXPERTS, WIDTH),
+            activation="relu" if kind == "join_hidden" else kind,
+            use_bias=False,
+            name="bank",
+        )
+        layer = MoE(router=TopKRouter(EXPERTS, 2), experts=bank)
+        whole = step_once_built(layer, inputs())
+        layouts = {
+            ".*bank/up_kernel": (None, None, "m"),
+            ".*bank/down_kernel": (None, "m", None),
+        }
+        strategy = model_parallel(("b", "m"), layouts)
+        divided = device_bank.DeviceBank(bank, strategy).hidden == "m"
+        self.assertEqual(divided, kind == "relu")
+        with strategy.scope():
+            found = step(layer, inputs())
+        for value, expected in zip(found, whole, strict=True):
+            self.assert_relative(value, expected, 1e-5)
+
+    def test_random_policy_that_does_not_limit(self):
+        layer = MoE(
+            router=TopKRouter(EXPERTS, 2),
+            experts=GLUExperts(EXPERTS, WIDTH),
+            capacity=Capacity(1.0, float("inf"), drop_policy="random"),
+        )
+        inside = keras.Input((LENGTH, DIM))
+        model = keras.Model(inside, layer(inside))
+        wanted = model.predict(inputs(), verbose=0)
+        with expert_parallel(2, 2).scope():
+            again = keras.models.clone_model(model)
+            again.set_weights(model.get_weights())
+            found = again.predict(inputs(), verbose=0)
+        self.assert_relative(found, wanted)
 
     def test_one_choice_and_more_room_than_tokens(self):
         layer = MoE(

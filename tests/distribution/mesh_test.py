@@ -389,7 +389,9 @@ class MeshTest(TestCase):
             self.assertAllEqual(ops.convert_to_numpy(v), value)
 
     def test_refused(self):
-        with self.assertRaisesRegex(ValueError, r"num_expert_shards=3.*\[2, 4"):
+        with self.assertRaisesRegex(
+            ValueError, r"8 experts: 2 and 4\. .*num_expert_shards=3"
+        ):
             with expert_parallel(3).scope():
                 MoE(EXPERTS, WIDTH).build((None, LENGTH, DIM))
         with self.assertRaisesRegex(ValueError, r"batch of 6 .*\[4, 8\]"):
@@ -405,6 +407,9 @@ class MeshTest(TestCase):
         with self.assertRaisesRegex(ValueError, "num_model_shards=5 for"):
             with expert_parallel(1, num_model_shards=5).scope():
                 MoE(EXPERTS, WIDTH).build((None, LENGTH, DIM))
+        with self.assertRaisesRegex(ValueError, "acts on each unit alone"):
+            with expert_parallel(1, num_model_shards=2).scope():
+                MoE(EXPERTS, WIDTH, activation="softmax")(data()[0])
         with self.assertRaisesRegex(ValueError, "num_model_shards=3, 4 dev"):
             ExpertParallel(num_model_shards=3, devices=devices(4))
         with self.assertRaisesRegex(ValueError, "takes the options .*timeout"):

@@ -326,7 +326,7 @@ class KerasModelTest(TestCase):
 class ErrorsTest(TestCase):
     @parameterized.parameters(
         (dict(mesh={"expert": 3}), r"number of experts of 'moe', 8\..*2 and 4"),
-        (dict(mesh={"expert": 16}), r"The nearest that do are 8 at most"),
+        (dict(mesh={"expert": 16}), r"The nearest that do are 8\. Rec"),
         (dict(mesh={"model": 3}), r"hidden width .* 4\. .* are 2 and 4"),
         (dict(mesh={"data": 8}, batch=12), r"8\. The nearest are 8 and 16\. R"),
         (dict(mesh={"data": 8}, batch=4), r"The nearest are 8\. Received"),
