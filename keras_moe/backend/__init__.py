@@ -62,8 +62,8 @@ of the active Keras backend is re-exported here:
 
 What crosses devices differs too much for names in common: `batch_sharding`,
 `device_index`, `exchange_rows`, `per_device` and `sum_over` are JAX's alone
-(jax/collectives.py); the engines of PyTorch and TensorFlow in `distribution` take
-the `collectives` of their own package.
+(jax/collectives.py); the engines of PyTorch and TensorFlow in `distribution`
+take the `collectives` of their own package.
 
 `reference.py` needs `keras.ops` alone and is always tried last.
 """

@@ -8,7 +8,6 @@ import pytest
 from absl.testing import parameterized
 from keras import ops
 
-from keras_moe.distribution import ExpertParallel
 from keras_moe.distribution import device_bank
 from keras_moe.experts import GLUExperts
 from keras_moe.experts import LayerExperts
@@ -18,6 +17,14 @@ from keras_moe.layers import Capacity
 from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.routers import TopKRouter
+from tests.distribution.mesh_cases import DIM
+from tests.distribution.mesh_cases import EXPERTS
+from tests.distribution.mesh_cases import LENGTH
+from tests.distribution.mesh_cases import WIDTH
+from tests.distribution.mesh_cases import data
+from tests.distribution.mesh_cases import data_parallel
+from tests.distribution.mesh_cases import expert_parallel
+from tests.distribution.mesh_cases import model_parallel
 from tests.test_case import TestCase
 
 pytestmark = [
@@ -27,26 +34,10 @@ pytestmark = [
         reason="one program for all devices is JAX's way",
     ),
 ]
-EXPERTS, LENGTH, DIM, WIDTH = 8, 3, 8, 12
-
-
-def devices(number):
-    return keras.distribution.list_devices("cpu")[:number]
-
-
-def expert_parallel(expert, data=1, **kwargs):
-    return ExpertParallel(
-        expert, data, devices=devices(expert * data), **kwargs
-    )
-
-
-def data_parallel(number):
-    return keras.distribution.DataParallel(devices=devices(number))
 
 
 def inputs(examples=16):
-    rng = np.random.default_rng(3)
-    return rng.normal(size=(examples, LENGTH, DIM)).astype("float32")
+    return data(examples)[0]
 
 
 def step(layer, x, transform=lambda function: function):
@@ -72,17 +63,6 @@ def step(layer, x, transform=lambda function: function):
         jax.value_and_grad(loss, (0, 1), has_aux=True)
     )(weights, x)
     return [np.asarray(x) for x in jax.tree.leaves((results, gradients))]
-
-
-def model_parallel(axes, layouts):
-    """Of the user's own, with the batch on the axis "b"."""
-    mesh = keras.distribution.DeviceMesh((2, 2), axes, devices(4))
-    layout_map = keras.distribution.LayoutMap(mesh)
-    for path, layout in layouts.items():
-        layout_map[path] = layout
-    return keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name="b"
-    )
 
 
 @keras.saving.register_keras_serializable("tests")
