@@ -1,8 +1,8 @@
 import keras
 
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
+from keras_moe.vision.models.image_backbone import ImageBackbone
 from keras_moe.vision.models.image_classifier import MoEImageClassifier
-from keras_moe.vision.models.vision_backbone import VisionBackbone
 
 
 def resize_positions(model, image_shape):
@@ -13,7 +13,7 @@ def resize_positions(model, image_shape):
     weights are copied. Positions that are computed need no resizing.
 
     Args:
-        model: A `keras_moe.models.VMoEBackbone`, `SoftMoEBackbone` or
+        model: A backbone of `keras_moe.models` for images, or a
             `MoEImageClassifier`. It stays as it is.
         image_shape: Three ints, in the order of the model's `data_format`, with
             as many channels as before.
@@ -39,7 +39,7 @@ def resize_positions(model, image_shape):
 
     - [Dosovitskiy et al., 2020](https://arxiv.org/abs/2010.11929), section 3.2
     """
-    if not isinstance(model, (VisionBackbone, MoEImageClassifier)):
+    if not isinstance(model, (ImageBackbone, MoEImageClassifier)):
         raise ValueError(
             "`model` must be a vision backbone or a classifier of "
             f"keras_moe.models. Received: model={model!r}"
@@ -68,7 +68,7 @@ def _backbone(model):
 
 def _copy(model, new):
     for old_layer, layer in zip(model.layers, new.layers, strict=True):
-        if isinstance(layer, VisionBackbone):
+        if isinstance(layer, ImageBackbone):
             _copy(old_layer, layer)
         elif isinstance(layer, PatchEmbedding) and layer.positions is not None:
             _copy_embedding(old_layer, layer)

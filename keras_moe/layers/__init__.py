@@ -57,3 +57,7 @@ from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
 from keras_moe.vision.layers.patch_embedding import (
     PatchEmbedding as PatchEmbedding,
 )
+from keras_moe.vision.layers.patch_merging import PatchMerging as PatchMerging
+from keras_moe.vision.layers.window_attention import (
+    WindowAttention as WindowAttention,
+)

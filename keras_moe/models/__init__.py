@@ -61,4 +61,7 @@ from keras_moe.vision.models.image_classifier import (
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,
 )
+from keras_moe.vision.models.swin_moe_backbone import (
+    SwinMoEBackbone as SwinMoEBackbone,
+)
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone as VMoEBackbone

@@ -1,21 +1,17 @@
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
-from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
-from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
 from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
-from keras_moe.vision.layers.token_groups import from_groups
-from keras_moe.vision.layers.token_groups import to_groups
+from keras_moe.vision.layers.feed_forward import as_feed_forward
+from keras_moe.vision.layers.feed_forward import call_feed_forward
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -48,6 +44,9 @@ class EncoderBlock(keras.layers.Layer):
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
             `"token"`.
+        token_mixer: A layer from `(batch, tokens, D)` to the same shape in the
+            place of attention, such as attention in windows; `num_heads` is
+            `None` then. Defaults to `None`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -91,34 +90,26 @@ class EncoderBlock(keras.layers.Layer):
         drop_path=0.0,
         group_size=None,
         route_per="token",
+        token_mixer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_int("num_heads", num_heads, 1)
+        if token_mixer is None:
+            check_int("num_heads", num_heads, 1)
+        elif num_heads is not None or qk_norm or attention_dropout:
+            raise ValueError(
+                "`token_mixer` stands in the place of attention, whose "
+                "arguments must be left out. Received: "
+                f"token_mixer={token_mixer!r}, num_heads={num_heads!r}, "
+                f"qk_norm={qk_norm!r}, attention_dropout={attention_dropout!r}"
+            )
         check_bool("qk_norm", qk_norm)
         check_positive("layer_norm_epsilon", layer_norm_epsilon)
         check_rate("dropout", dropout)
         check_rate("attention_dropout", attention_dropout)
         check_rate("drop_path", drop_path)
-        check_one_of("route_per", route_per, ("token", "image"))
-        if group_size is not None:
-            check_int("group_size", group_size, 1)
-        if feed_forward is None:
-            raise ValueError(
-                "`feed_forward` must be a layer. Received: feed_forward=None"
-            )
-        self.feed_forward = as_layer("feed_forward", feed_forward)
-        takes = inspect.signature(self.feed_forward.call).parameters
-        if group_size is not None and "mask" not in takes:
-            raise ValueError(
-                "With `group_size`, `feed_forward` must take a mask. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
-        if route_per == "image" and "router_inputs" not in takes:
-            raise ValueError(
-                "With `route_per='image'`, `feed_forward` must be a MoE. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
+        self.feed_forward = as_feed_forward(feed_forward, group_size, route_per)
+        self.token_mixer = as_layer("token_mixer", token_mixer)
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -145,29 +136,44 @@ class EncoderBlock(keras.layers.Layer):
 
     def build(self, inputs_shape, context_shape=None):
         dim = inputs_shape[-1]
-        self.attention = VisionAttention(
-            self.num_heads,
-            head_dim(dim, self.num_heads),
-            dropout=self.attention_dropout,
-            qk_norm=self.qk_norm,
-            qk_norm_epsilon=self.layer_norm_epsilon,
-            dtype=self.dtype_policy,
-            name="attention",
-        )
+        if self.token_mixer is None:
+            self.attention = VisionAttention(
+                self.num_heads,
+                head_dim(dim, self.num_heads),
+                dropout=self.attention_dropout,
+                qk_norm=self.qk_norm,
+                qk_norm_epsilon=self.layer_norm_epsilon,
+                dtype=self.dtype_policy,
+                name="attention",
+            )
+            self.attention.build(inputs_shape, inputs_shape)
+        else:
+            layer_copies.build(
+                self.token_mixer, inputs_shape, self.compute_dtype
+            )
         self.attention_norm.build(inputs_shape)
-        self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
         layer_copies.build(self.feed_forward, shape, self.compute_dtype)
 
     def call(self, inputs, context=None, training=None):
         x = self.attention_norm(inputs)
-        x = self.attention(x, x, training=training)
+        if self.token_mixer is None:
+            x = self.attention(x, x, training=training)
+        else:
+            x = self.token_mixer(x)
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
-        x = self._feed_forward(x, context, training)
+        x = call_feed_forward(
+            self.feed_forward,
+            x,
+            self.group_size,
+            self.route_per,
+            context,
+            training,
+        )
         return self._join(inputs, x, training)
 
     def _join(self, inputs, x, training):
@@ -175,36 +181,6 @@ class EncoderBlock(keras.layers.Layer):
             x = self._drop_path(x, training=training)
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
-
-    def _feed_forward(self, x, context, training):
-        batch, tokens, dim = ops.shape(x)
-        kwargs = {}
-        if context is not None:
-            context = ops.expand_dims(context, -1)
-            kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
-        if self.route_per == "image":
-            mean = ops.mean(x, axis=1, keepdims=True)
-            kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
-        # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not self._groups_count(
-            training
-        ):
-            return self.feed_forward(x, **kwargs)
-        groups = {
-            name: to_groups(value, self.group_size)
-            for name, value in (("inputs", x), *kwargs.items())
-        }
-        x, mask = groups.pop("inputs")
-        kwargs = {name: value for name, (value, _) in groups.items()}
-        x = self.feed_forward(x, mask=mask, **kwargs)
-        return from_groups(x, (batch, tokens, dim))
-
-    def _groups_count(self, training):
-        """Whether what a token gets depends on its group."""
-        layer = self.feed_forward
-        if training or not isinstance(layer, MoE):
-            return True
-        return layer.capacity.limits(training=False) or layer.router.looks_ahead
 
     def compute_output_shape(self, inputs_shape, context_shape=None):
         return tuple(inputs_shape)
@@ -221,4 +197,5 @@ class EncoderBlock(keras.layers.Layer):
             "drop_path": self.drop_path,
             "group_size": self.group_size,
             "route_per": self.route_per,
+            "token_mixer": serialize_part(self.token_mixer),
         }

@@ -9,10 +9,10 @@ from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.attention_pooling import AttentionPooling
+from keras_moe.vision.models.image_backbone import ImageBackbone
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import frozen_parts
 from keras_moe.vision.models.presets import Presets
-from keras_moe.vision.models.vision_backbone import VisionBackbone
-from keras_moe.vision.models.vision_backbone import as_dtype
-from keras_moe.vision.models.vision_backbone import frozen_parts
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
@@ -22,7 +22,7 @@ POOLINGS = ("token", "gap", "map")
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MoEImageClassifier(Presets, keras.Model):
-    """Classifies images by the tokens of a backbone.
+    """Classifies images by the tokens or the feature map of a backbone.
 
     ```
     x = pooling(backbone(images))
@@ -31,12 +31,14 @@ class MoEImageClassifier(Presets, keras.Model):
     ```
 
     Args:
-        backbone: A `keras_moe.models.VMoEBackbone` or `SoftMoEBackbone`.
+        backbone: A backbone of `keras_moe.models`, of which images come out as
+            tokens or as a feature map.
         num_classes: int.
         pooling: `"token"` takes the class token, `"gap"` the mean over the
-            patches, `"map"` the attention of a learned query
-            (`keras_moe.layers.AttentionPooling`). Defaults to `None`:
-            `"token"` if the backbone has a class token, otherwise `"gap"`.
+            patches or the feature map, `"map"` the attention of a learned query
+            over tokens (`keras_moe.layers.AttentionPooling`). Defaults to
+            `None`: `"token"` if the backbone has a class token, otherwise
+            `"gap"`.
         activation: Activation of the output. Defaults to `None`: logits.
         dropout: float. Rate of the dropout before the output. Defaults to
             `0.0`.
@@ -54,7 +56,7 @@ class MoEImageClassifier(Presets, keras.Model):
 
     Raises:
         ValueError: If an argument is out of range, or the backbone has no class
-            token to take.
+            token to take, or no attention to pool with.
 
     Example:
 
@@ -73,7 +75,7 @@ class MoEImageClassifier(Presets, keras.Model):
       (`"map"`)
     """
 
-    backbone_class = VisionBackbone
+    backbone_class = ImageBackbone
     presets = {**VMOE, **SOFT_MOE}
 
     def __init__(
@@ -98,12 +100,7 @@ class MoEImageClassifier(Presets, keras.Model):
         check_rate("dropout", dropout)
         if pooling is None:
             pooling = "token" if backbone.use_class_token else "gap"
-        check_one_of("pooling", pooling, POOLINGS)
-        if pooling == "token" and not backbone.use_class_token:
-            raise ValueError(
-                "`pooling='token'` needs a backbone with a class token. "
-                "Received: a backbone with use_class_token=False"
-            )
+        _check_pooling(pooling, backbone)
         if representation_dim is not None:
             check_int("representation_dim", representation_dim, 1)
         activation = as_keras_object(
@@ -162,7 +159,7 @@ class MoEImageClassifier(Presets, keras.Model):
         for backbone_class in _backbones(cls.backbone_class):
             if str(preset) in backbone_class.presets:
                 return cls(backbone_class.from_preset(preset), **kwargs)
-        if issubclass(cls.saved_class(preset), VisionBackbone):
+        if issubclass(cls.saved_class(preset), ImageBackbone):
             backbone = cls.backbone_class.from_preset(preset, load_weights)
             return cls(backbone, **kwargs)
         return super().from_preset(preset, load_weights, **kwargs)
@@ -206,21 +203,40 @@ class VMoEImageClassifier(MoEImageClassifier):
 
 
 def _backbones(backbone_class):
-    """The class and its subclasses."""
-    return [backbone_class, *backbone_class.__subclasses__()]
+    """The class, its subclasses and theirs."""
+    found = [backbone_class]
+    for subclass in backbone_class.__subclasses__():
+        found += _backbones(subclass)
+    return found
+
+
+def _check_pooling(pooling, backbone):
+    check_one_of("pooling", pooling, POOLINGS)
+    if pooling == "token" and not backbone.use_class_token:
+        raise ValueError(
+            "`pooling='token'` needs a backbone with a class token. "
+            "Received: a backbone with use_class_token=False"
+        )
+    if pooling == "map" and backbone.pooling_arguments is None:
+        raise ValueError(
+            "`pooling='map'` needs a backbone with attention over all tokens. "
+            f"Received: backbone={backbone!r}"
+        )
 
 
 def _pooled(backbone, x, pooling, dtype):
     if pooling == "token":
         return x[:, 0]
-    if pooling == "gap":
+    if pooling == "map":
+        return AttentionPooling(
+            **backbone.pooling_arguments, dtype=dtype, name="pooling"
+        )(x)
+    if len(x.shape) == 3:
         return ops.mean(x[:, int(backbone.use_class_token) :], axis=1)
-    first = backbone.block(0)
-    return AttentionPooling(
-        first.num_heads,
-        backbone.mlp_dim,
-        qk_norm=first.qk_norm,
-        layer_norm_epsilon=first.layer_norm_epsilon,
-        dtype=dtype,
-        name="pooling",
+    first = backbone.data_format == "channels_first"
+    x = ops.mean(x, axis=(2, 3) if first else (1, 2))
+    if backbone.pooled_norm_epsilon is None:
+        return x
+    return keras.layers.LayerNormalization(
+        epsilon=backbone.pooled_norm_epsilon, dtype=dtype, name="pooled_norm"
     )(x)

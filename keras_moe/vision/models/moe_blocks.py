@@ -46,3 +46,20 @@ def per_block(name, value, number):
             f"blocks with experts. Received: {name}={value!r}"
         )
     return list(value)
+
+
+def odd_in_stages(depths):
+    """The odd blocks of each stage, as numbers of the whole network.
+
+    Args:
+        depths: list of ints. Blocks of each stage.
+
+    Returns:
+        A list of lists.
+    """
+    first = 0
+    found = []
+    for depth in depths:
+        found.append(list(range(first + 1, first + depth, 2)))
+        first += depth
+    return found

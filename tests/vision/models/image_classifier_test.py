@@ -161,9 +161,9 @@ class PresetsTest(TestCase):
         self.assertEqual(small.output_shape, (None, 2, 8))
 
 
-def presets_of(cls):
+def presets_of(presets):
     """All of them on one backend; shapes are the same on the others."""
-    names = list(cls.presets)
+    names = list(presets)
     return names if keras.config.backend() == "torch" else names[:2]
 
 
@@ -182,7 +182,7 @@ class PublishedCountsTest(TestCase):
     """Equal to the published ones: `tests/published` holds its arithmetic,
     which is made of shapes alone, to them."""
 
-    @parameterized.parameters(*presets_of(VMoEBackbone))
+    @parameterized.parameters(*presets_of(VMoEBackbone.presets))
     def test_v_moe(self, name):
         _, _, patch, experts, *where = name.split("_")
         size, patch = patch[0].upper(), int(patch[1:])
@@ -191,7 +191,7 @@ class PublishedCountsTest(TestCase):
         counts = v_moe_counts(size, patch, blocks, int(experts[1:]), head=0)
         self.assertEqual(counted(VMoEBackbone.from_preset, name), counts.total)
 
-    @parameterized.parameters(*presets_of(SoftMoEBackbone))
+    @parameterized.parameters(*presets_of(SoftMoEBackbone.presets))
     def test_soft_moe(self, name):
         *_, size, experts = name.split("_")
         experts = int(experts[1:])
