@@ -22,7 +22,8 @@ def resize_positions(model, image_shape):
         A new model of the same class.
 
     Raises:
-        ValueError: If `model` is another, the patches do not divide the images,
+        ValueError: If `model` is another or has further weights that depend on
+            the size (`MixerMoEBackbone`), the patches do not divide the images,
             or the number of channels differs.
 
     Example:
@@ -73,7 +74,19 @@ def _copy(model, new):
         elif isinstance(layer, PatchEmbedding) and layer.positions is not None:
             _copy_embedding(old_layer, layer)
         else:
+            _check_shapes(old_layer, layer)
             layer.set_weights(old_layer.get_weights())
+
+
+def _check_shapes(old_layer, layer):
+    for old, new in zip(old_layer.weights, layer.weights, strict=True):
+        if old.shape != new.shape:
+            raise ValueError(
+                "`model` must have no weights that fit images of one size "
+                f"alone, but for positions. Received: {old.path} of shape "
+                f"{tuple(old.shape)}, which would have to be "
+                f"{tuple(new.shape)}"
+            )
 
 
 def _copy_embedding(old, new):

@@ -52,11 +52,17 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.conv_next_moe_backbone import (
+    ConvNeXtMoEBackbone as ConvNeXtMoEBackbone,
+)
 from keras_moe.vision.models.image_classifier import (
     MoEImageClassifier as MoEImageClassifier,
 )
 from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
+)
+from keras_moe.vision.models.mixer_moe_backbone import (
+    MixerMoEBackbone as MixerMoEBackbone,
 )
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.ops import activations
 
 
@@ -65,7 +66,9 @@ class VisionMLP(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
         self.dropout = dropout
         self.use_output_bias = use_output_bias
         self.dense_1 = keras.layers.Dense(

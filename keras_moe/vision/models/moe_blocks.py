@@ -5,7 +5,7 @@ import re
 from keras_moe.checks import is_int
 
 
-def moe_block_indices(moe_layers, num_layers, candidates):
+def moe_block_indices(moe_layers, num_layers, candidates, name="moe_layers"):
     """The blocks with experts, counted from 0, in order.
 
     Args:
@@ -13,6 +13,7 @@ def moe_block_indices(moe_layers, num_layers, candidates):
             list of ints.
         num_layers: int. Blocks of the encoder.
         candidates: list of ints. The blocks that `"last_n"` counts.
+        name: str. Of the argument, for errors. Defaults to `"moe_layers"`.
 
     Raises:
         ValueError: If it is of another kind, or beyond the encoder.
@@ -29,9 +30,9 @@ def moe_block_indices(moe_layers, num_layers, candidates):
         if len(set(moe_layers)) == len(moe_layers):
             return sorted(moe_layers)
     raise ValueError(
-        "`moe_layers` must be 'every_2', 'last_n' with n from 1 to "
+        f"`{name}` must be 'every_2', 'last_n' with n from 1 to "
         f"{len(candidates)}, or a list of different ints from 0 to "
-        f"`num_layers - 1`. Received: moe_layers={moe_layers!r}, "
+        f"`num_layers - 1`. Received: {name}={moe_layers!r}, "
         f"num_layers={num_layers}"
     )
 

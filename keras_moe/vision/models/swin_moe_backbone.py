@@ -18,6 +18,7 @@ from keras_moe.vision.models.moe_blocks import odd_in_stages
 from keras_moe.vision.models.stages import check_depths
 from keras_moe.vision.models.stages import check_mlp_ratio
 from keras_moe.vision.models.stages import feature_map
+from keras_moe.vision.models.stages import in_format
 from keras_moe.vision.models.stages import numbered_blocks
 from keras_moe.vision.models.swin_presets import SWIN_MOE
 from keras_moe.vision.models.vmoe_layers import block_arguments
@@ -253,7 +254,7 @@ class SwinMoEBackbone(ImageBackbone):
         x = keras.layers.LayerNormalization(
             epsilon=layer_norm_epsilon, dtype=dtype, name="norm"
         )(x)
-        x = feature_map(x, grid, a["data_format"])
+        x = in_format(feature_map(x, grid), a["data_format"])
         super().__init__(
             a,
             images,
