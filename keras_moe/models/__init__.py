@@ -52,6 +52,9 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.cond_conv_backbone import (
+    CondConvBackbone as CondConvBackbone,
+)
 from keras_moe.vision.models.conv_next_moe_backbone import (
     ConvNeXtMoEBackbone as ConvNeXtMoEBackbone,
 )
