@@ -9,10 +9,14 @@ from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.attention_pooling import AttentionPooling
+from keras_moe.vision.models.cond_conv_presets import COND_CONV
+from keras_moe.vision.models.dense_presets import CONVNEXT
+from keras_moe.vision.models.dense_presets import MIXER
 from keras_moe.vision.models.image_backbone import ImageBackbone
 from keras_moe.vision.models.image_backbone import as_dtype
 from keras_moe.vision.models.image_backbone import frozen_parts
 from keras_moe.vision.models.presets import Presets
+from keras_moe.vision.models.swin_presets import SWIN_MOE
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
@@ -76,7 +80,14 @@ class MoEImageClassifier(Presets, keras.Model):
     """
 
     backbone_class = ImageBackbone
-    presets = {**VMOE, **SOFT_MOE}
+    presets = {
+        **VMOE,
+        **SOFT_MOE,
+        **SWIN_MOE,
+        **CONVNEXT,
+        **MIXER,
+        **COND_CONV,
+    }
 
     def __init__(
         self,
