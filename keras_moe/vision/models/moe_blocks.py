@@ -2,7 +2,10 @@
 
 import re
 
+import keras
+
 from keras_moe.checks import is_int
+from keras_moe.moe.part_arguments import serialize_part
 
 
 def moe_block_indices(moe_layers, num_layers, candidates):
@@ -46,3 +49,10 @@ def per_block(name, value, number):
             f"blocks with experts. Received: {name}={value!r}"
         )
     return list(value)
+
+
+def own_copy(part):
+    """What a block makes a part of its own of: the config of a layer."""
+    if isinstance(part, keras.layers.Layer):
+        return serialize_part(part)
+    return part

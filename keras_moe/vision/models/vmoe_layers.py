@@ -1,7 +1,5 @@
 """The `MoE` layers of a V-MoE, from the arguments of the backbone."""
 
-import keras
-
 from keras_moe import losses as losses_lib
 from keras_moe import routers
 from keras_moe.checks import check_at_least
@@ -11,8 +9,8 @@ from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
 from keras_moe.moe.moe import MoE
-from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
+from keras_moe.vision.models.moe_blocks import own_copy
 from keras_moe.vision.models.moe_blocks import per_block
 
 
@@ -68,10 +66,7 @@ def _moe(a):
 def _router(a, per):
     router = a["router"]
     if not isinstance(router, str):
-        # Each block has its own.
-        if isinstance(router, keras.layers.Layer):
-            router = serialize_part(router)
-        return routers.get(router)
+        return routers.get(own_copy(router))
     options = {
         "num_experts": a["num_experts"],
         "top_k": a["top_k"],
