@@ -30,7 +30,9 @@ class EncoderBlock(keras.layers.Layer):
     Args:
         num_heads: int. Attention heads; must divide the tokens' width.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
-            as `keras_moe.layers.MoE` or `SoftMoE`.
+            as `keras_moe.layers.MoE` or `SoftMoE`. Or a list of such, for the
+            members of an ensemble that share the attention: image `i` of the
+            batch goes through layer `i % len(feed_forward)` (E3).
         qk_norm: bool. Whether each head normalizes queries and keys. Defaults
             to `False`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
@@ -43,7 +45,8 @@ class EncoderBlock(keras.layers.Layer):
             `(groups, group_size, D)`, tokens in the order of image and
             position, whatever image they are of (V-MoE). A last group that is
             not full is filled up with masked tokens, so the layer must take a
-            mask. Defaults to `None`, the images as they are.
+            mask. Members of an ensemble have groups of their own. Defaults to
+            `None`, the images as they are.
         route_per: `"token"`, or `"image"`: the router of a `MoE` sees the mean
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
@@ -78,6 +81,8 @@ class EncoderBlock(keras.layers.Layer):
     Reference:
 
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2
+    - [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4
+      (members of an ensemble)
     """
 
     def __init__(
@@ -103,22 +108,29 @@ class EncoderBlock(keras.layers.Layer):
         check_one_of("route_per", route_per, ("token", "image"))
         if group_size is not None:
             check_int("group_size", group_size, 1)
-        if feed_forward is None:
+        if isinstance(feed_forward, (list, tuple)):
+            self.feed_forward = [
+                as_layer("feed_forward", x) for x in feed_forward
+            ]
+        else:
+            self.feed_forward = as_layer("feed_forward", feed_forward)
+        if not self.members or None in self.members:
             raise ValueError(
-                "`feed_forward` must be a layer. Received: feed_forward=None"
+                "`feed_forward` must be a layer or a list of layers. "
+                f"Received: feed_forward={feed_forward!r}"
             )
-        self.feed_forward = as_layer("feed_forward", feed_forward)
-        takes = inspect.signature(self.feed_forward.call).parameters
-        if group_size is not None and "mask" not in takes:
-            raise ValueError(
-                "With `group_size`, `feed_forward` must take a mask. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
-        if route_per == "image" and "router_inputs" not in takes:
-            raise ValueError(
-                "With `route_per='image'`, `feed_forward` must be a MoE. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
+        for layer in self.members:
+            takes = inspect.signature(layer.call).parameters
+            if group_size is not None and "mask" not in takes:
+                raise ValueError(
+                    "With `group_size`, `feed_forward` must take a mask. "
+                    f"Received: feed_forward={layer!r}"
+                )
+            if route_per == "image" and "router_inputs" not in takes:
+                raise ValueError(
+                    "With `route_per='image'`, `feed_forward` must be a MoE. "
+                    f"Received: feed_forward={layer!r}"
+                )
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -143,6 +155,12 @@ class EncoderBlock(keras.layers.Layer):
                 drop_path, noise_shape=(None, 1, 1), dtype=self.dtype_policy
             )
 
+    @property
+    def members(self):
+        """The feed-forward layers, one without an ensemble."""
+        layers = self.feed_forward
+        return layers if isinstance(layers, list) else [layers]
+
     def build(self, inputs_shape, context_shape=None):
         dim = inputs_shape[-1]
         self.attention = VisionAttention(
@@ -158,7 +176,8 @@ class EncoderBlock(keras.layers.Layer):
         self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
-        layer_copies.build(self.feed_forward, shape, self.compute_dtype)
+        for layer in self.members:
+            layer_copies.build(layer, shape, self.compute_dtype)
 
     def call(self, inputs, context=None, training=None):
         x = self.attention_norm(inputs)
@@ -177,6 +196,25 @@ class EncoderBlock(keras.layers.Layer):
         return inputs + ops.cast(x, inputs.dtype)
 
     def _feed_forward(self, x, context, training):
+        number = len(self.members)
+        if number == 1:
+            return self._of_member(self.members[0], x, context, training)
+        tokens, dim = ops.shape(x)[1:]
+        images = ops.reshape(x, (-1, number, tokens, dim))
+        if context is not None:
+            context = ops.reshape(context, (-1, number))
+        outputs = [
+            self._of_member(
+                layer,
+                images[:, i],
+                None if context is None else context[:, i],
+                training,
+            )
+            for i, layer in enumerate(self.members)
+        ]
+        return ops.reshape(ops.stack(outputs, axis=1), ops.shape(x))
+
+    def _of_member(self, layer, x, context, training):
         batch, tokens, dim = ops.shape(x)
         kwargs = {}
         if context is not None:
@@ -186,25 +224,17 @@ class EncoderBlock(keras.layers.Layer):
             mean = ops.mean(x, axis=1, keepdims=True)
             kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
         # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not self._groups_count(
-            training
+        if self.group_size in (None, tokens) or not _groups_count(
+            layer, training
         ):
-            return self.feed_forward(x, **kwargs)
+            return layer(x, **kwargs)
         groups = {
             name: to_groups(value, self.group_size)
             for name, value in (("inputs", x), *kwargs.items())
         }
         x, mask = groups.pop("inputs")
         kwargs = {name: value for name, (value, _) in groups.items()}
-        x = self.feed_forward(x, mask=mask, **kwargs)
-        return from_groups(x, (batch, tokens, dim))
-
-    def _groups_count(self, training):
-        """Whether what a token gets depends on its group."""
-        layer = self.feed_forward
-        if training or not isinstance(layer, MoE):
-            return True
-        return layer.capacity.limits(training=False) or layer.router.looks_ahead
+        return from_groups(layer(x, mask=mask, **kwargs), (batch, tokens, dim))
 
     def compute_output_shape(self, inputs_shape, context_shape=None):
         return tuple(inputs_shape)
@@ -213,7 +243,9 @@ class EncoderBlock(keras.layers.Layer):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
-            "feed_forward": serialize_part(self.feed_forward),
+            "feed_forward": [serialize_part(layer) for layer in self.members]
+            if isinstance(self.feed_forward, list)
+            else serialize_part(self.feed_forward),
             "qk_norm": self.qk_norm,
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "dropout": self.dropout,
@@ -222,3 +254,10 @@ class EncoderBlock(keras.layers.Layer):
             "group_size": self.group_size,
             "route_per": self.route_per,
         }
+
+
+def _groups_count(layer, training):
+    """Whether what a token gets depends on its group."""
+    if training or not isinstance(layer, MoE):
+        return True
+    return layer.capacity.limits(training=False) or layer.router.looks_ahead
