@@ -7,6 +7,7 @@ import numpy as np
 from keras_moe.layers import Capacity
 from keras_moe.models import VMoEBackbone
 from keras_moe.models import VMoEImageClassifier
+from tests.routing_cases.cases import combine_matrix
 
 
 def is_image_model(meta, arrays):
@@ -208,6 +209,38 @@ def assert_gradients(test, gradients, prefix, case):
             wanted = own_part(path, actual.shape, wanted)
             test.assert_relative(actual / scale, wanted / scale)
     test.assertEqual(compared, set(recorded))
+
+
+def assert_routing(test, case, where, routed):
+    """`slot` is a place in a queue, here a row of a sorted batch.
+
+    Which tokens have one is compared, not which. With an ensemble, groups
+    are in the order of image, token and member, and a member has the
+    experts from `member * E / M` on.
+    """
+    recorded = case.under(where)
+    if not recorded:
+        return
+    groups, size, experts = recorded["combine"].shape
+    members = len(routed)
+    own = experts // members
+    shape = (groups, size // members, members, members, own)
+    combine = np.zeros(shape, "float32")
+    for m, (layer, _, routing) in enumerate(routed):
+        if "logits" in recorded:
+            test.assert_relative(
+                routing.logits, recorded["logits"].reshape(-1, experts)
+            )
+        matrix = combine_matrix(layer, routing, groups, training=True)
+        combine[:, :, m, m] = matrix.reshape(groups, -1, own)
+        if not chooses_tokens(case.meta):
+            rows = layer.capacity.rows_per_expert(
+                size // members, own, routing.expert_indices.shape[-1], True
+            )
+            test.assertEqual(rows, recorded["capacity"])
+    combine = combine.reshape(groups, size, experts)
+    test.assert_relative(combine, recorded["combine"])
+    test.assertAllEqual(combine > 0, recorded["slot"] >= 0)
 
 
 def tiled(case):

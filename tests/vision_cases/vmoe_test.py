@@ -10,7 +10,6 @@ from keras_moe.layers import MoE
 from keras_moe.losses import ImportanceLoss
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import LoadLoss
-from tests.routing_cases.cases import combine_matrix
 from tests.routing_cases.cases import recorded_draws
 from tests.test_case import TestCase
 from tests.vision_cases import cases
@@ -110,7 +109,7 @@ class VMoEModelsTest(TestCase):
         self.assertLen(routed, members * len(blocks))
         for i, block in enumerate(blocks):
             own = routed[i * members : (i + 1) * members]
-            self.assert_routing(case, f"{prefix}route/{block}/", own)
+            vmoe.assert_routing(self, case, f"{prefix}route/{block}/", own)
             for name, loss in LOSSES.items():
                 recorded = case.arrays.get(f"{prefix}{name}/{block}")
                 if recorded is None:
@@ -119,37 +118,6 @@ class VMoEModelsTest(TestCase):
                     value = loss(routing, None, tokens.positions[0])
                     wanted = recorded if members == 1 else recorded[:, m]
                     self.assert_relative(value, wanted.mean())
-
-    def assert_routing(self, case, where, routed):
-        """`slot` is a place in a queue, here a row of a sorted batch.
-
-        Which tokens have one is compared, not which. With an ensemble, groups
-        are in the order of image, token and member, and a member has the
-        experts from `member * E / M` on.
-        """
-        recorded = case.under(where)
-        if not recorded:
-            return
-        groups, size, experts = recorded["combine"].shape
-        members = len(routed)
-        own = experts // members
-        shape = (groups, size // members, members, members, own)
-        combine = np.zeros(shape, "float32")
-        for m, (layer, _, routing) in enumerate(routed):
-            if "logits" in recorded:
-                self.assert_relative(
-                    routing.logits, recorded["logits"].reshape(-1, experts)
-                )
-            matrix = combine_matrix(layer, routing, groups, training=True)
-            combine[:, :, m, m] = matrix.reshape(groups, -1, own)
-            if not vmoe.chooses_tokens(case.meta):
-                rows = layer.capacity.rows_per_expert(
-                    size // members, own, routing.expert_indices.shape[-1], True
-                )
-                self.assertEqual(rows, recorded["capacity"])
-        combine = combine.reshape(groups, size, experts)
-        self.assert_relative(combine, recorded["combine"])
-        self.assertAllEqual(combine > 0, recorded["slot"] >= 0)
 
     @parameterized.named_parameters(NAMED)
     def test_inference(self, case):

@@ -8,13 +8,13 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
-from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
 from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
 from keras_moe.vision.layers.token_groups import from_groups
+from keras_moe.vision.layers.token_groups import groups_count
 from keras_moe.vision.layers.token_groups import to_groups
 
 
@@ -55,8 +55,13 @@ class EncoderBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, tokens, D)`.
-        context: int tensor of shape `(batch,)`, or `None`. Ids, such as of
-            tasks, for a router that uses a context.
+        context: int tensor of shape `(batch,)` or `(batch, tokens)`, or
+            `None`. Ids, such as of tasks or modalities, for a router or a loss
+            that uses a context.
+        token_mask: bool tensor of shape `(batch, tokens)`, or `None`. Tokens
+            that are `False` go to no expert. Attention does not read it.
+        attention_mask: bool tensor of shape `(batch, tokens, tokens)`, or
+            `None`. Which tokens (the second axis) read which (the third).
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -131,6 +136,10 @@ class EncoderBlock(keras.layers.Layer):
                     "With `route_per='image'`, `feed_forward` must be a MoE. "
                     f"Received: feed_forward={layer!r}"
                 )
+        self._take_mask = [
+            "mask" in inspect.signature(layer.call).parameters
+            for layer in self.members
+        ]
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -161,7 +170,13 @@ class EncoderBlock(keras.layers.Layer):
         layers = self.feed_forward
         return layers if isinstance(layers, list) else [layers]
 
-    def build(self, inputs_shape, context_shape=None):
+    def build(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         dim = inputs_shape[-1]
         self.attention = VisionAttention(
             self.num_heads,
@@ -179,14 +194,25 @@ class EncoderBlock(keras.layers.Layer):
         for layer in self.members:
             layer_copies.build(layer, shape, self.compute_dtype)
 
-    def call(self, inputs, context=None, training=None):
+    def call(
+        self,
+        inputs,
+        context=None,
+        token_mask=None,
+        attention_mask=None,
+        training=None,
+    ):
         x = self.attention_norm(inputs)
-        x = self.attention(x, x, training=training)
+        x = self.attention(
+            x, x, attention_mask=attention_mask, training=training
+        )
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
-        x = self._feed_forward(x, context, training)
+        of_tokens = {"context": context, "mask": token_mask}
+        of_tokens = {k: v for k, v in of_tokens.items() if v is not None}
+        x = self._feed_forward(x, of_tokens, training)
         return self._join(inputs, x, training)
 
     def _join(self, inputs, x, training):
@@ -195,48 +221,63 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, context, training):
+    def _feed_forward(self, x, of_tokens, training):
         number = len(self.members)
         if number == 1:
-            return self._of_member(self.members[0], x, context, training)
-        tokens, dim = ops.shape(x)[1:]
-        images = ops.reshape(x, (-1, number, tokens, dim))
-        if context is not None:
-            context = ops.reshape(context, (-1, number))
+            return self._of_member(0, x, of_tokens, training)
+
+        def by_member(value):
+            return ops.reshape(value, (-1, number, *ops.shape(value)[1:]))
+
+        images = by_member(x)
+        of_tokens = {k: by_member(v) for k, v in of_tokens.items()}
         outputs = [
             self._of_member(
-                layer,
+                i,
                 images[:, i],
-                None if context is None else context[:, i],
+                {k: v[:, i] for k, v in of_tokens.items()},
                 training,
             )
-            for i, layer in enumerate(self.members)
+            for i in range(number)
         ]
         return ops.reshape(ops.stack(outputs, axis=1), ops.shape(x))
 
-    def _of_member(self, layer, x, context, training):
+    def _of_member(self, member, x, of_tokens, training):
+        layer, kwargs = self.members[member], dict(of_tokens)
         batch, tokens, dim = ops.shape(x)
-        kwargs = {}
-        if context is not None:
-            context = ops.expand_dims(context, -1)
+        if not self._take_mask[member]:
+            kwargs.pop("mask", None)
+        if "context" in kwargs and len(kwargs["context"].shape) == 1:
+            context = ops.expand_dims(kwargs["context"], -1)
             kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
         if self.route_per == "image":
+            if "mask" in kwargs:
+                raise ValueError(
+                    "`token_mask` does not go with `route_per='image'`, where "
+                    "the mean is over all tokens. Received both."
+                )
             mean = ops.mean(x, axis=1, keepdims=True)
             kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
         # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not _groups_count(
+        if self.group_size in (None, tokens) or not groups_count(
             layer, training
         ):
             return layer(x, **kwargs)
-        groups = {
-            name: to_groups(value, self.group_size)
-            for name, value in (("inputs", x), *kwargs.items())
+        x, is_token = to_groups(x, self.group_size)
+        kwargs = {
+            k: to_groups(v, self.group_size)[0] for k, v in kwargs.items()
         }
-        x, mask = groups.pop("inputs")
-        kwargs = {name: value for name, (value, _) in groups.items()}
-        return from_groups(layer(x, mask=mask, **kwargs), (batch, tokens, dim))
+        # What fills a group up is not in the mask.
+        kwargs.setdefault("mask", is_token)
+        return from_groups(layer(x, **kwargs), (batch, tokens, dim))
 
-    def compute_output_shape(self, inputs_shape, context_shape=None):
+    def compute_output_shape(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         return tuple(inputs_shape)
 
     def get_config(self):
@@ -254,10 +295,3 @@ class EncoderBlock(keras.layers.Layer):
             "group_size": self.group_size,
             "route_per": self.route_per,
         }
-
-
-def _groups_count(layer, training):
-    """Whether what a token gets depends on its group."""
-    if training or not isinstance(layer, MoE):
-        return True
-    return layer.capacity.limits(training=False) or layer.router.looks_ahead

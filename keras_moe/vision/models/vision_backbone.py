@@ -45,15 +45,7 @@ class VisionBackbone(Presets, keras.Model):
             for key, value in arguments.items()
         }
         dtype = a["dtype"] = as_dtype(a["dtype"])
-        for key in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
-            check_int(key, a[key], 1)
-        for key in ("dropout", "attention_dropout", "drop_path"):
-            check_rate(key, a[key])
-        if a["hidden_dim"] % a["num_heads"]:
-            raise ValueError(
-                "`num_heads` must divide `hidden_dim`. Received: "
-                f"num_heads={a['num_heads']}, hidden_dim={a['hidden_dim']}"
-            )
+        check_encoder(a)
         images = keras.Input(as_image_shape(a["image_shape"]), name="images")
         context = None
         if takes_context:
@@ -74,30 +66,11 @@ class VisionBackbone(Presets, keras.Model):
             )(x)
         ids = context
         for i in range(a["num_layers"]):
-            feed_forward = moe_layers.get(i)
             if ensemble_size > 1 and i == min(moe_layers):
                 x = _repeated(x, ensemble_size)
                 ids = context if ids is None else _repeated(ids, ensemble_size)
-            if feed_forward is None:
-                feed_forward = VisionMLP(
-                    a["mlp_dim"],
-                    a["activation"],
-                    a["dropout"],
-                    dtype=dtype,
-                    name="mlp",
-                )
-            block = EncoderBlock(
-                a["num_heads"],
-                feed_forward,
-                qk_norm=a["qk_norm"],
-                layer_norm_epsilon=a["layer_norm_epsilon"],
-                dropout=a["dropout"],
-                attention_dropout=a["attention_dropout"],
-                # Deeper blocks are left out more often.
-                drop_path=a["drop_path"] * i / max(a["num_layers"] - 1, 1),
-                dtype=dtype,
-                name=f"block_{i}",
-                **(blocks or {}).get(i, {}),
+            block = encoder_block(
+                a, i, moe_layers.get(i), dtype, **(blocks or {}).get(i, {})
             )
             has_context = i in takes_context
             x = block(x, context=ids) if has_context else block(x)
@@ -144,6 +117,44 @@ class VisionBackbone(Presets, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return made_again(cls, *deserialized(config, custom_objects))
+
+
+def check_encoder(a):
+    """Raises unless the arguments of the blocks of a model are in range."""
+    for key in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
+        check_int(key, a[key], 1)
+    for key in ("dropout", "attention_dropout", "drop_path"):
+        check_rate(key, a[key])
+    if a["hidden_dim"] % a["num_heads"]:
+        raise ValueError(
+            "`num_heads` must divide `hidden_dim`. Received: "
+            f"num_heads={a['num_heads']}, hidden_dim={a['hidden_dim']}"
+        )
+
+
+def encoder_block(a, i, feed_forward, dtype, **options):
+    """Block `i` of a model with the arguments `a`; `None` is a dense one."""
+    if feed_forward is None:
+        feed_forward = VisionMLP(
+            a["mlp_dim"],
+            a["activation"],
+            a["dropout"],
+            dtype=dtype,
+            name="mlp",
+        )
+    return EncoderBlock(
+        a["num_heads"],
+        feed_forward,
+        qk_norm=a["qk_norm"],
+        layer_norm_epsilon=a["layer_norm_epsilon"],
+        dropout=a["dropout"],
+        attention_dropout=a["attention_dropout"],
+        # Deeper blocks are left out more often.
+        drop_path=a["drop_path"] * i / max(a["num_layers"] - 1, 1),
+        dtype=dtype,
+        name=f"block_{i}",
+        **options,
+    )
 
 
 def _repeated(x, times):
