@@ -53,7 +53,13 @@ from keras_moe.vision.layers.attention_pooling import (
     AttentionPooling as AttentionPooling,
 )
 from keras_moe.vision.layers.cond_conv2d import CondConv2D as CondConv2D
+from keras_moe.vision.layers.contrastive_head import (
+    ContrastiveHead as ContrastiveHead,
+)
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
 from keras_moe.vision.layers.patch_embedding import (
     PatchEmbedding as PatchEmbedding,
+)
+from keras_moe.vision.layers.text_embedding import (
+    TextEmbedding as TextEmbedding,
 )

@@ -58,6 +58,7 @@ from keras_moe.vision.models.image_classifier import (
 from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
+from keras_moe.vision.models.image_text_moe import ImageTextMoE as ImageTextMoE
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,
 )

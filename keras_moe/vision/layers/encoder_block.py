@@ -8,13 +8,13 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
-from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
 from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
 from keras_moe.vision.layers.token_groups import from_groups
+from keras_moe.vision.layers.token_groups import groups_count
 from keras_moe.vision.layers.token_groups import to_groups
 
 
@@ -30,7 +30,9 @@ class EncoderBlock(keras.layers.Layer):
     Args:
         num_heads: int. Attention heads; must divide the tokens' width.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
-            as `keras_moe.layers.MoE` or `SoftMoE`.
+            as `keras_moe.layers.MoE` or `SoftMoE`. Or a list of such, for the
+            members of an ensemble that share the attention: image `i` of the
+            batch goes through layer `i % len(feed_forward)` (E3).
         qk_norm: bool. Whether each head normalizes queries and keys. Defaults
             to `False`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
@@ -43,7 +45,8 @@ class EncoderBlock(keras.layers.Layer):
             `(groups, group_size, D)`, tokens in the order of image and
             position, whatever image they are of (V-MoE). A last group that is
             not full is filled up with masked tokens, so the layer must take a
-            mask. Defaults to `None`, the images as they are.
+            mask. Members of an ensemble have groups of their own. Defaults to
+            `None`, the images as they are.
         route_per: `"token"`, or `"image"`: the router of a `MoE` sees the mean
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
@@ -52,8 +55,13 @@ class EncoderBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, tokens, D)`.
-        context: int tensor of shape `(batch,)`, or `None`. Ids, such as of
-            tasks, for a router that uses a context.
+        context: int tensor of shape `(batch,)` or `(batch, tokens)`, or
+            `None`. Ids, such as of tasks or modalities, for a router or a loss
+            that uses a context.
+        token_mask: bool tensor of shape `(batch, tokens)`, or `None`. Tokens
+            that are `False` go to no expert. Attention does not read it.
+        attention_mask: bool tensor of shape `(batch, tokens, tokens)`, or
+            `None`. Which tokens (the second axis) read which (the third).
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -78,6 +86,8 @@ class EncoderBlock(keras.layers.Layer):
     Reference:
 
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2
+    - [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4
+      (members of an ensemble)
     """
 
     def __init__(
@@ -103,22 +113,33 @@ class EncoderBlock(keras.layers.Layer):
         check_one_of("route_per", route_per, ("token", "image"))
         if group_size is not None:
             check_int("group_size", group_size, 1)
-        if feed_forward is None:
+        if isinstance(feed_forward, (list, tuple)):
+            self.feed_forward = [
+                as_layer("feed_forward", x) for x in feed_forward
+            ]
+        else:
+            self.feed_forward = as_layer("feed_forward", feed_forward)
+        if not self.members or None in self.members:
             raise ValueError(
-                "`feed_forward` must be a layer. Received: feed_forward=None"
+                "`feed_forward` must be a layer or a list of layers. "
+                f"Received: feed_forward={feed_forward!r}"
             )
-        self.feed_forward = as_layer("feed_forward", feed_forward)
-        takes = inspect.signature(self.feed_forward.call).parameters
-        if group_size is not None and "mask" not in takes:
-            raise ValueError(
-                "With `group_size`, `feed_forward` must take a mask. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
-        if route_per == "image" and "router_inputs" not in takes:
-            raise ValueError(
-                "With `route_per='image'`, `feed_forward` must be a MoE. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
+        for layer in self.members:
+            takes = inspect.signature(layer.call).parameters
+            if group_size is not None and "mask" not in takes:
+                raise ValueError(
+                    "With `group_size`, `feed_forward` must take a mask. "
+                    f"Received: feed_forward={layer!r}"
+                )
+            if route_per == "image" and "router_inputs" not in takes:
+                raise ValueError(
+                    "With `route_per='image'`, `feed_forward` must be a MoE. "
+                    f"Received: feed_forward={layer!r}"
+                )
+        self._take_mask = [
+            "mask" in inspect.signature(layer.call).parameters
+            for layer in self.members
+        ]
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -143,7 +164,19 @@ class EncoderBlock(keras.layers.Layer):
                 drop_path, noise_shape=(None, 1, 1), dtype=self.dtype_policy
             )
 
-    def build(self, inputs_shape, context_shape=None):
+    @property
+    def members(self):
+        """The feed-forward layers, one without an ensemble."""
+        layers = self.feed_forward
+        return layers if isinstance(layers, list) else [layers]
+
+    def build(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         dim = inputs_shape[-1]
         self.attention = VisionAttention(
             self.num_heads,
@@ -158,16 +191,28 @@ class EncoderBlock(keras.layers.Layer):
         self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
-        layer_copies.build(self.feed_forward, shape, self.compute_dtype)
+        for layer in self.members:
+            layer_copies.build(layer, shape, self.compute_dtype)
 
-    def call(self, inputs, context=None, training=None):
+    def call(
+        self,
+        inputs,
+        context=None,
+        token_mask=None,
+        attention_mask=None,
+        training=None,
+    ):
         x = self.attention_norm(inputs)
-        x = self.attention(x, x, training=training)
+        x = self.attention(
+            x, x, attention_mask=attention_mask, training=training
+        )
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
-        x = self._feed_forward(x, context, training)
+        of_tokens = {"context": context, "mask": token_mask}
+        of_tokens = {k: v for k, v in of_tokens.items() if v is not None}
+        x = self._feed_forward(x, of_tokens, training)
         return self._join(inputs, x, training)
 
     def _join(self, inputs, x, training):
@@ -176,44 +221,72 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, context, training):
+    def _feed_forward(self, x, of_tokens, training):
+        number = len(self.members)
+        if number == 1:
+            return self._of_member(0, x, of_tokens, training)
+
+        def by_member(value):
+            return ops.reshape(value, (-1, number, *ops.shape(value)[1:]))
+
+        images = by_member(x)
+        of_tokens = {k: by_member(v) for k, v in of_tokens.items()}
+        outputs = [
+            self._of_member(
+                i,
+                images[:, i],
+                {k: v[:, i] for k, v in of_tokens.items()},
+                training,
+            )
+            for i in range(number)
+        ]
+        return ops.reshape(ops.stack(outputs, axis=1), ops.shape(x))
+
+    def _of_member(self, member, x, of_tokens, training):
+        layer, kwargs = self.members[member], dict(of_tokens)
         batch, tokens, dim = ops.shape(x)
-        kwargs = {}
-        if context is not None:
-            context = ops.expand_dims(context, -1)
+        if not self._take_mask[member]:
+            kwargs.pop("mask", None)
+        if "context" in kwargs and len(kwargs["context"].shape) == 1:
+            context = ops.expand_dims(kwargs["context"], -1)
             kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
         if self.route_per == "image":
+            if "mask" in kwargs:
+                raise ValueError(
+                    "`token_mask` does not go with `route_per='image'`, where "
+                    "the mean is over all tokens. Received both."
+                )
             mean = ops.mean(x, axis=1, keepdims=True)
             kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
         # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not self._groups_count(
-            training
+        if self.group_size in (None, tokens) or not groups_count(
+            layer, training
         ):
-            return self.feed_forward(x, **kwargs)
-        groups = {
-            name: to_groups(value, self.group_size)
-            for name, value in (("inputs", x), *kwargs.items())
+            return layer(x, **kwargs)
+        x, is_token = to_groups(x, self.group_size)
+        kwargs = {
+            k: to_groups(v, self.group_size)[0] for k, v in kwargs.items()
         }
-        x, mask = groups.pop("inputs")
-        kwargs = {name: value for name, (value, _) in groups.items()}
-        x = self.feed_forward(x, mask=mask, **kwargs)
-        return from_groups(x, (batch, tokens, dim))
+        # What fills a group up is not in the mask.
+        kwargs.setdefault("mask", is_token)
+        return from_groups(layer(x, **kwargs), (batch, tokens, dim))
 
-    def _groups_count(self, training):
-        """Whether what a token gets depends on its group."""
-        layer = self.feed_forward
-        if training or not isinstance(layer, MoE):
-            return True
-        return layer.capacity.limits(training=False) or layer.router.looks_ahead
-
-    def compute_output_shape(self, inputs_shape, context_shape=None):
+    def compute_output_shape(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         return tuple(inputs_shape)
 
     def get_config(self):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
-            "feed_forward": serialize_part(self.feed_forward),
+            "feed_forward": [serialize_part(layer) for layer in self.members]
+            if isinstance(self.feed_forward, list)
+            else serialize_part(self.feed_forward),
             "qk_norm": self.qk_norm,
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "dropout": self.dropout,

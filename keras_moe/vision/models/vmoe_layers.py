@@ -1,18 +1,18 @@
 """The `MoE` layers of a V-MoE, from the arguments of the backbone."""
 
-import keras
-
 from keras_moe import losses as losses_lib
 from keras_moe import routers
 from keras_moe.checks import check_at_least
+from keras_moe.checks import check_int
 from keras_moe.dispatch.capacity import Capacity
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
+from keras_moe.losses.routing_loss import RoutingLoss
 from keras_moe.moe.moe import MoE
-from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
+from keras_moe.vision.models.moe_blocks import own_copy
 from keras_moe.vision.models.moe_blocks import per_block
 
 
@@ -24,7 +24,8 @@ def moe_of_blocks(a, where):
         where: list of ints. The blocks with experts.
 
     Returns:
-        dict of block numbers to layers.
+        dict of block numbers to layers, or with an ensemble to the list of the
+        layers of its members.
     """
     several = {
         name: per_block(name, a[name], len(where))
@@ -34,12 +35,46 @@ def moe_of_blocks(a, where):
         )
     }
     return {
-        block: _moe({**a, **{k: v[i] for k, v in several.items()}})
+        block: _members({**a, **{k: v[i] for k, v in several.items()}})
         for i, block in enumerate(where)
     }
 
 
-def _moe(a):
+def _members(a):
+    number = a["ensemble_size"]
+    if number == 1:
+        return _moe(a, "moe")
+    check_int("num_experts", a["num_experts"], 1)
+    if a["num_experts"] % number:
+        raise ValueError(
+            "`ensemble_size` must divide `num_experts`. Received: "
+            f"ensemble_size={number}, num_experts={a['num_experts']}"
+        )
+    a = {**a, "num_experts": a["num_experts"] // number}
+    # The loss is the mean over the members.
+    for name in (
+        *("importance_loss_weight", "load_loss_weight"),
+        "load_balancing_loss_weight",
+    ):
+        check_at_least(name, a[name], 0)
+        a[name] = a[name] / number
+    a["losses"] = [
+        _part_of(loss, number) for loss in losses_lib.get(a["losses"])
+    ]
+    return [_moe(a, f"moe_{i}") for i in range(number)]
+
+
+def _part_of(loss, number):
+    if not isinstance(loss, RoutingLoss):
+        raise ValueError(
+            "With an ensemble, `losses` must be of keras_moe.losses, so that "
+            f"their weight can be divided. Received: {loss!r}"
+        )
+    config = {**loss.get_config(), "weight": loss.weight / number}
+    return type(loss).from_config(config)
+
+
+def _moe(a, name):
     per = "batch" if a["group_size"] is None else "sequence"
     router = _router(a, per)
     shared = None
@@ -61,17 +96,14 @@ def _moe(a):
         losses=[*_losses(a, router, per), *losses_lib.get(a["losses"])],
         capacity=capacity,
         dtype=a["dtype"],
-        name="moe",
+        name=name,
     )
 
 
 def _router(a, per):
     router = a["router"]
     if not isinstance(router, str):
-        # Each block has its own.
-        if isinstance(router, keras.layers.Layer):
-            router = serialize_part(router)
-        return routers.get(router)
+        return routers.get(own_copy(router))
     options = {
         "num_experts": a["num_experts"],
         "top_k": a["top_k"],
