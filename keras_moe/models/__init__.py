@@ -64,6 +64,7 @@ from keras_moe.vision.models.image_classifier import (
 from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
+from keras_moe.vision.models.image_text_moe import ImageTextMoE as ImageTextMoE
 from keras_moe.vision.models.mixer_moe_backbone import (
     MixerMoEBackbone as MixerMoEBackbone,
 )

@@ -103,9 +103,9 @@ class SwinMoEModelsTest(TestCase):
         routed = []
         watched = MoE._routed
 
-        def spy(layer, tokens, routing, training):
+        def spy(layer, tokens, routing, *args):
             routed.append((layer, tokens, routing))
-            return watched(layer, tokens, routing, training)
+            return watched(layer, tokens, routing, *args)
 
         with mock.patch.object(MoE, "_routed", spy), drawn(case, prefix):
             model(case.arrays["x"], training=True)

@@ -12,6 +12,7 @@ from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
 from keras_moe.vision.layers.feed_forward import as_feed_forward
 from keras_moe.vision.layers.feed_forward import call_feed_forward
+from keras_moe.vision.layers.feed_forward import members_of
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -26,7 +27,9 @@ class EncoderBlock(keras.layers.Layer):
     Args:
         num_heads: int. Attention heads; must divide the tokens' width.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
-            as `keras_moe.layers.MoE` or `SoftMoE`.
+            as `keras_moe.layers.MoE` or `SoftMoE`. Or a list of such, for the
+            members of an ensemble that share the attention: image `i` of the
+            batch goes through layer `i % len(feed_forward)` (E3).
         qk_norm: bool. Whether each head normalizes queries and keys. Defaults
             to `False`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
@@ -39,7 +42,8 @@ class EncoderBlock(keras.layers.Layer):
             `(groups, group_size, D)`, tokens in the order of image and
             position, whatever image they are of (V-MoE). A last group that is
             not full is filled up with masked tokens, so the layer must take a
-            mask. Defaults to `None`, the images as they are.
+            mask. Members of an ensemble have groups of their own. Defaults to
+            `None`, the images as they are.
         route_per: `"token"`, or `"image"`: the router of a `MoE` sees the mean
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
@@ -51,8 +55,13 @@ class EncoderBlock(keras.layers.Layer):
 
     Call arguments:
         inputs: Tensor of shape `(batch, tokens, D)`.
-        context: int tensor of shape `(batch,)`, or `None`. Ids, such as of
-            tasks, for a router that uses a context.
+        context: int tensor of shape `(batch,)` or `(batch, tokens)`, or
+            `None`. Ids, such as of tasks or modalities, for a router or a loss
+            that uses a context.
+        token_mask: bool tensor of shape `(batch, tokens)`, or `None`. Tokens
+            that are `False` go to no expert. Attention does not read it.
+        attention_mask: bool tensor of shape `(batch, tokens, tokens)`, or
+            `None`. Which tokens (the second axis) read which (the third).
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -77,6 +86,8 @@ class EncoderBlock(keras.layers.Layer):
     Reference:
 
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2
+    - [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4
+      (members of an ensemble)
     """
 
     def __init__(
@@ -134,7 +145,18 @@ class EncoderBlock(keras.layers.Layer):
                 drop_path, noise_shape=(None, 1, 1), dtype=self.dtype_policy
             )
 
-    def build(self, inputs_shape, context_shape=None):
+    @property
+    def members(self):
+        """The feed-forward layers, one without an ensemble."""
+        return members_of(self.feed_forward)
+
+    def build(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         dim = inputs_shape[-1]
         if self.token_mixer is None:
             self.attention = VisionAttention(
@@ -154,14 +176,19 @@ class EncoderBlock(keras.layers.Layer):
         self.attention_norm.build(inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
-        layer_copies.build(self.feed_forward, shape, self.compute_dtype)
+        for layer in self.members:
+            layer_copies.build(layer, shape, self.compute_dtype)
 
-    def call(self, inputs, context=None, training=None):
+    def call(
+        self,
+        inputs,
+        context=None,
+        token_mask=None,
+        attention_mask=None,
+        training=None,
+    ):
         x = self.attention_norm(inputs)
-        if self.token_mixer is None:
-            x = self.attention(x, x, training=training)
-        else:
-            x = self.token_mixer(x)
+        x = self._mixed(x, attention_mask, training)
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
@@ -172,6 +199,7 @@ class EncoderBlock(keras.layers.Layer):
             self.group_size,
             self.route_per,
             context,
+            token_mask,
             training,
         )
         return self._join(inputs, x, training)
@@ -182,14 +210,34 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def compute_output_shape(self, inputs_shape, context_shape=None):
+    def _mixed(self, x, attention_mask, training):
+        if self.token_mixer is None:
+            return self.attention(
+                x, x, attention_mask=attention_mask, training=training
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                "`attention_mask` is for attention, not for a `token_mixer`. "
+                f"Received both: token_mixer={self.token_mixer!r}"
+            )
+        return self.token_mixer(x)
+
+    def compute_output_shape(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         return tuple(inputs_shape)
 
     def get_config(self):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
-            "feed_forward": serialize_part(self.feed_forward),
+            "feed_forward": [serialize_part(layer) for layer in self.members]
+            if isinstance(self.feed_forward, list)
+            else serialize_part(self.feed_forward),
             "qk_norm": self.qk_norm,
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "dropout": self.dropout,

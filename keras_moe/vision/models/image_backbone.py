@@ -13,6 +13,7 @@ class ImageBackbone(Presets, keras.Model):
     What a subclass offers to a classifier, it says in attributes:
 
     - `use_class_token`: whether the first of the tokens is a class token.
+    - `ensemble_size`: how many outputs there are for each image, if several.
     - `pooled_norm_epsilon`: epsilon of a layer norm of the mean of a feature
       map, or `None` for none.
     - `pooling_arguments`: dict of arguments of
@@ -25,6 +26,7 @@ class ImageBackbone(Presets, keras.Model):
     """
 
     use_class_token = False
+    ensemble_size = 1
     pooled_norm_epsilon = None
     pooling_arguments = None
 

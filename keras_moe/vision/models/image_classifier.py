@@ -34,6 +34,11 @@ class MoEImageClassifier(Presets, keras.Model):
     y = activation(dropout(x) @ kernel + bias)
     ```
 
+    With a backbone that is an ensemble, there is a `y` for each member. In
+    training each of them learns the labels, as in
+    `model.fit(images, np.repeat(labels[:, None], ensemble_size, axis=1))`. The
+    prediction of the ensemble is the mean over the members' probabilities.
+
     Args:
         backbone: A backbone of `keras_moe.models`, of which images come out as
             tokens or as a feature map.
@@ -56,7 +61,8 @@ class MoEImageClassifier(Presets, keras.Model):
         That of the backbone.
 
     Output shape:
-        `(batch, num_classes)`
+        `(batch, num_classes)`, with an ensemble
+        `(batch, ensemble_size, num_classes)`.
 
     Raises:
         ValueError: If an argument is out of range, or the backbone has no class
@@ -121,7 +127,10 @@ class MoEImageClassifier(Presets, keras.Model):
         head_dtype = dtype if head_dtype is None else as_dtype(head_dtype)
         inputs = backbone.inputs
         inputs = inputs[0] if len(inputs) == 1 else inputs
-        x = _pooled(backbone, backbone(inputs), pooling, dtype)
+        x, members = backbone(inputs), backbone.ensemble_size
+        if members > 1:
+            x = ops.reshape(x, (-1, *x.shape[2:]))
+        x = _pooled(backbone, x, pooling, dtype)
         if representation_dim is not None:
             x = keras.layers.Dense(
                 representation_dim, "tanh", dtype=dtype, name="pre_logits"
@@ -133,6 +142,8 @@ class MoEImageClassifier(Presets, keras.Model):
         x = keras.layers.Dense(
             num_classes, activation, dtype=head_dtype, name="predictions"
         )(x)
+        if members > 1:
+            x = ops.reshape(x, (-1, members, num_classes))
         super().__init__(
             inputs=inputs,
             outputs=x,

@@ -2,7 +2,11 @@
 
 import re
 
+import keras
+
 from keras_moe.checks import is_int
+from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.stacked.draws import unshared
 
 
 def moe_block_indices(moe_layers, num_layers, candidates, name="moe_layers"):
@@ -64,3 +68,10 @@ def odd_in_stages(depths):
         found.append(list(range(first + 1, first + depth, 2)))
         first += depth
     return found
+
+
+def own_copy(part):
+    """What a block makes a part of its own of: the config of a layer."""
+    if isinstance(part, keras.layers.Layer):
+        return unshared(serialize_part(part))
+    return part

@@ -2,8 +2,6 @@
 
 import math
 
-import keras
-
 from keras_moe import losses as losses_lib
 from keras_moe import routers
 from keras_moe.checks import check_at_least
@@ -13,9 +11,10 @@ from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
+from keras_moe.losses.routing_loss import RoutingLoss
 from keras_moe.moe.moe import MoE
-from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
+from keras_moe.vision.models.moe_blocks import own_copy
 from keras_moe.vision.models.moe_blocks import per_block
 
 # What `keras_moe.models.VMoEBackbone` has by default.
@@ -38,7 +37,12 @@ DEFAULTS = {
     "expert_dropout": 0.0,
 }
 # What backbones have no arguments for.
-_FIXED = {"capacity_rule": "ceil", "loss_ddof": 0, "use_output_bias": True}
+_FIXED = {
+    "capacity_rule": "ceil",
+    "loss_ddof": 0,
+    "use_output_bias": True,
+    "ensemble_size": 1,
+}
 
 
 def split_moe_arguments(kwargs, **defaults):
@@ -66,9 +70,16 @@ def check_no_context(layers):
 def block_arguments(a):
     """What the blocks around these layers are told of groups of tokens."""
     check_int("num_shared_experts", a["num_shared_experts"], 0)
-    group_size = a["group_size"]
+    group_size, members = a["group_size"], a.get("ensemble_size", 1)
+    check_int("ensemble_size", members, 1)
     if group_size not in (None, "image"):
         check_int("group_size", group_size, 1)
+        if group_size % members:
+            raise ValueError(
+                "`ensemble_size` must divide `group_size`. Received: "
+                f"ensemble_size={members}, group_size={group_size}"
+            )
+        group_size //= members
     return {
         "group_size": None if group_size == "image" else group_size,
         "route_per": a["route_per"],
@@ -84,7 +95,8 @@ def moe_of_blocks(a, where):
         where: list of ints. The blocks with experts.
 
     Returns:
-        dict of block numbers to layers.
+        dict of block numbers to layers, or with an ensemble to the list of the
+        layers of its members.
     """
     several = {
         name: per_block(name, a[name], len(where))
@@ -95,12 +107,46 @@ def moe_of_blocks(a, where):
     }
     a = {**_FIXED, **a}
     return {
-        block: _moe({**a, **{k: v[i] for k, v in several.items()}})
+        block: _members({**a, **{k: v[i] for k, v in several.items()}})
         for i, block in enumerate(where)
     }
 
 
-def _moe(a):
+def _members(a):
+    number = a["ensemble_size"]
+    if number == 1:
+        return _moe(a, "moe")
+    check_int("num_experts", a["num_experts"], 1)
+    if a["num_experts"] % number:
+        raise ValueError(
+            "`ensemble_size` must divide `num_experts`. Received: "
+            f"ensemble_size={number}, num_experts={a['num_experts']}"
+        )
+    a = {**a, "num_experts": a["num_experts"] // number}
+    # The loss is the mean over the members.
+    for name in (
+        *("importance_loss_weight", "load_loss_weight"),
+        "load_balancing_loss_weight",
+    ):
+        check_at_least(name, a[name], 0)
+        a[name] = a[name] / number
+    a["losses"] = [
+        _part_of(loss, number) for loss in losses_lib.get(a["losses"])
+    ]
+    return [_moe(a, f"moe_{i}") for i in range(number)]
+
+
+def _part_of(loss, number):
+    if not isinstance(loss, RoutingLoss):
+        raise ValueError(
+            "With an ensemble, `losses` must be of keras_moe.losses, so that "
+            f"their weight can be divided. Received: {loss!r}"
+        )
+    config = {**loss.get_config(), "weight": loss.weight / number}
+    return type(loss).from_config(config)
+
+
+def _moe(a, name):
     per = "batch" if a["group_size"] is None else "sequence"
     router = _router(a, per)
     shared = None
@@ -123,17 +169,14 @@ def _moe(a):
         losses=[*_losses(a, router, per), *losses_lib.get(a["losses"])],
         capacity=capacity,
         dtype=a["dtype"],
-        name="moe",
+        name=name,
     )
 
 
 def _router(a, per):
     router = a["router"]
     if not isinstance(router, str):
-        # Each block has its own.
-        if isinstance(router, keras.layers.Layer):
-            router = serialize_part(router)
-        return routers.get(router)
+        return routers.get(own_copy(router))
     options = {
         "num_experts": a["num_experts"],
         "top_k": a["top_k"],
