@@ -110,6 +110,8 @@ class EnsembleTest(TestCase):
             keras.optimizers.Adam(0.01),
             "sparse_categorical_crossentropy",
             metrics=["accuracy"],
+            # The classifier's own test of fit is in a graph.
+            run_eagerly=keras.config.backend() == "tensorflow",
             jit_compile=keras.config.backend() == "jax",
         )
         labels = np.repeat((np.arange(5) % 3)[:, None], 2, axis=1)
