@@ -57,6 +57,9 @@ from keras_moe.vision.layers.contrastive_head import (
     ContrastiveHead as ContrastiveHead,
 )
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
+from keras_moe.vision.layers.image_converter import (
+    ImageConverter as ImageConverter,
+)
 from keras_moe.vision.layers.patch_embedding import (
     PatchEmbedding as PatchEmbedding,
 )

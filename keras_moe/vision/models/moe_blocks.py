@@ -6,6 +6,7 @@ import keras
 
 from keras_moe.checks import is_int
 from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.stacked.draws import unshared
 
 
 def moe_block_indices(moe_layers, num_layers, candidates):
@@ -54,18 +55,5 @@ def per_block(name, value, number):
 def own_copy(part):
     """What a block makes a part of its own of: the config of a layer."""
     if isinstance(part, keras.layers.Layer):
-        return _unmarked(serialize_part(part))
+        return unshared(serialize_part(part))
     return part
-
-
-def _unmarked(config):
-    """A config without the marks by which loading makes one layer of two."""
-    if isinstance(config, dict):
-        return {
-            key: _unmarked(value)
-            for key, value in config.items()
-            if key != "shared_object_id"
-        }
-    if isinstance(config, (list, tuple)):
-        return type(config)(_unmarked(value) for value in config)
-    return config
