@@ -57,6 +57,9 @@ from keras_moe.vision.layers.conv_next_block import (
     ConvNeXtBlock as ConvNeXtBlock,
 )
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
+from keras_moe.vision.layers.image_converter import (
+    ImageConverter as ImageConverter,
+)
 from keras_moe.vision.layers.inverted_residual_block import (
     InvertedResidualBlock as InvertedResidualBlock,
 )
