@@ -88,7 +88,7 @@ def get(identifier, **kwargs):
     - `"v_moe"`: `NoisyTopKRouter`, 2 of 32 experts, noise of width
       1 / experts, weights not normalized (Riquelme et al., 2021, appendix A).
     - `"swin_moe_cosine"`: `CosineRouter`, 1 of 32 experts, noise of width
-      1 / experts (Liu et al., 2022, the released Swin-MoE models).
+      1 / experts (Hwang et al., 2022, and the released Swin-MoE models).
     - `"st_moe"`: `GShardRouter`, 2 experts, threshold 0.2 (Zoph et al., 2022,
       appendix C).
     - `"expert_choice"`: `ExpertChoiceRouter`, capacity factor 2 (Zhou et al.,

@@ -118,6 +118,9 @@ def classifier(config, recorded, kernel_shapes, shape):
             kind, *options = spec.split("_")
             given = {o.rstrip("0123456789."): o for o in options}
             name = f"blocks.{stage}.{number}"
+            if len(specs) == 1:  # a network may be deeper than `arch` says
+                repeats = recorded.count(f"blocks.{stage}.{{}}")
+                given["r"] = f"r{repeats}"
             norm = "bn2" if kind == "ds" else "bn3"
             given["c"] = f"c{len(weights[f'{name}.{norm}.weight'])}"
             if "cc" in given:

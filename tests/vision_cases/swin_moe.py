@@ -229,7 +229,7 @@ class MixedLoadLoss(RoutingLoss):
         self.top_k, self.stddev, self.draws = top_k, stddev, draws
 
     def call(self, routing, mask=None):
-        noisy = routing.logits + self.stddev * self.draws
+        noisy = ops.add(routing.logits, self.stddev * self.draws)
         best = ops.argsort(-noisy, axis=-1)[:, self.top_k - 1 : self.top_k]
         threshold = ops.take_along_axis(noisy, best, axis=-1)
         clean = ops.softmax(routing.logits)

@@ -41,7 +41,8 @@ class InvertedResidualBlock(keras.layers.Layer):
         expansion: float, or `None` for no first convolution. Its channels by
             those of the input, in the nearest multiple of 8. Defaults to `6.0`.
         squeeze_ratio: float, 0 for no squeeze and excitation. The width of its
-            hidden layer, by the channels of the input. Defaults to `0.25`.
+            hidden layer, by the channels before the expansion. Defaults to
+            `0.25`.
         num_experts: int, or `None` for plain convolutions. Defaults to `None`.
         router: As for `keras_moe.layers.CondConv2D`; only with `num_experts`.
             Defaults to `None`.
@@ -155,7 +156,8 @@ class InvertedResidualBlock(keras.layers.Layer):
         self.depthwise_norm = self._norm("depthwise_norm", width)
         self.squeeze = self.excite = None
         if self.squeeze_ratio:
-            hidden = max(round(channels * self.squeeze_ratio), 1)
+            hidden = width * self.squeeze_ratio / (self.expansion or 1)
+            hidden = max(round(hidden), 1)
             self.squeeze = self._dense("squeeze", width, hidden)
             self.excite = self._dense("excite", hidden, width)
         self.project = self._conv("project", width, self.filters)

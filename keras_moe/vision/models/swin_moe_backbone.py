@@ -179,9 +179,15 @@ class SwinMoEBackbone(ImageBackbone):
             "pretrained_window_size", pretrained_window_size, len(depths)
         )
         odd = odd_in_stages(depths)
-        where = sum(odd[-2:], [])
-        if moe_layers is not None:
-            where = moe_block_indices(moe_layers, sum(depths), sum(odd, []))
+        if moe_layers is None:
+            moe_layers = sum(odd[-2:], [])
+            if not moe_layers:
+                raise ValueError(
+                    "`moe_layers` must be given where the last two stages have "
+                    "one block each: there is no odd one. Received: "
+                    f"moe_layers=None, depths={depths}"
+                )
+        where = moe_block_indices(moe_layers, sum(depths), sum(odd, []))
         around = block_arguments(a)
         blocks = numbered_blocks(depths)
         widths = [int(hidden_dim * 2**s * mlp_ratio) for s, _ in blocks]

@@ -27,7 +27,7 @@ def _swin_moe(size, num_experts, router="v_moe", top_k=1):
     }
     return f"swin_moe_{size}_{experts}", {
         "description": f"Swin-MoE-{size.upper()}, window 12 on 192 pixels, "
-        f"{what} in a block (Liu et al., 2022).",
+        f"{what} in a block (Hwang et al., 2022).",
         "config": config,
     }
 

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.models import MoEImageClassifier
+from tests.exported import export
 from tests.vision.models.tiny import dtype_of
 from tests.vision.models.tiny import randomize
 
@@ -74,7 +75,10 @@ class BackboneChecks:
             {v.dtype for v in half.trainable_variables}, {"float32"}
         )
 
-    def check_fit(self, epochs=6, **options):
+    def check_fit(self, everywhere=False, epochs=6, **options):
+        """On PyTorch alone where other tests compile the gradients."""
+        if keras.config.backend() != "torch" and not everywhere:
+            self.skipTest("compiled gradients are compared in other tests")
         model = MoEImageClassifier(self.make(**options), 3)
         model.compile(
             keras.optimizers.Adam(0.01),
@@ -92,6 +96,20 @@ class BackboneChecks:
         self.assert_relative(loaded(images), wanted)
         self.assert_relative(loaded(images[:2]), wanted[:2])
         return logs
+
+    def check_exported(self, **options):
+        """As a program of any batch size."""
+        model = randomize(MoEImageClassifier(self.make(**options), 3))
+        images = self.images()
+        wanted = model.predict(images, verbose=0)
+        served = export(self, model)
+        for number in (5, 2):
+            outputs = served(images[:number])
+            if isinstance(outputs, (list, tuple)):
+                (outputs,) = outputs
+            if keras.config.backend() == "torch":
+                outputs = outputs.detach()
+            self.assert_relative(np.asarray(outputs), wanted[:number])
 
     def check_errors(self, arguments, words):
         with self.assertRaisesRegex(ValueError, words):

@@ -146,6 +146,9 @@ class CondConvBackboneTest(BackboneChecks, TestCase):
     def test_half_precision(self):
         self.check_half_precision()
 
+    def test_exported(self):
+        self.check_exported(stages=["ir_r1_k3_s2_e2_c12_se0.25_cc3"])
+
     def test_fit(self):
         self.check_fit(drop_path=0.1, batch_norm_momentum=0.5)
 

@@ -201,6 +201,9 @@ class ConvNeXtMoEBackboneTest(BackboneChecks, TestCase):
     def test_half_precision(self):
         self.check_half_precision()
 
+    def test_exported(self):
+        self.check_exported(depths=(1,), hidden_dims=(6,), moe_layers=[0])
+
     def test_fit(self):
         logs = self.check_fit(drop_path=0.1, group_size=9)
         self.assertIn("routing_dropped_fraction", logs)

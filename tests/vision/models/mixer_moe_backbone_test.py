@@ -133,6 +133,9 @@ class MixerMoEBackboneTest(BackboneChecks, TestCase):
     def test_half_precision(self):
         self.check_half_precision()
 
+    def test_exported(self):
+        self.check_exported(num_layers=1, moe_layers=[0], token_moe_layers=[0])
+
     def test_fit(self):
         self.check_fit(drop_path=0.1, dropout=0.1)
 

@@ -113,13 +113,32 @@ class SwinMoEBackboneTest(BackboneChecks, TestCase):
         self.assertEqual(backbone.output_shape, (None, 4, 4, 16))
 
     def test_channels_first(self):
-        self.check_channels_first()
+        self.check_channels_first(depths=(1, 2))
 
     def test_half_precision(self):
-        self.check_half_precision()
+        self.check_half_precision(depths=(2,), num_heads=2)
+
+    def test_exported(self):
+        self.check_exported(depths=(2,), num_heads=2)
+
+    def test_classifier_of_a_preset(self):
+        def make(name):
+            return MoEImageClassifier.from_preset(
+                name, num_classes=5, pooling="gap"
+            )
+
+        head = 5 * (768 + 1)
+        backbone = counted(SwinMoEBackbone.from_preset, "swin_moe_s_e8")
+        self.assertEqual(counted(make, "swin_moe_s_e8"), backbone + head)
 
     def test_fit(self):
-        logs = self.check_fit(dropout=0.1, attention_dropout=0.1, drop_path=0.1)
+        logs = self.check_fit(
+            everywhere=True,
+            depths=(1, 2),
+            dropout=0.1,
+            attention_dropout=0.1,
+            drop_path=0.1,
+        )
         self.assertIn("routing_dropped_fraction", logs)
 
     def test_what_fills_windows_up_is_not_routed(self):
@@ -139,12 +158,16 @@ class SwinMoEBackboneTest(BackboneChecks, TestCase):
     def test_resized(self):
         backbone = randomize(swin_moe(positions="learned"))
         model = randomize(MoEImageClassifier(backbone, 3))
-        larger = resize_positions(model, (24, 32, 3))
-        self.assertEqual(larger.backbone.output_shape, (None, 6, 8, 16))
-        same = resize_positions(larger, (16, 16, 3))
+        larger = resize_positions(model, (28, 32, 3))
+        self.assertEqual(larger.backbone.output_shape, (None, 7, 8, 16))
+        for old, new in zip(
+            backbone.weights, larger.backbone.weights, strict=True
+        ):
+            if old.path != "patch_embedding/positions":
+                self.assertAllEqual(old, new)
+        same = resize_positions(model, (16, 16, 3))
         self.assert_relative(
-            same.backbone.block(2).token_mixer.position_bias(),
-            ops.convert_to_numpy(backbone.block(2).token_mixer.position_bias()),
+            same(self.images()), ops.convert_to_numpy(model(self.images()))
         )
 
     def test_map_pooling(self):
@@ -164,6 +187,7 @@ class SwinMoEBackboneTest(BackboneChecks, TestCase):
         ("width", {"mlp_ratio": 0.01}, "`mlp_ratio` must be"),
         ("beyond", {"moe_layers": [4]}, "Received: moe_layers=.4."),
         ("last", {"moe_layers": "last_3"}, "with n from 1 to 2"),
+        ("no_odd", {"depths": (1, 1)}, "`moe_layers` must be given where"),
         ("norm", {"patch_norm": 3}, "`patch_norm` must be True or False"),
         ("bias", {"use_output_bias": None}, "`use_output_bias` must be"),
         ("measured", {"pretrained_window_size": -1}, "`pretrained_window_siz"),
