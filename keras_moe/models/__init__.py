@@ -65,6 +65,9 @@ from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
 from keras_moe.vision.models.image_text_moe import ImageTextMoE as ImageTextMoE
+from keras_moe.vision.models.keras_hub_models import (
+    register_with_keras_hub as register_with_keras_hub,
+)
 from keras_moe.vision.models.mixer_moe_backbone import (
     MixerMoEBackbone as MixerMoEBackbone,
 )
