@@ -159,7 +159,7 @@ def _pair(model, first, wiring):
         elif is_activation:
             activation = layer
         elif isinstance(layer, keras.layers.Dropout):
-            rate = 1 - (1 - rate) * (1 - layer.rate)
+            rate += layer.rate * (1 - rate)
     if first.quantization_mode or layer.quantization_mode:
         return "is quantized"
     activation = named_activation(activation)
@@ -240,7 +240,8 @@ def _renamed(value, names):
             for key, part in value.items()
         }
     if isinstance(value, (list, tuple)):
-        if len(value) == 3 and value[0] in names and list(value[1:]) == [0, 0]:
-            return [names[value[0]], 0, 0]
+        if len(value) == 3 and list(value[1:]) == [0, 0]:
+            if isinstance(value[0], str):  # an output of the model
+                return [names.get(value[0], value[0]), 0, 0]
         return [_renamed(part, names) for part in value]
     return value

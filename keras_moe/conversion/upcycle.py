@@ -17,14 +17,17 @@ from keras_moe.conversion.feed_forwards import FeedForward
 from keras_moe.conversion.feed_forwards import held_feed_forwards
 from keras_moe.conversion.recycled_weights import Recipe
 from keras_moe.conversion.recycled_weights import expert_weights
+from keras_moe.conversion.sublayers import attributes_of
 from keras_moe.conversion.sublayers import classes_of
 from keras_moe.conversion.sublayers import name_scope_of
 from keras_moe.conversion.sublayers import with_sublayers
+from keras_moe.conversion.upcycled import data_format_of
 from keras_moe.conversion.upcycled import put_experts
 from keras_moe.experts.glu_experts import GLUExperts
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.vision.layers.encoder_block import EncoderBlock
 
 
 def upcycle(
@@ -74,9 +77,8 @@ def upcycle(
     functional model stays one. Models and layers that are made from arguments
     of their own become a subclass of their class, `UpcycledViTBackbone` for
     example, whose configuration has the experts; they are saved and loaded
-    like the others, also in a process that has upcycled nothing. Presets of
-    keras-hub's models are loaded with
-    `keras_moe.conversion.upcycled_class(...).from_preset`.
+    like the others, also in a process that has upcycled nothing
+    (`keras_moe.conversion.upcycled_class`).
 
     Args:
         model: A built `keras.Model`. It stays as it is.
@@ -349,6 +351,8 @@ def _with_experts(layer, experts):
         for old, part in zip(layer.layers, new.layers, strict=True):
             if old is not inner:
                 _copy(old, part)
+        if hasattr(type(layer), "backbone_cls"):
+            put_experts(new, {})  # keras-hub asks for the class
         return new
     if graphs.is_graph(layer):
         return _graph_with_experts(layer, experts)
@@ -388,6 +392,7 @@ def _again(layer):
     """A copy of a layer or model, not compiled."""
     config = keras.saving.serialize_keras_object(layer)
     config.pop("compile_config", None)
+    config["config"] = {**data_format_of(layer), **config["config"]}
     new = keras.saving.deserialize_keras_object(config)
     _copy(layer, new)
     return new
@@ -395,6 +400,11 @@ def _again(layer):
 
 def _copy(old, new):
     """The weights of a layer, and what of it is frozen."""
+    if isinstance(old, EncoderBlock):
+        # Where a layer was replaced, its weights come last.
+        for name, part in attributes_of(old):
+            _copy(part, getattr(new, name))
+        return
     new.set_weights(old.get_weights())
     parts = with_sublayers(old), with_sublayers(new)
     if len(parts[0]) == len(parts[1]):

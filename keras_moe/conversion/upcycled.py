@@ -1,21 +1,28 @@
 """Layers and models whose class does not know of the experts in them."""
 
+import inspect
+import sys
+
 import keras
 
 from keras_moe.conversion.feed_forwards import TakenBlock
 from keras_moe.conversion.feed_forwards import held_feed_forwards
 from keras_moe.conversion.sublayers import name_scope_of
 from keras_moe.conversion.sublayers import replace
+from keras_moe.conversion.sublayers import with_sublayers
 from keras_moe.moe.model_config import freeze
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.vision.layers.encoder_block import EncoderBlock
+from keras_moe.vision.models.soft_moe_backbone import SoftMoEBackbone
+from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
-# Classes of keras-hub whose upcycled form can be loaded before anything is
-# upcycled in the process.
+# What can be loaded upcycled in a process that has upcycled nothing.
+_OWN = (VMoEBackbone, SoftMoEBackbone)
 _OF_KERAS_HUB = (
     *("ViTBackbone", "DeiTBackbone", "DINOV2Backbone", "DINOV3Backbone"),
     *("SigLIPVisionEncoder", "CLIPVisionEncoder", "MetaCLIP2VisionEncoder"),
     *("SigLIPBackbone", "CLIPBackbone", "TransformerEncoder"),
+    *("ViTImageClassifier", "DeiTImageClassifier"),
 )
 _KEYS = ("module", "class_name", "registered_name")
 _MADE = {}
@@ -30,7 +37,8 @@ class Upcycled:
     """
 
     def get_config(self):
-        return {**super().get_config(), "upcycled": self._upcycled_config()}
+        config = {**data_format_of(self), **super().get_config()}
+        return {**config, "upcycled": self._upcycled_config()}
 
     def _upcycled_config(self):
         original, build, experts = self._upcycled()
@@ -68,10 +76,10 @@ class Upcycled:
 def upcycled_class(original):
     """The class of upcycled models, or layers, of a class.
 
-    It is a subclass, and registered with Keras. A process that loads what
-    another one has saved needs a call only if the class is of neither this
-    library nor one of keras-hub's vision encoders, or before
-    `keras_hub.models.Backbone.from_preset`.
+    It is a subclass, and registered with Keras, so that what it made can be
+    loaded. For the backbones of this library, and for the vision encoders of
+    keras-hub, importing this library does that, with one exception: before
+    `from_preset` of a keras-hub class, import keras-hub first, or call this.
 
     Args:
         original: A class of models or layers.
@@ -96,11 +104,12 @@ def upcycled_class(original):
         return original
     if original not in _MADE:
         name = f"Upcycled{original.__name__}"
-        made = type(
-            name,
-            (Upcycled, original),
-            {"__module__": __name__, "__doc__": original.__doc__},
-        )
+        members = {"__module__": __name__, "__doc__": original.__doc__}
+        # A classifier of keras-hub is found by the class of its backbone.
+        backbone = getattr(original, "backbone_cls", None)
+        if backbone is not None:
+            members["backbone_cls"] = upcycled_class(backbone)
+        made = type(name, (Upcycled, original), members)
         _MADE[original] = _register(name, made)
     return _MADE[original]
 
@@ -143,6 +152,15 @@ def put_experts(layer, experts):
     layer._upcycled = lambda: (original, build, dict(experts))
 
 
+def data_format_of(layer):
+    """The data format, which models of keras-hub take but do not save."""
+    if "data_format" in inspect.signature(type(layer)).parameters:
+        for part in with_sublayers(layer):
+            if getattr(part, "data_format", None) is not None:
+                return {"data_format": part.data_format}
+    return {}
+
+
 def _lists(value):
     """Tuples as lists, which a file keeps as they are."""
     if isinstance(value, dict):
@@ -156,5 +174,19 @@ def _register(name, made):
     return keras.saving.register_keras_serializable("keras_moe", name)(made)
 
 
-for _name in _OF_KERAS_HUB:
-    _register(f"Upcycled{_name}", Upcycled)
+def _register_known():
+    for kind in _OWN:
+        upcycled_class(kind)
+    # keras-hub is not imported for this: it takes ten seconds.
+    hub = sys.modules.get("keras_hub")
+    for name in _OF_KERAS_HUB:
+        for place in ("models", "layers"):
+            kind = getattr(getattr(hub, place, None), name, None)
+            if kind is not None:
+                upcycled_class(kind)
+                break
+        else:
+            _register(f"Upcycled{name}", Upcycled)
+
+
+_register_known()
