@@ -184,15 +184,3 @@ def assert_gradients(test, gradients, prefix, case):
                 scale = max(scale, 1.0)
             actual = found[name].reshape(wanted.shape)
             test.assert_relative(actual / scale, wanted / scale)
-
-
-def tiled(case):
-    """The recorded dense feed-forwards, once for each expert.
-
-    By the names of the weights of the model with experts.
-    """
-    number = case.config["encoder"]["moe"]["num_experts"]
-    return {
-        name.replace("/Mlp/", "/Moe/Mlp/"): np.stack([value] * number)
-        for name, value in case.under("dense/w/").items()
-    }
