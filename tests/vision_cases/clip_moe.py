@@ -23,9 +23,7 @@ def moe(recorded, x, name, config):
     experts, top_k, dropout, _ = config["MoE_args"]
     width = len(recorded.weights[f"{name}experts.0.c_fc.weight"])
     layer = MoE(
-        # A softmax of the chosen: the same as dividing by their sum, also with
-        # one expert a token.
-        router=TopKRouter(experts, top_k, score_after_selection=True),
+        router=TopKRouter(experts, top_k),
         experts=MLPExperts(
             experts, width, activation="quick_gelu", dropout=dropout
         ),
@@ -35,6 +33,10 @@ def moe(recorded, x, name, config):
         statistics=None,
     )
     y, routing = layer(x)
+    if top_k == 1:
+        # The original divides by the sum here too: its router learns by the
+        # loss alone, which our router refuses to be made for.
+        y = y / ops.reshape(routing.expert_weights, (-1, *x.shape[1:2], 1))
     recorded.put(
         layer.router.kernel,
         f"{name}gate.weight",
@@ -55,6 +57,11 @@ def moe(recorded, x, name, config):
                 getattr(layer.experts, f"{kind}_bias"), f"{at}.bias", number
             )
     return y, routing, layer
+
+
+def kept_weights(routing):
+    weights = routing.expert_weights
+    return weights / ops.sum(weights, axis=-1, keepdims=True)
 
 
 def model_from_case(case):
@@ -93,7 +100,7 @@ def model_from_case(case):
         chosen = ops.one_hot(routing.expert_indices, number)  # (T, K, E)
         outputs[f"route/{i}/logits"] = routing.logits
         outputs[f"route/{i}/combine"] = ops.sum(
-            chosen * routing.expert_weights[..., None], axis=1
+            chosen * kept_weights(routing)[..., None], axis=1
         )
         shares.append(ops.mean(ops.sum(chosen, axis=1), axis=0))
         probs.append(ops.mean(routing.probs, axis=0))
