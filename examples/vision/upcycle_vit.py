@@ -329,7 +329,10 @@ for seed in range(args.seeds):
             found[name] = {**train(more, epochs, 1e-3), "epochs": epochs}
     for name, value in found.items():
         results.setdefault(name, []).append(value)
-        print(f"seed {seed}: {name:28} test accuracy {value['test']:.2%}")
+        print(
+            f"seed {seed}: {name:28} test accuracy {value['test']:.2%}",
+            flush=True,
+        )
 
 """
 ## Reporting

@@ -4,15 +4,14 @@ All of it reads and writes the configuration of the model, which is a list of
 layers that name the layers whose outputs they take.
 """
 
-import copy
 import itertools
 from typing import NamedTuple
 
 import keras
 
-from keras_moe.conversion.feed_forwards import FeedForward
-from keras_moe.conversion.feed_forwards import TakenBlock
-from keras_moe.conversion.feed_forwards import named_activation
+from keras_moe.conversion.dense_network import FeedForward
+from keras_moe.conversion.dense_network import TakenBlock
+from keras_moe.conversion.dense_network import named_activation
 from keras_moe.moe.routed_layer import RoutedLayer
 from keras_moe.moe.soft_moe import SoftMoE
 
@@ -184,7 +183,7 @@ def with_layers(model, replaced, pairs):
             pair, or another layer for any layer.
         pairs: dict of names to the `FeedForward` that begin with them.
     """
-    config = copy.deepcopy(model.get_config())
+    config = model.get_config()
     renamed, gone = {}, set()
     entries = {entry["config"]["name"]: entry for entry in config["layers"]}
     for name, layer in replaced.items():

@@ -1,9 +1,7 @@
 import re
-import warnings
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_moe.checks import as_ints
 from keras_moe.checks import check_at_least
@@ -12,22 +10,12 @@ from keras_moe.checks import check_number
 from keras_moe.checks import check_one_of
 from keras_moe.checks import check_seed
 from keras_moe.checks import is_int
-from keras_moe.conversion import graphs
-from keras_moe.conversion.feed_forwards import FeedForward
-from keras_moe.conversion.feed_forwards import held_feed_forwards
+from keras_moe.conversion.dense_network import FeedForward
+from keras_moe.conversion.expert_layers import moe_from
+from keras_moe.conversion.model_copies import feed_forwards_of
+from keras_moe.conversion.model_copies import with_experts
 from keras_moe.conversion.recycled_weights import Recipe
-from keras_moe.conversion.recycled_weights import expert_weights
-from keras_moe.conversion.sublayers import attributes_of
 from keras_moe.conversion.sublayers import classes_of
-from keras_moe.conversion.sublayers import name_scope_of
-from keras_moe.conversion.sublayers import with_sublayers
-from keras_moe.conversion.upcycled import data_format_of
-from keras_moe.conversion.upcycled import put_experts
-from keras_moe.experts.glu_experts import GLUExperts
-from keras_moe.experts.mlp_experts import MLPExperts
-from keras_moe.moe.moe import MoE
-from keras_moe.moe.part_arguments import serialize_part
-from keras_moe.vision.layers.encoder_block import EncoderBlock
 
 
 def upcycle(
@@ -158,7 +146,7 @@ def upcycle(
             "`upcycle` takes arguments of MoE, but for "
             f"{', '.join(own)}. Received: {wrong}"
         )
-    found, looked_at = _found(model)
+    found, looked_at = feed_forwards_of(model)
     chosen = _chosen(model, layers, found, looked_at)
     numbers = as_ints("num_experts", num_experts, len(chosen), 1)
     for i in chosen:
@@ -172,39 +160,13 @@ def upcycle(
     options = {"router": router, "top_k": top_k, **kwargs}
     rng = np.random.default_rng(seed)
     experts = {
-        i: _moe(found[i], number, options, recipe, rng, check=i == chosen[0])
+        i: moe_from(
+            found[i], number, options, recipe, rng, check=i == chosen[0]
+        )
         for i, number in zip(chosen, numbers, strict=True)
     }
     with keras.saving.custom_object_scope(classes_of(model)):
-        return _with_experts(model, experts)
-
-
-def _found(layer):
-    """`(feed-forwards in order, lines about what else was looked at)`."""
-    inner = _backbone(layer)
-    if inner is not None:
-        return _found(inner)
-    if not graphs.is_graph(layer):
-        return held_feed_forwards(layer)
-    pairs, looked_at = graphs.pairs_of(layer)
-    found = []
-    for part in layer.layers:
-        if part.name in pairs:
-            found.append(pairs[part.name])
-            continue
-        held, seen = _found(part)
-        found += held
-        if part.weights and type(part) is not keras.layers.Dense:
-            looked_at += seen
-    return found, looked_at
-
-
-def _backbone(model):
-    """The backbone that a model is made from, or `None`."""
-    backbone = getattr(model, "backbone", None)
-    if not isinstance(backbone, keras.Model) or graphs.is_graph(model):
-        return None
-    return backbone if "backbone" in model.get_config() else None
+        return with_experts(model, experts)
 
 
 def _chosen(model, layers, found, looked_at):
@@ -234,183 +196,3 @@ def _chosen(model, layers, found, looked_at):
         f"layers={layers!r}, feed-forwards: "
         + ", ".join(f"{i} {found[i].name}" for i in dense)
     )
-
-
-def _moe(place, num_experts, options, recipe, rng, check):
-    """A built layer of experts that are made of a dense network."""
-    weights = place.weights()
-    width = weights["down_kernel"].shape[0]
-    policy = place.up.dtype_policy
-    arguments = {
-        "num_experts": num_experts,
-        "intermediate_dim": recipe.intermediate_dim or width,
-        "activation": place.activation,
-        "use_bias": "up_bias" in weights,
-        "output_dim": None
-        if place.input_dim == place.output_dim
-        else place.output_dim,
-        "dropout": place.dropout,
-        "dtype": policy,
-        "name": "experts",
-        **_regularizers(place),
-    }
-    bank = MLPExperts if place.gate is None else GLUExperts
-    kwargs = {name: _own(part) for name, part in options.items()}
-    if place.output_dropout and kwargs.get("post_experts") is None:
-        kwargs["post_experts"] = keras.layers.Dropout(
-            place.output_dropout, dtype=policy
-        )
-    if not isinstance(kwargs["router"], str):
-        kwargs.pop("top_k")
-    moe = MoE(
-        experts=bank(**arguments),
-        dtype=policy,
-        name="moe" if place.owner else f"{place.up.name}_moe",
-        **kwargs,
-    )
-    if moe.router.needs_context:
-        raise ValueError(
-            "`router` must decide by the tokens alone. "
-            f"Received: router={moe.router!r}"
-        )
-    with name_scope_of(place.owner):
-        moe.build((None, None, place.input_dim))
-    if check and recipe.intermediate_dim is None:
-        copies = expert_weights(
-            weights, num_experts, Recipe(None, recipe.sampling, 0, 0), rng
-        )
-        _assign(moe, copies)
-        _warn_if_different(moe, place)
-    _assign(moe, expert_weights(weights, num_experts, recipe, rng))
-    moe.trainable = place.up.trainable
-    return moe
-
-
-def _own(part):
-    """A layer of its own for each block."""
-    if isinstance(part, keras.layers.Layer):
-        return keras.saving.deserialize_keras_object(serialize_part(part))
-    return part
-
-
-def _regularizers(place):
-    """The regularizers and constraints that both layers share."""
-    found = {}
-    for name in (
-        *("kernel_regularizer", "bias_regularizer"),
-        *("kernel_constraint", "bias_constraint"),
-    ):
-        up, down = getattr(place.up, name), getattr(place.down, name)
-        kind = name.rpartition("_")[2]
-        module = getattr(keras, f"{kind}s")
-        if module.serialize(up) != module.serialize(down):
-            raise ValueError(
-                f"The layers of {place.name} have different `{name}`, which "
-                "experts cannot have. Take them off first. Received: "
-                f"{up!r} and {down!r}"
-            )
-        found[name] = up
-    return found
-
-
-def _assign(moe, weights):
-    for name, value in weights.items():
-        getattr(moe.experts, name).assign(value)
-
-
-def _warn_if_different(moe, place):
-    x = np.random.default_rng(0).normal(size=(16, place.input_dim))
-    x = x.astype("float32")
-    wanted = place.compute(x)
-    given = ops.convert_to_numpy(
-        ops.cast(moe(ops.convert_to_tensor(x[None])), "float32")
-    )[0]
-    exact = keras.backend.standardize_dtype(moe.compute_dtype) == "float32"
-    tolerance = (1e-4 if exact else 5e-2) * np.abs(wanted).max()
-    if np.abs(given - wanted).max() > tolerance:
-        warnings.warn(
-            "With these arguments the experts do not give what the dense "
-            "network gives: the weights of a token do not sum to one, choices "
-            "are dropped, or something is added. Received: "
-            f"router={moe.router!r}, capacity={moe.capacity!r}",
-            stacklevel=4,
-        )
-
-
-def _with_experts(layer, experts):
-    """A copy of a layer or model with experts in the places of numbers."""
-    inner = _backbone(layer)
-    if inner is not None:
-        config = layer.get_config()
-        for name in ("frozen_layers", "frozen_weights"):
-            config.pop(name, None)
-        config["backbone"] = _with_experts(inner, experts)
-        if getattr(layer, "preprocessor", None) is not None:
-            config["preprocessor"] = layer.preprocessor
-        new = type(layer).from_config(config)
-        for old, part in zip(layer.layers, new.layers, strict=True):
-            if old is not inner:
-                _copy(old, part)
-        if hasattr(type(layer), "backbone_cls"):
-            put_experts(new, {})  # keras-hub asks for the class
-        return new
-    if graphs.is_graph(layer):
-        return _graph_with_experts(layer, experts)
-    new = _again(layer)
-    put_experts(new, experts)
-    return new
-
-
-def _graph_with_experts(model, experts):
-    pairs, _ = graphs.pairs_of(model)
-    replaced, start, gone = {}, 0, set()
-    for part in model.layers:
-        if part.name in pairs:
-            if start in experts:
-                replaced[part.name] = experts[start]
-                gone |= {*pairs[part.name].between, pairs[part.name].down.name}
-            start += 1
-            continue
-        number = len(_found(part)[0])
-        inside = {
-            i - start: moe
-            for i, moe in experts.items()
-            if start <= i < start + number
-        }
-        if inside:
-            replaced[part.name] = _with_experts(part, inside)
-        start += number
-    new = graphs.with_layers(model, replaced, pairs)
-    for old in model.layers:
-        if old.name not in gone:
-            source = replaced.get(old.name, old)
-            _copy(source, new.get_layer(source.name))
-    return new
-
-
-def _again(layer):
-    """A copy of a layer or model, not compiled."""
-    config = keras.saving.serialize_keras_object(layer)
-    config.pop("compile_config", None)
-    config["config"] = {**data_format_of(layer), **config["config"]}
-    new = keras.saving.deserialize_keras_object(config)
-    _copy(layer, new)
-    return new
-
-
-def _copy(old, new):
-    """The weights of a layer, and what of it is frozen."""
-    if isinstance(old, EncoderBlock):
-        # Where a layer was replaced, its weights come last.
-        for name, part in attributes_of(old):
-            _copy(part, getattr(new, name))
-        return
-    new.set_weights(old.get_weights())
-    parts = with_sublayers(old), with_sublayers(new)
-    if len(parts[0]) == len(parts[1]):
-        for before, after in zip(*parts, strict=True):
-            if after.trainable != before.trainable:
-                after.trainable = before.trainable
-    for before, after in zip(old.weights, new.weights, strict=True):
-        if after.trainable != before.trainable:
-            after.trainable = before.trainable

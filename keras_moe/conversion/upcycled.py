@@ -5,7 +5,7 @@ import sys
 
 import keras
 
-from keras_moe.conversion.feed_forwards import TakenBlock
+from keras_moe.conversion.dense_network import TakenBlock
 from keras_moe.conversion.feed_forwards import held_feed_forwards
 from keras_moe.conversion.sublayers import name_scope_of
 from keras_moe.conversion.sublayers import replace
@@ -143,9 +143,7 @@ def put_experts(layer, experts):
     else:
         config = keras.saving.serialize_keras_object(layer)
         original = {key: config[key] for key in _KEYS}
-        build, before = None, {}
-        if not isinstance(layer, keras.Model):
-            build = _lists(layer.get_build_config())
+        build, before = _lists(layer.get_build_config()), {}
     object.__setattr__(layer, "__class__", upcycled_class(type(layer)))
     experts = {**before, **experts}
     # A function, since Keras would track the layers once more.

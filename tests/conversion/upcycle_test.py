@@ -29,6 +29,26 @@ from tests.vision.models.tiny import randomize
 from tests.vision.models.tiny import soft_moe
 from tests.vision.models.tiny import v_moe
 
+
+@keras.saving.register_keras_serializable("tests")
+class Stack(keras.Model):
+    """A model that is no graph, with blocks in a list."""
+
+    def __init__(self, depth, **kwargs):
+        super().__init__(**kwargs)
+        self.depth = depth
+        self.blocks = [EncoderBlock(2, VisionMLP(12)) for _ in range(depth)]
+        self.head = kl.Dense(3)
+
+    def call(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def get_config(self):
+        return {**super().get_config(), "depth": self.depth}
+
+
 TOKENS = np.random.default_rng(2).normal(size=(3, 5, 8)).astype("float32")
 
 
@@ -258,6 +278,19 @@ class UpcycleTest(TestCase):
         path = os.path.join(self.get_temp_dir(), "model.keras")
         model.save(path)
         self.assert_same(keras.saving.load_model(path), dense, inputs)
+
+    def test_model_that_is_no_graph(self):
+        dense = Stack(3)
+        dense(TOKENS)
+        randomize(dense)
+        model = upcycle(dense, 4)
+        self.assertIs(type(model), upcycled_class(Stack))
+        self.assertIsInstance(model.blocks[0].feed_forward, VisionMLP)
+        self.assertIsInstance(model.blocks[1].feed_forward, MoE)
+        self.assert_same(model, dense, TOKENS)
+        path = os.path.join(self.get_temp_dir(), "model.keras")
+        model.save(path)
+        self.assert_same(keras.saving.load_model(path), dense, TOKENS)
 
     def test_options(self):
         dense = encoder(1)
