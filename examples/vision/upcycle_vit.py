@@ -239,7 +239,11 @@ def cost(model):
 
 
 def train(model, epochs, learning_rate):
-    steps = epochs * math.ceil(len(x_train) / args.batch_size)
+    """Trains for a number of epochs that need not be whole."""
+    size = len(x_train)
+    left = math.ceil(epochs * size)
+    passes = [size] * (left // size) + [left % size] * (left % size > 0)
+    steps = sum(math.ceil(number / args.batch_size) for number in passes)
     warmup = steps // 10 + 1
     model.compile(
         keras.optimizers.AdamW(
@@ -254,14 +258,16 @@ def train(model, epochs, learning_rate):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    model.fit(
-        x_train,
-        y_train,
-        batch_size=args.batch_size,
-        epochs=epochs,
-        validation_data=(x_valid, y_valid),
-        verbose=0,
-    )
+    rng = np.random.default_rng(0)
+    for number in passes:
+        order = rng.permutation(size)[:number]
+        model.fit(
+            x_train[order],
+            y_train[order],
+            batch_size=args.batch_size,
+            shuffle=False,
+            verbose=0,
+        )
     return accuracy(model)
 
 
@@ -282,8 +288,8 @@ def accuracy(model):
 ## Training
 
 The optimizer is not carried over, so all that trains on starts with a new one
-and the same learning rates. The dense model gets the epochs that cost as much,
-rounded up.
+and the same learning rates. The dense model gets as many epochs as cost the
+same, the last one in part.
 """
 
 results = {}
@@ -323,8 +329,8 @@ for seed in range(args.seeds):
         keras.utils.set_random_seed(seed)
         more = keras.models.clone_model(dense)
         more.set_weights(dense.get_weights())
-        epochs = math.ceil(args.more_epochs * relative_cost)
-        name = f"dense, {epochs} epochs more"
+        epochs = args.more_epochs * relative_cost
+        name = f"dense, {epochs:.1f} epochs more"
         if name not in found:
             found[name] = {**train(more, epochs, 1e-3), "epochs": epochs}
     for name, value in found.items():
