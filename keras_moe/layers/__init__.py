@@ -53,6 +53,7 @@ from keras_moe.vision.layers.attention_pooling import (
     AttentionPooling as AttentionPooling,
 )
 from keras_moe.vision.layers.cond_conv2d import CondConv2D as CondConv2D
+from keras_moe.vision.layers.dit_block import DiTBlock as DiTBlock
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
 from keras_moe.vision.layers.patch_embedding import (
     PatchEmbedding as PatchEmbedding,

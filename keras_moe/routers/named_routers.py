@@ -57,6 +57,7 @@ _NAMED = {
         },
     ),
     "v_moe": (_v_moe, {"top_k": 2}),
+    "dit_moe": (TopKRouter, {"top_k": 2, "normalize_weights": False}),
     "jacobs": (DenseRouter, {}),
 }
 
@@ -81,6 +82,8 @@ def get(identifier, **kwargs):
       1 / experts, weights not normalized (Riquelme et al., 2021, appendix A).
     - `"st_moe"`: `GShardRouter`, 2 experts, threshold 0.2 (Zoph et al., 2022,
       appendix C).
+    - `"dit_moe"`: `TopKRouter`, 2 experts, weights not normalized (Fei et al.,
+      2024, section 2).
     - `"expert_choice"`: `ExpertChoiceRouter`, capacity factor 2 (Zhou et al.,
       2022, section 4).
     - `"mixtral"`: `TopKRouter`, 2 of 8 experts, softmax of the chosen (Jiang

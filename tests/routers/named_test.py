@@ -22,6 +22,7 @@ NUMBERS = {
         "noise_stddev": 1 / 32,
         "normalize_weights": False,
     },
+    "dit_moe": {"top_k": 2, "normalize_weights": False},
     "st_moe": {"top_k": 2, "threshold": 0.2},
     "expert_choice": {"capacity_factor": 2.0},
     "mixtral": {"num_experts": 8, "top_k": 2, "score_after_selection": True},

@@ -128,10 +128,7 @@ class EncoderBlock(keras.layers.Layer):
         self.group_size = group_size
         self.route_per = route_per
         self.attention_norm, self.feed_forward_norm = (
-            keras.layers.LayerNormalization(
-                epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name=name
-            )
-            for name in ("attention_norm", "feed_forward_norm")
+            self._norm(name) for name in ("attention_norm", "feed_forward_norm")
         )
         self._dropout = self._drop_path = None
         if dropout:
@@ -142,6 +139,11 @@ class EncoderBlock(keras.layers.Layer):
             self._drop_path = keras.layers.Dropout(
                 drop_path, noise_shape=(None, 1, 1), dtype=self.dtype_policy
             )
+
+    def _norm(self, name):
+        return keras.layers.LayerNormalization(
+            epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
+        )
 
     def build(self, inputs_shape, context_shape=None):
         dim = inputs_shape[-1]
@@ -161,14 +163,17 @@ class EncoderBlock(keras.layers.Layer):
         layer_copies.build(self.feed_forward, shape, self.compute_dtype)
 
     def call(self, inputs, context=None, training=None):
-        x = self.attention_norm(inputs)
-        x = self.attention(x, x, training=training)
-        if self._dropout is not None:
-            x = self._dropout(x, training=training)
+        x = self._attend(self.attention_norm(inputs), training)
         inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
         x = self._feed_forward(x, context, training)
         return self._join(inputs, x, training)
+
+    def _attend(self, x, training):
+        x = self.attention(x, x, training=training)
+        if self._dropout is not None:
+            x = self._dropout(x, training=training)
+        return x
 
     def _join(self, inputs, x, training):
         if self._drop_path is not None:
@@ -176,15 +181,16 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, context, training):
+    def _feed_forward(self, x, context, training, **kwargs):
+        """The feed-forward layer, with arguments `(batch, tokens, ...)`."""
         batch, tokens, dim = ops.shape(x)
-        kwargs = {}
         if context is not None:
             context = ops.expand_dims(context, -1)
             kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
         if self.route_per == "image":
-            mean = ops.mean(x, axis=1, keepdims=True)
-            kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
+            seen = kwargs.get("router_inputs", x)
+            mean = ops.mean(seen, axis=1, keepdims=True)
+            kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(seen))
         # Keras passes `training` on by itself.
         if self.group_size in (None, tokens) or not self._groups_count(
             training

@@ -9,10 +9,10 @@ from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.attention_pooling import AttentionPooling
+from keras_moe.vision.models.backbone import as_dtype
+from keras_moe.vision.models.backbone import frozen_parts
 from keras_moe.vision.models.presets import Presets
 from keras_moe.vision.models.vision_backbone import VisionBackbone
-from keras_moe.vision.models.vision_backbone import as_dtype
-from keras_moe.vision.models.vision_backbone import frozen_parts
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone

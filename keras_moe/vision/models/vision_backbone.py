@@ -1,17 +1,15 @@
 import keras
 
-from keras_moe.checks import check_int
-from keras_moe.checks import check_rate
-from keras_moe.moe.model_config import deserialized
-from keras_moe.moe.model_config import made_again
-from keras_moe.moe.model_config import settings_of
 from keras_moe.vision.layers.attention import VisionMLP
 from keras_moe.vision.layers.encoder_block import EncoderBlock
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
-from keras_moe.vision.models.presets import Presets
+from keras_moe.vision.models.backbone import Backbone
+from keras_moe.vision.models.backbone import as_arguments
+from keras_moe.vision.models.backbone import as_image_shape
+from keras_moe.vision.models.backbone import drop_path_of
 
 
-class VisionBackbone(Presets, keras.Model):
+class VisionBackbone(Backbone):
     """Base of vision transformers with experts, from images to tokens.
 
     Args:
@@ -34,21 +32,8 @@ class VisionBackbone(Presets, keras.Model):
         name,
         trainable=True,
     ):
-        # Lists, as they are after loading.
-        a = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in arguments.items()
-        }
-        dtype = a["dtype"] = as_dtype(a["dtype"])
-        for key in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
-            check_int(key, a[key], 1)
-        for key in ("dropout", "attention_dropout", "drop_path"):
-            check_rate(key, a[key])
-        if a["hidden_dim"] % a["num_heads"]:
-            raise ValueError(
-                "`num_heads` must divide `hidden_dim`. Received: "
-                f"num_heads={a['num_heads']}, hidden_dim={a['hidden_dim']}"
-            )
+        a = as_arguments(arguments)
+        dtype = a["dtype"]
         images = keras.Input(as_image_shape(a["image_shape"]), name="images")
         context = None
         if takes_context:
@@ -62,6 +47,7 @@ class VisionBackbone(Presets, keras.Model):
             dtype=dtype,
             name="patch_embedding",
         )
+        a["data_format"] = embedding.data_format
         x = embedding(images)
         if a["dropout"]:
             x = keras.layers.Dropout(
@@ -84,8 +70,7 @@ class VisionBackbone(Presets, keras.Model):
                 layer_norm_epsilon=a["layer_norm_epsilon"],
                 dropout=a["dropout"],
                 attention_dropout=a["attention_dropout"],
-                # Deeper blocks are left out more often.
-                drop_path=a["drop_path"] * i / max(a["num_layers"] - 1, 1),
+                drop_path=drop_path_of(a, i),
                 dtype=dtype,
                 name=f"block_{i}",
                 **(blocks or {}).get(i, {}),
@@ -95,67 +80,12 @@ class VisionBackbone(Presets, keras.Model):
         x = keras.layers.LayerNormalization(
             epsilon=a["layer_norm_epsilon"], dtype=dtype, name="norm"
         )(x)
-        inputs = images if context is None else [images, context]
         super().__init__(
-            inputs=inputs, outputs=x, name=name, trainable=trainable
+            a,
+            images if context is None else [images, context],
+            x,
+            name=name,
+            trainable=trainable,
         )
-        a["data_format"] = embedding.data_format
-        self.data_format = embedding.data_format
         self.use_class_token = a["use_class_token"]
         self.mlp_dim = a["mlp_dim"]
-        # Functions, since Keras would save plain attributes.
-        self._arguments = lambda: dict(a)
-        self.dtype_policy = dtype
-
-    @property
-    def moe_blocks(self):
-        """The numbers of the blocks with experts."""
-        return [
-            i
-            for i in range(self._arguments()["num_layers"])
-            if not isinstance(self.block(i).feed_forward, VisionMLP)
-        ]
-
-    def block(self, index):
-        """The `keras_moe.layers.EncoderBlock` of a number, from 0."""
-        return self.get_layer(f"block_{index}")
-
-    def get_config(self):
-        return {
-            "name": self.name,
-            "trainable": self.trainable,
-            **frozen_parts(self),
-            **self._arguments(),
-            "dtype": keras.dtype_policies.serialize(self._arguments()["dtype"]),
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return made_again(cls, *deserialized(config, custom_objects))
-
-
-def frozen_parts(model):
-    """The frozen layers and weights; the dtype is an argument."""
-    settings = settings_of(model)
-    del settings["dtype_policy"]
-    return settings
-
-
-def as_dtype(dtype):
-    """A dtype policy, from what a layer takes as `dtype`."""
-    if dtype is None:
-        return keras.config.dtype_policy()
-    return keras.dtype_policies.get(dtype)
-
-
-def as_image_shape(image_shape):
-    if (
-        not isinstance(image_shape, (list, tuple))
-        or len(image_shape) != 3
-        or not all(isinstance(i, int) and i > 0 for i in image_shape)
-    ):
-        raise ValueError(
-            "`image_shape` must be three positive ints. "
-            f"Received: image_shape={image_shape!r}"
-        )
-    return tuple(image_shape)

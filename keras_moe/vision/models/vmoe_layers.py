@@ -1,12 +1,12 @@
-"""The `MoE` layers of a V-MoE, from the arguments of the backbone."""
+"""The `MoE` layers of transformers, from the arguments of a backbone."""
 
 import keras
 
+from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers
 from keras_moe.checks import check_at_least
 from keras_moe.dispatch.capacity import Capacity
-from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
@@ -20,7 +20,10 @@ def moe_of_blocks(a, where):
     """The `MoE` of each block.
 
     Args:
-        a: dict. The arguments of the backbone.
+        a: dict. The arguments of a `VMoEBackbone`, and as far as they are not
+            V-MoE's: `experts`, a name of `keras_moe.experts.get`,
+            `shared_mlp_dim`, the width of shared experts, and `assignments` of
+            the `LoadBalancingLoss`.
         where: list of ints. The blocks with experts.
 
     Returns:
@@ -44,7 +47,11 @@ def _moe(a):
     router = _router(a, per)
     shared = None
     if a["num_shared_experts"]:
-        shared = _experts(a, a["num_shared_experts"], "shared_experts")
+        shared = _experts(
+            {**a, "mlp_dim": a.get("shared_mlp_dim", a["mlp_dim"])},
+            a["num_shared_experts"],
+            "shared_experts",
+        )
     capacity = None
     if not isinstance(router, ExpertChoiceRouter):
         capacity = Capacity(
@@ -91,9 +98,10 @@ def _router(a, per):
 
 
 def _experts(a, number, name):
-    return MLPExperts(
-        number,
-        a["mlp_dim"],
+    return experts_lib.get(
+        a.get("experts", "mlp"),
+        num_experts=number,
+        intermediate_dim=a["mlp_dim"],
         activation=a["activation"],
         dropout=a["expert_dropout"],
         dtype=a["dtype"],
@@ -112,5 +120,7 @@ def _losses(a, router, per):
         yield LoadLoss(a["load_loss_weight"], per=per)
     if a["load_balancing_loss_weight"]:
         yield LoadBalancingLoss(
-            a["load_balancing_loss_weight"], per=per, assignments="first"
+            a["load_balancing_loss_weight"],
+            per=per,
+            assignments=a.get("assignments", "first"),
         )
