@@ -52,6 +52,9 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.diffusion_task import (
+    DiffusionTask as DiffusionTask,
+)
 from keras_moe.vision.models.dit_moe_backbone import (
     DiTMoEBackbone as DiTMoEBackbone,
 )

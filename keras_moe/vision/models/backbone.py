@@ -57,6 +57,47 @@ class Backbone(Presets, keras.Model):
         return made_again(cls, *deserialized(config, custom_objects))
 
 
+class BackboneTask(Presets):
+    """Mixin of models on a backbone, their first argument.
+
+    A subclass has `backbone_class`, and the backbone's `presets`.
+    """
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """A model from a folder, or a new one on a preset's backbone.
+
+        Args:
+            preset: str or path. A folder that `save_to_preset` wrote, of such a
+                model or a backbone, or the name of a backbone's preset.
+            load_weights: bool. Whether to read the weights of the folder.
+                Defaults to `True`.
+            **kwargs: Arguments of the constructor; where the preset is a
+                backbone, at least those that have no default.
+
+        Raises:
+            ValueError: If there is no such preset, or it is of another class.
+        """
+        for backbone_class in _with_subclasses(cls.backbone_class):
+            if str(preset) in backbone_class.presets:
+                return cls(backbone_class.from_preset(preset), **kwargs)
+        if issubclass(cls.saved_class(preset), Backbone):
+            backbone = cls.backbone_class.from_preset(preset, load_weights)
+            return cls(backbone, **kwargs)
+        return super().from_preset(preset, load_weights, **kwargs)
+
+    def check_backbone(self, backbone):
+        if not isinstance(backbone, self.backbone_class):
+            raise ValueError(
+                f"`backbone` must be a {self.backbone_class.__name__}. "
+                f"Received: backbone={backbone!r}"
+            )
+
+
+def _with_subclasses(backbone_class):
+    return [backbone_class, *backbone_class.__subclasses__()]
+
+
 def as_arguments(arguments):
     """The arguments of a transformer: checked, with lists as after loading."""
     a = {

@@ -9,9 +9,9 @@ from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.attention_pooling import AttentionPooling
+from keras_moe.vision.models.backbone import BackboneTask
 from keras_moe.vision.models.backbone import as_dtype
 from keras_moe.vision.models.backbone import frozen_parts
-from keras_moe.vision.models.presets import Presets
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
@@ -21,7 +21,7 @@ POOLINGS = ("token", "gap", "map")
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MoEImageClassifier(Presets, keras.Model):
+class MoEImageClassifier(BackboneTask, keras.Model):
     """Classifies images by the tokens of a backbone.
 
     ```
@@ -89,11 +89,7 @@ class MoEImageClassifier(Presets, keras.Model):
         name=None,
         trainable=True,
     ):
-        if not isinstance(backbone, self.backbone_class):
-            raise ValueError(
-                f"`backbone` must be a {self.backbone_class.__name__}. "
-                f"Received: backbone={backbone!r}"
-            )
+        self.check_backbone(backbone)
         check_int("num_classes", num_classes, 1)
         check_rate("dropout", dropout)
         if pooling is None:
@@ -144,29 +140,6 @@ class MoEImageClassifier(Presets, keras.Model):
         # A function, since Keras would save a plain attribute.
         self._arguments = lambda: dict(arguments)
 
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """A classifier from a folder, or a new one on a preset's backbone.
-
-        Args:
-            preset: str or path. A folder that `save_to_preset` wrote, of a
-                classifier or a backbone, or the name of a backbone's preset.
-            load_weights: bool. Whether to read the weights of the folder.
-                Defaults to `True`.
-            **kwargs: Arguments of the constructor; `num_classes` at least where
-                the preset is a backbone.
-
-        Raises:
-            ValueError: If there is no such preset, or it is of another class.
-        """
-        for backbone_class in _backbones(cls.backbone_class):
-            if str(preset) in backbone_class.presets:
-                return cls(backbone_class.from_preset(preset), **kwargs)
-        if issubclass(cls.saved_class(preset), VisionBackbone):
-            backbone = cls.backbone_class.from_preset(preset, load_weights)
-            return cls(backbone, **kwargs)
-        return super().from_preset(preset, load_weights, **kwargs)
-
     def get_config(self):
         return {
             "name": self.name,
@@ -203,11 +176,6 @@ class VMoEImageClassifier(MoEImageClassifier):
 
     backbone_class = VMoEBackbone
     presets = VMOE
-
-
-def _backbones(backbone_class):
-    """The class and its subclasses."""
-    return [backbone_class, *backbone_class.__subclasses__()]
 
 
 def _pooled(backbone, x, pooling, dtype):
