@@ -64,6 +64,9 @@ from keras_moe.vision.models.image_classifier import (
 from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
+from keras_moe.vision.models.multi_task_vision_moe import (
+    MultiTaskVisionMoE as MultiTaskVisionMoE,
+)
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,
 )

@@ -32,7 +32,7 @@ def named(matches):
             with np.load(path.with_suffix(".npz")) as arrays:
                 arrays = dict(arrays)
             yield path.stem, case, arrays, False
-            if "train/y" in arrays:
+            if any(name.startswith("train/") for name in arrays):
                 yield f"{path.stem}_train", case, arrays, True
 
 

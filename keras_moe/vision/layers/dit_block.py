@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe.checks import check_one_of
 from keras_moe.vision.layers.encoder_block import EncoderBlock
+from keras_moe.vision.layers.encoder_block import with_condition
 
 ROUTER_INPUTS = ("modulated", "unmodulated", "unmodulated_and_condition")
 
@@ -90,12 +91,10 @@ class DiTBlock(EncoderBlock):
                 f"condition.shape={tuple(condition_shape)}"
             )
         dim = inputs_shape[-1]
-        if self.router_inputs == "unmodulated_and_condition":
-            tokens = self.group_size or inputs_shape[1]
-            self.feed_forward.build(
-                (None, tokens, dim), (None, tokens, dim + condition_shape[-1])
-            )
-        super().build(inputs_shape, context_shape)
+        seen = self.router_inputs == "unmodulated_and_condition"
+        super().build(
+            inputs_shape, context_shape, condition_shape if seen else None
+        )
         self.modulation = modulation(6 * dim, self.dtype_policy)
         self.modulation.build(condition_shape)
 
@@ -121,17 +120,7 @@ class DiTBlock(EncoderBlock):
             return {}
         if self.router_inputs == "unmodulated":
             return {"router_inputs": plain}
-        width = condition.shape[-1]
-        condition = ops.broadcast_to(
-            ops.cast(condition[:, None], plain.dtype),
-            (*ops.shape(plain)[:2], width),
-        )
-        return {"router_inputs": ops.concatenate([plain, condition], axis=-1)}
-
-    def compute_output_shape(
-        self, inputs_shape, condition_shape, context_shape=None
-    ):
-        return tuple(inputs_shape)
+        return {"router_inputs": with_condition(plain, condition)}
 
     def get_config(self):
         return {**super().get_config(), "router_inputs": self.router_inputs}

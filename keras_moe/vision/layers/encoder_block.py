@@ -54,6 +54,8 @@ class EncoderBlock(keras.layers.Layer):
         inputs: Tensor of shape `(batch, tokens, D)`.
         context: int tensor of shape `(batch,)`, or `None`. Ids, such as of
             tasks, for a router that uses a context.
+        router_condition: Tensor of shape `(batch, C)`, or `None`. A vector of
+            each image that the router of a `MoE` sees beside each token.
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -145,7 +147,9 @@ class EncoderBlock(keras.layers.Layer):
             epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
         )
 
-    def build(self, inputs_shape, context_shape=None):
+    def build(
+        self, inputs_shape, context_shape=None, router_condition_shape=None
+    ):
         dim = inputs_shape[-1]
         self.attention = VisionAttention(
             self.num_heads,
@@ -160,13 +164,18 @@ class EncoderBlock(keras.layers.Layer):
         self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
+        if router_condition_shape is not None:
+            seen = (*shape[:-1], dim + router_condition_shape[-1])
+            self.feed_forward.build(shape, seen)
         layer_copies.build(self.feed_forward, shape, self.compute_dtype)
 
-    def call(self, inputs, context=None, training=None):
+    def call(self, inputs, context=None, router_condition=None, training=None):
         x = self._attend(self.attention_norm(inputs), training)
         inputs = self._join(inputs, x, training)
-        x = self.feed_forward_norm(inputs)
-        x = self._feed_forward(x, context, training)
+        x, kwargs = self.feed_forward_norm(inputs), {}
+        if router_condition is not None:
+            kwargs["router_inputs"] = with_condition(x, router_condition)
+        x = self._feed_forward(x, context, training, **kwargs)
         return self._join(inputs, x, training)
 
     def _attend(self, x, training):
@@ -212,7 +221,7 @@ class EncoderBlock(keras.layers.Layer):
             return True
         return layer.capacity.limits(training=False) or layer.router.looks_ahead
 
-    def compute_output_shape(self, inputs_shape, context_shape=None):
+    def compute_output_shape(self, inputs_shape, *other_shapes):
         return tuple(inputs_shape)
 
     def get_config(self):
@@ -228,3 +237,10 @@ class EncoderBlock(keras.layers.Layer):
             "group_size": self.group_size,
             "route_per": self.route_per,
         }
+
+
+def with_condition(x, condition):
+    """Tokens `(B, N, D)` with a vector `(B, C)` beside: `(B, N, D + C)`."""
+    shape = (*ops.shape(x)[:2], condition.shape[-1])
+    condition = ops.cast(condition[:, None], x.dtype)
+    return ops.concatenate([x, ops.broadcast_to(condition, shape)], axis=-1)

@@ -106,3 +106,13 @@ DIT_MOE = dict(
         ("g", 16, 1408, 40, 16),
     )
 )
+M3VIT = {
+    "m3vit_s16_e16": _preset(
+        "M3ViT on DeiT-S/16, 4 of 16 experts in every second block (Liang et "
+        "al., 2022). Needs `tasks`.",
+        _SIZES["s"],
+        16,
+        num_experts=16,
+        top_k=4,
+    ),
+}
