@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_moe.models import MultiTaskVisionMoE
 from tests.recommendation_cases.recorded import Recorded
@@ -81,13 +80,3 @@ def put_block(recorded, block, name, case):
         return
     for task in case["tasks"]:
         recorded.put(kernel, f"{name}.mlp.gate.{task}.w_gate", task)
-
-
-def task_vectors(model, number):
-    """What a router sees of each task, or `None`."""
-    if model.get_config()["router"] == "per_task":
-        return None
-    vectors = np.eye(number, dtype="float32")
-    for name in ("1", "2", "norm"):
-        vectors = model.get_layer(f"task_vector_{name}")(vectors)
-    return ops.convert_to_numpy(vectors)

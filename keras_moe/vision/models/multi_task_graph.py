@@ -6,6 +6,9 @@ from keras import ops
 from keras_moe import losses as losses_lib
 from keras_moe.checks import is_int
 from keras_moe.losses.importance_loss import ImportanceLoss
+from keras_moe.losses.routing_loss import RoutingLoss
+from keras_moe.moe.foreign_parts import as_loss
+from keras_moe.moe.foreign_parts import serialize_loss
 from keras_moe.routers.task_router import TaskRouter
 from keras_moe.routers.top_k_router import TopKRouter
 from keras_moe.vision.layers.attention import VisionMLP
@@ -40,9 +43,7 @@ def multi_task_graph(a, where, images):
             a["dropout"], dtype=a["dtype"], name="embedding_dropout"
         )(x)
     moe = moe_of_blocks(_moe_arguments(a, where), where)
-    routed = _routed_by(a, x)
-    # One tensor until the first block in which tasks part.
-    tokens = [x]
+    number, routed, is_shared = len(a["tasks"]), {}, True
     for i in range(a["num_layers"]):
         block = EncoderBlock(
             a["num_heads"],
@@ -55,23 +56,26 @@ def multi_task_graph(a, where, images):
             dtype=a["dtype"],
             name=f"block_{i}",
         )
-        if i in moe:
-            tokens = tokens * (len(routed) // len(tokens))
-            tokens = [
-                block(x, **kwargs)
-                for x, kwargs in zip(tokens, routed, strict=True)
-            ]
-        else:
-            tokens = [block(x) for x in tokens]
-    tokens = tokens * (len(routed) // len(tokens))
+        if i in moe and is_shared:
+            # From here on, each task has a copy of the images: one call of a
+            # layer for all, since Keras' stateless calls lose the losses of
+            # all calls of a layer but the last.
+            x = ops.concatenate([x] * number, axis=0)
+            routed, is_shared = _routed_by(a, x), False
+        x = block(x, **(routed if i in moe else {}))
     if a["final_norm"]:
-        norm = keras.layers.LayerNormalization(
+        x = keras.layers.LayerNormalization(
             epsilon=a["layer_norm_epsilon"], dtype=a["dtype"], name="norm"
-        )
-        tokens = [norm(x) for x in tokens]
+        )(x)
+    x = _pooled(x, a["pooling"])
+    if is_shared:
+        of_tasks = [x] * number
+    else:
+        x = ops.reshape(x, (number, -1, *x.shape[1:]))
+        of_tasks = [x[task] for task in range(number)]
     return {
-        task: _head(a, task, head)(_pooled(x, a["pooling"]))
-        for (task, head), x in zip(a["tasks"].items(), tokens, strict=True)
+        task: _head(a, task, head)(x)
+        for (task, head), x in zip(a["tasks"].items(), of_tasks, strict=True)
     }
 
 
@@ -99,7 +103,10 @@ def _moe_arguments(a, where):
         "importance_loss_weight": 0.0,
         "load_loss_weight": 0.0,
         "load_balancing_loss_weight": 0.0,
-        "losses": [*importance, *losses_lib.get(a["losses"])],
+        "losses": [
+            EachTaskLoss(loss, len(a["tasks"]))
+            for loss in (*importance, *losses_lib.get(a["losses"]))
+        ],
         "num_shared_experts": 0,
     }
 
@@ -118,31 +125,27 @@ def _router(a, num_experts):
 
 
 def _routed_by(a, x):
-    """For each task, what a block with experts is called with besides."""
+    """What blocks with experts are called with besides tokens of all tasks."""
     number = len(a["tasks"])
-    zeros = ops.zeros_like(x[:, 0, 0], dtype="int32")
+    ones = ops.ones_like(x[:, 0, 0], dtype="int32")
+    places = ops.cumsum(ones) - 1
+    ids = places // (ops.sum(ones) // number)
     if a["router"] == "per_task":
-        return [{"context": zeros + task} for task in range(number)]
-    layers = (
-        keras.layers.Dense(
-            a["task_dim"], "gelu", dtype=a["dtype"], name="task_vector_1"
-        ),
-        keras.layers.Dense(
-            a["task_dim"], dtype=a["dtype"], name="task_vector_2"
-        ),
-        keras.layers.LayerNormalization(
-            epsilon=a["layer_norm_epsilon"],
+        return {"context": ids}
+    vector = ops.one_hot(ids, number)
+    for name, activation in (("1", "gelu"), ("2", None)):
+        vector = keras.layers.Dense(
+            a["task_dim"],
+            activation,
             dtype=a["dtype"],
-            name="task_vector_norm",
-        ),
-    )
-    found = []
-    for task in range(number):
-        vector = ops.one_hot(zeros + task, number)
-        for layer in layers:
-            vector = layer(vector)
-        found.append({"router_condition": vector})
-    return found
+            name=f"task_vector_{name}",
+        )(vector)
+    vector = keras.layers.LayerNormalization(
+        epsilon=a["layer_norm_epsilon"],
+        dtype=a["dtype"],
+        name="task_vector_norm",
+    )(vector)
+    return {"router_condition": vector}
 
 
 def _dense(a):
@@ -165,3 +168,50 @@ def _head(a, task, head):
     if is_int(head):
         return keras.layers.Dense(head, dtype=a["dtype"], name=f"{task}_head")
     return head
+
+
+@keras.saving.register_keras_serializable("keras_moe")
+class EachTaskLoss(RoutingLoss):
+    """The sum of a loss over tasks, whose tokens are equal parts of all.
+
+    Args:
+        loss: A loss, or a function `(routing, mask) -> scalar`.
+        num_tasks: int.
+    """
+
+    uses_sequences = True
+    uses_context = True
+
+    def __init__(self, loss, num_tasks):
+        super().__init__(1.0)
+        self.loss = as_loss(loss)
+        self.num_tasks = num_tasks
+
+    def check_router(self, router):
+        self.loss.check_router(router)
+
+    def call(self, routing, mask=None, num_sequences=1, context=None):
+        total = 0.0
+        for task in range(self.num_tasks):
+
+            def own(values, task=task):
+                if values is None:
+                    return None
+                shape = (self.num_tasks, -1, *values.shape[1:])
+                return ops.reshape(values, shape)[task]
+
+            total = total + self.loss(
+                type(routing)(*map(own, routing)),
+                own(mask),
+                num_sequences // self.num_tasks,
+                own(context),
+            )
+        return total
+
+    def get_config(self):
+        return {"loss": serialize_loss(self.loss), "num_tasks": self.num_tasks}
+
+    @classmethod
+    def from_config(cls, config):
+        loss = keras.saving.deserialize_keras_object(config["loss"])
+        return cls(loss, config["num_tasks"])
