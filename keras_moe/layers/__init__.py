@@ -1,6 +1,7 @@
 """Layers that join routers, experts and losses."""
 
 from keras_moe.dispatch.capacity import Capacity as Capacity
+from keras_moe.moe.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from keras_moe.moe.moe import MoE as MoE
 from keras_moe.moe.soft_moe import SoftMoE as SoftMoE
 from keras_moe.recommendation.features.bucketized import (

@@ -24,7 +24,8 @@ class DiTBlock(EncoderBlock):
     so that a new block gives what it gets (adaLN-Zero).
 
     Args:
-        num_heads: int. Attention heads; must divide the tokens' width.
+        num_heads: int. Attention heads; must divide the tokens' width. `None`
+            with an `attention` of one's own.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
             as `keras_moe.layers.MoE`.
         router_inputs: What the router of a `MoE` sees: `"modulated"` what the
@@ -69,7 +70,11 @@ class DiTBlock(EncoderBlock):
     """
 
     def __init__(
-        self, num_heads, feed_forward, router_inputs="modulated", **kwargs
+        self,
+        num_heads=None,
+        feed_forward=None,
+        router_inputs="modulated",
+        **kwargs,
     ):
         super().__init__(num_heads, feed_forward, **kwargs)
         check_one_of("router_inputs", router_inputs, ROUTER_INPUTS)

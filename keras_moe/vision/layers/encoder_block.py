@@ -28,7 +28,8 @@ class EncoderBlock(keras.layers.Layer):
     ```
 
     Args:
-        num_heads: int. Attention heads; must divide the tokens' width.
+        num_heads: int. Attention heads; must divide the tokens' width. `None`
+            with an `attention` of one's own.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
             as `keras_moe.layers.MoE` or `SoftMoE`.
         qk_norm: bool. Whether each head normalizes queries and keys. Defaults
@@ -48,6 +49,10 @@ class EncoderBlock(keras.layers.Layer):
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
             `"token"`.
+        attention: A layer from `(batch, tokens, D)` to the same shape, instead
+            of attention that `num_heads`, `qk_norm` and `attention_dropout`
+            describe, such as `keras_moe.layers.MixtureOfHeads`. Defaults to
+            `None`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -84,8 +89,8 @@ class EncoderBlock(keras.layers.Layer):
 
     def __init__(
         self,
-        num_heads,
-        feed_forward,
+        num_heads=None,
+        feed_forward=None,
         qk_norm=False,
         layer_norm_epsilon=1e-6,
         dropout=0.0,
@@ -93,10 +98,16 @@ class EncoderBlock(keras.layers.Layer):
         drop_path=0.0,
         group_size=None,
         route_per="token",
+        attention=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_int("num_heads", num_heads, 1)
+        self._has_own_attention = attention is not None
+        if self._has_own_attention:
+            check_own_attention(num_heads, qk_norm, attention_dropout)
+            self.attention = as_layer("attention", attention)
+        else:
+            check_int("num_heads", num_heads, 1)
         check_bool("qk_norm", qk_norm)
         check_positive("layer_norm_epsilon", layer_norm_epsilon)
         check_rate("dropout", dropout)
@@ -151,17 +162,20 @@ class EncoderBlock(keras.layers.Layer):
         self, inputs_shape, context_shape=None, router_condition_shape=None
     ):
         dim = inputs_shape[-1]
-        self.attention = VisionAttention(
-            self.num_heads,
-            head_dim(dim, self.num_heads),
-            dropout=self.attention_dropout,
-            qk_norm=self.qk_norm,
-            qk_norm_epsilon=self.layer_norm_epsilon,
-            dtype=self.dtype_policy,
-            name="attention",
-        )
         self.attention_norm.build(inputs_shape)
-        self.attention.build(inputs_shape, inputs_shape)
+        if self._has_own_attention:
+            layer_copies.build(self.attention, inputs_shape, self.compute_dtype)
+        else:
+            self.attention = VisionAttention(
+                self.num_heads,
+                head_dim(dim, self.num_heads),
+                dropout=self.attention_dropout,
+                qk_norm=self.qk_norm,
+                qk_norm_epsilon=self.layer_norm_epsilon,
+                dtype=self.dtype_policy,
+                name="attention",
+            )
+            self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
         if router_condition_shape is not None:
@@ -179,7 +193,10 @@ class EncoderBlock(keras.layers.Layer):
         return self._join(inputs, x, training)
 
     def _attend(self, x, training):
-        x = self.attention(x, x, training=training)
+        if self._has_own_attention:
+            x = self.attention(x)  # Keras passes `training` on by itself.
+        else:
+            x = self.attention(x, x, training=training)
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         return x
@@ -236,6 +253,9 @@ class EncoderBlock(keras.layers.Layer):
             "drop_path": self.drop_path,
             "group_size": self.group_size,
             "route_per": self.route_per,
+            "attention": serialize_part(
+                self.attention if self._has_own_attention else None
+            ),
         }
 
 
@@ -244,3 +264,18 @@ def with_condition(x, condition):
     shape = (*ops.shape(x)[:2], condition.shape[-1])
     condition = ops.cast(condition[:, None], x.dtype)
     return ops.concatenate([x, ops.broadcast_to(condition, shape)], axis=-1)
+
+
+def check_own_attention(num_heads, qk_norm, attention_dropout):
+    """Raises if attention of one's own and arguments for ours are given."""
+    given = {
+        "num_heads": num_heads,
+        "qk_norm": qk_norm,
+        "attention_dropout": attention_dropout,
+    }
+    given = {name: value for name, value in given.items() if value}
+    if given:
+        raise ValueError(
+            "With `attention`, a layer of one's own, there must be no "
+            f"{', '.join(f'`{name}`' for name in given)}. Received: {given}"
+        )
