@@ -74,6 +74,28 @@ class ExamplesTest(unittest.TestCase):
         self.assertIn("test accuracy", done.stdout)
 
     @on("torch")
+    def test_diffusion_moe(self):
+        done = run(
+            "vision/diffusion_moe.py",
+            *("--backend", "torch", "--dataset", "digits"),
+            *("--epochs", "1", "--steps", "2", "--output", str(self.folder)),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(
+            sorted(path.name for path in self.folder.iterdir()),
+            ["diffusion.keras", "routing.png", "samples.png", "summary.json"],
+        )
+        for name in ("routing.png", "samples.png"):
+            self.assertGreater((self.folder / name).stat().st_size, 10_000)
+        summary = json.loads((self.folder / "summary.json").read_text())
+        self.assertLessEqual(summary["reloaded_max_difference"], 1e-4)
+        # Less than the noise, whose mean square is 1.
+        self.assertLess(summary["held_out_loss"], 1.0)
+        for layers in summary["experts_by_time"].values():
+            for shares in layers:
+                self.assertAlmostEqual(sum(shares), 1.0, places=5)
+
+    @on("torch")
     def test_torch_experts(self):
         arguments = ["--epochs", "1", "--output", str(self.folder)]
         for launch, held in (
@@ -189,9 +211,12 @@ class ExamplesTest(unittest.TestCase):
 
     def test_bad_arguments(self):
         vision, stages = "vision/digits_moe.py", "recommendation/two_stage.py"
+        diffusion = "vision/diffusion_moe.py"
         for example, arguments, message in (
             (vision, ("--epochs", "0"), "at least 1"),
             (vision, ("--backend", "numpy"), "'numpy'"),
+            (diffusion, ("--dataset", "x"), "digits. Received: 'x'"),
+            (diffusion, ("--dataset", "digits", "--data", "x"), "--data is"),
             (stages, ("--candidates", "9"), "at least 10"),
             (stages, ("--backend", "numpy"), "'numpy'"),
         ):

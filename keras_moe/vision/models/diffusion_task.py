@@ -129,11 +129,15 @@ class DiffusionTask(BackboneTask, keras.Model):
         if self.backbone.learn_sigma:
             raise ValueError(
                 "The loss of `DiffusionTask` does not train the variance that "
-                "the backbone would learn; make it with `learn_sigma=False`, "
-                "as `from_preset(..., learn_sigma=False)` does. Received: a "
-                "backbone with learn_sigma=True"
+                "the backbone would learn: make it with learn_sigma=False, as "
+                "`DiTMoEBackbone.from_preset(name, learn_sigma=False)` does. "
+                "Received: a backbone with learn_sigma=True"
             )
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
+
+    def noise_levels(self):
+        """`(signal, noise)`, arrays of the shares of both at each time step."""
+        return self._levels()
 
     def get_compile_config(self):
         return super().get_compile_config() if self.compiled else {}
@@ -157,7 +161,7 @@ class DiffusionTask(BackboneTask, keras.Model):
             ops.reshape(
                 ops.take(level.astype("float32"), timesteps), (-1, 1, 1, 1)
             )
-            for level in self._levels()
+            for level in self.noise_levels()
         )
         prediction = self.backbone(
             {
@@ -245,7 +249,7 @@ class DiffusionTask(BackboneTask, keras.Model):
         none = self.backbone.num_classes
         labels = as_labels(labels, num, none, guidance)
         times = sampled_timesteps(self.num_timesteps, steps)
-        levels = list(zip(*self._levels(), strict=True))
+        levels = list(zip(*self.noise_levels(), strict=True))
         levels = [*(levels[t] for t in times), (1.0, 0.0)]
         shape = self.backbone.input["images"].shape[1:]
         images = np.random.default_rng(seed).normal(size=(num, *shape))

@@ -17,9 +17,15 @@ DATA = {"images": IMAGES, "labels": np.array([0, 1, 2, 3, 0], "int32")}
 NOISE = np.random.default_rng(1).normal(size=IMAGES.shape).astype("float32")
 
 
+# XLA on TensorFlow takes a minute to compile it.
+JIT = keras.config.backend() == "jax"
+
+
 def task(backbone=None, **kwargs):
     backbone = backbone or dit_moe(num_layers=1)
-    return DiffusionTask(randomize(backbone), num_timesteps=100, **kwargs)
+    model = DiffusionTask(randomize(backbone), num_timesteps=100, **kwargs)
+    model.jit_compile = JIT
+    return model
 
 
 def kept(num_steps=100):
@@ -73,7 +79,9 @@ class DiffusionTaskTest(TestCase):
 
     def test_fit_evaluate_and_save(self):
         model = DiffusionTask(dit_moe(), num_timesteps=100, seed=0)
-        model.compile(keras.optimizers.Adam(0.01), metrics=["mae"])
+        model.compile(
+            keras.optimizers.Adam(0.01), metrics=["mae"], jit_compile=JIT
+        )
         data = {name: np.repeat(x, 4, 0) for name, x in DATA.items()}
         before = model.evaluate(data, batch_size=10, verbose=0)
         # Zeros are predicted: the mean square of normal numbers.
@@ -102,7 +110,7 @@ class DiffusionTaskTest(TestCase):
         """The mean square of what the noise is off, and the losses of experts
         in training."""
         model = task()
-        model.compile()
+        model.compile(jit_compile=JIT)
         found = {
             name: ops.convert_to_numpy(value)
             for name, value in model(DATA).items()
@@ -202,7 +210,7 @@ class DiffusionTaskTest(TestCase):
         self.assertEqual(dtype_of(found["prediction"]), "float32")
         inputs = {**DATA, "timesteps": np.full(5, 99.0)}
         self.assertEqual(dtype_of(model(inputs)), "bfloat16")
-        model.compile()
+        model.compile(jit_compile=JIT)
         loss = model.fit(DATA, verbose=0).history["loss"][0]
         self.assertTrue(np.isfinite(loss))
         self.assertEqual(model.sample(2, 1, 2, 2.0).dtype, np.float32)
@@ -212,12 +220,14 @@ class DiffusionTaskTest(TestCase):
         folder = self.get_temp_dir()
         model.save_to_preset(folder)
         loaded = DiffusionTask.from_preset(folder)
+        loaded.jit_compile = JIT
         wanted = model.sample(2, 1, 2, seed=0)
         self.assert_relative(loaded.sample(2, 1, 2, seed=0), wanted, 1e-4)
         model.backbone.save_to_preset(folder)
         loaded = DiffusionTask.from_preset(
             folder, num_timesteps=100, schedule="cosine"
         )
+        loaded.jit_compile = JIT
         self.assert_relative(loaded.sample(2, 1, 2, seed=0), wanted, 1e-4)
         backbone = DiTMoEBackbone.from_preset(
             "dit_moe_s2_e8", num_layers=1, hidden_dim=12, learn_sigma=False

@@ -128,6 +128,8 @@ class MultiTaskVisionMoETest(TestCase):
                 ),
                 "size": "mse",
             },
+            # XLA on TensorFlow takes a minute to compile it.
+            jit_compile=keras.config.backend() == "jax",
         )
         history = model.fit(IMAGES, LABELS, epochs=6, verbose=0).history
         self.assertLess(history["loss"][-1], history["loss"][0])
@@ -146,7 +148,11 @@ class MultiTaskVisionMoETest(TestCase):
         }
         net = multi_task(heads)
         model = MultiTaskModel(net.input, net.output, tasks)
-        model.compile("adam", task_weighting="uncertainty")
+        model.compile(
+            "adam",
+            task_weighting="uncertainty",
+            jit_compile=keras.config.backend() == "jax",
+        )
         labels = {
             "kind": np.array([0, np.nan, 2, np.nan, 1]),
             "size": np.full(5, np.nan),
