@@ -43,11 +43,12 @@ help:
 demo: $(DONE)/project $(DONE)/group-demo $(DONE)/$(BACKEND)
 	$(PY) examples/vision/digits_moe.py --backend $(BACKEND) $(ARGS)
 
-test: $(DONE)/project $(DONE)/group-test $(BACKENDS:%=$(DONE)/%)
+test: $(DONE)/project $(DONE)/group-test $(DONE)/keras-hub \
+		$(BACKENDS:%=$(DONE)/%)
 	$(PY) -m tests $(ARGS)
 
 test-jax test-torch test-tensorflow: test-%: \
-		$(DONE)/project $(DONE)/group-test $(DONE)/%
+		$(DONE)/project $(DONE)/group-test $(DONE)/keras-hub $(DONE)/%
 	$(PY) -m tests --backends $* $(ARGS)
 
 lint: $(DONE)/group-lint
@@ -77,6 +78,11 @@ $(BACKENDS:%=$(DONE)/%): $(DONE)/venv pyproject.toml Makefile
 
 $(DONE)/project: $(DONE)/venv pyproject.toml Makefile
 	$(call install,keras_moe and Keras (this can take a minute),-e .)
+
+# Without what it asks for: tensorflow-text, which it can do without, would
+# bring a second TensorFlow. The group `test` has the rest.
+$(DONE)/keras-hub: $(DONE)/venv pyproject.toml Makefile
+	$(call install,keras-hub,--no-deps 'keras-hub>=0.32')
 
 $(DONE)/group-%: $(DONE)/venv pyproject.toml Makefile
 	$(call install,what `make $*` needs,--group $*)

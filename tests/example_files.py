@@ -74,3 +74,19 @@ def census_lines(num_lines, seed=0):
         cells[41] = rng.choice(["- 50000.", "50000+."])
         lines.append(", ".join(cells))
     return lines
+
+
+def write_mnist(folder, sizes=(120, 50), seed=0):
+    """Files in the format of MNIST, of stripes whose place tells the class."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for part, number in zip(("train", "t10k"), sizes, strict=True):
+        labels = np.arange(number, dtype="uint8") % 10
+        images = rng.integers(0, 60, (number, 28, 28), dtype="uint8")
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label : 2 * label + 4] += 180
+        for kind, array in (("images", images), ("labels", labels)):
+            name = f"{part}-{kind}-idx{array.ndim}-ubyte"
+            head = bytes((0, 0, 8, array.ndim))
+            head += np.array(array.shape, ">i4").tobytes()
+            (folder / name).write_bytes(head + array.tobytes())

@@ -4,8 +4,11 @@ The files are in `tests/data/saved`, see the README beside it. Others may be put
 there: nothing here knows their names.
 """
 
+import gc
 import os
 import pathlib
+import re
+import zipfile
 
 import keras
 import numpy as np
@@ -18,6 +21,13 @@ FOLDER = pathlib.Path(__file__).parent / "data" / "saved"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.keras"))
 WEIGHTS = sorted(path.name for path in FOLDER.glob("*.weights.h5"))
 STEPS = 2
+
+
+def shared_ids(path):
+    """The ids of shared objects in a saved model's config."""
+    with zipfile.ZipFile(path) as file:
+        config = file.read("config.json").decode()
+    return {int(x) for x in re.findall(r'"shared_object_id": (\d+)', config)}
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -123,7 +133,12 @@ class SavedModelsTest(TestCase):
         arrays = read(name)
         # Saved and loaded once more: what is wrong at first is wrong then too.
         path = os.path.join(self.get_temp_dir(), "again.keras")
-        load(FOLDER / f"{name}.keras").save(path)
+        model = load(FOLDER / f"{name}.keras")
+        model.save(path)
+        # Keras names shared objects by their addresses, which others may have
+        # by now if the objects are gone.
+        alive = {id(x) for x in gc.get_objects()}
+        self.assertContainsSubset(shared_ids(path), alive)
         model = load(path)
         self.check(model, arrays)
         raw = tree(arrays, "raw")

@@ -15,6 +15,8 @@ class Engine:
 
     num_processes = 1
     process_index = 0
+    # Whether `dispatch` takes a `meanwhile`, see `sending.send`.
+    waits_for_rows = False
 
     def load_model(self, filepath, custom_objects=None, compile=True):
         with self.scope():

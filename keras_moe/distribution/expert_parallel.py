@@ -71,7 +71,9 @@ class ExpertParallel:
       compute each expert of `GLUExperts` and `MLPExperts` together, with a part
       of its hidden width each; `slack` (0.0625), the room for rows
       beyond an even division among the owners, as a fraction of it. Rows
-      without room travel in a further round, so nothing is lost.
+      without room travel in a further round, so nothing is lost; `exchange`
+      (`"padded"`), or `"ragged"` to send only the rows that there are and no
+      padding, on GPUs and TPUs, where it has not been run yet.
     - PyTorch: each process of `torchrun` has one, and gets its part of each
       batch from `split`. Option: `timeout` (600.0), the seconds that a process
       waits for another before it gives up.

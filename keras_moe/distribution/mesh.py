@@ -48,17 +48,17 @@ class Exchange(Dispatcher):
     Args:
         axis: Name of the mesh axis whose devices own the experts, or `None`
             if all own a part of each.
-        slack: Room for rows beyond an even division among the owners, as a
-            fraction of it.
+        slack, ragged: As for `exchange_rows`.
         weights_on, capacity: As for `Dispatcher`.
     """
 
     moves_rows = True
 
-    def __init__(self, axis, slack, **kwargs):
+    def __init__(self, axis, slack, ragged, **kwargs):
         super().__init__(**kwargs)
         self.axis = axis
         self.slack = slack
+        self.ragged = ragged
 
     def exchange(
         self, rows, group_sizes, experts, training=None, max_group_size=None
@@ -90,6 +90,7 @@ class Exchange(Dispatcher):
             experts.next_seeds(),
             self.axis,
             self.slack,
+            self.ragged,
         )
 
 
@@ -149,10 +150,10 @@ def dispatch(
         local = Dispatcher(**inner)
     else:
         check_can_divide(experts)
-        slack = DEFAULT_SLACK
+        slack, ragged = DEFAULT_SLACK, False
         if isinstance(distribution, MeshEngine):
-            slack = distribution.slack
-        local = Exchange(bank.axis, slack, **inner)
+            slack, ragged = distribution.slack, distribution.ragged
+        local = Exchange(bank.axis, slack, ragged, **inner)
     router = _declarations(router, num_tokens, num_sequences)
 
     def compute(own, tokens, indices, weights, mask=None):

@@ -7,6 +7,7 @@ import keras
 from keras_moe import backend
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
+from keras_moe.checks import check_one_of
 from keras_moe.distribution.engine import Engine
 from keras_moe.stacked import expert_shards
 
@@ -17,7 +18,7 @@ _SEVERAL_PROCESSES = (
 )
 # Room for the rows of one owner beyond an even division.
 DEFAULT_SLACK = 0.0625
-OPTIONS = ("devices", "num_model_shards", "slack")
+OPTIONS = ("devices", "num_model_shards", "slack", "exchange")
 
 
 def initialize():
@@ -26,14 +27,21 @@ def initialize():
         keras.distribution.initialize()
 
 
-def make(divide, devices=None, num_model_shards=1, slack=DEFAULT_SLACK):
+def make(
+    divide,
+    devices=None,
+    num_model_shards=1,
+    slack=DEFAULT_SLACK,
+    exchange="padded",
+):
     """The engine of an `ExpertParallel`.
 
     Args:
         divide: `divide(number of devices) -> (expert shards, data shards)`.
-        devices, num_model_shards, slack: As for `ExpertParallel`.
+        devices, num_model_shards, slack, exchange: As for `ExpertParallel`.
     """
     check_at_least("slack", slack, 0)
+    check_one_of("exchange", exchange, ("padded", "ragged"))
     check_int("num_model_shards", num_model_shards, 1)
     devices = devices or keras.distribution.list_devices()
     if len(devices) % num_model_shards:
@@ -41,8 +49,14 @@ def make(divide, devices=None, num_model_shards=1, slack=DEFAULT_SLACK):
             "`num_model_shards` must divide the number of devices. Received: "
             f"num_model_shards={num_model_shards}, {len(devices)} devices"
         )
+    if exchange == "ragged" and any("cpu" in name for name in devices):
+        raise ValueError(
+            "`exchange='ragged'` needs GPUs or TPUs: XLA cannot do it on CPUs. "
+            f"Received: devices={devices}"
+        )
     shards = divide(len(devices) // num_model_shards)
-    return MeshEngine(*shards, num_model_shards, devices, slack)
+    ragged = exchange == "ragged"
+    return MeshEngine(*shards, num_model_shards, devices, slack, ragged)
 
 
 class MeshEngine(keras.distribution.ModelParallel, Engine):
@@ -54,6 +68,7 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
         num_model_shards: int. Devices that compute an expert together.
         devices: list of device names.
         slack: Room for rows beyond an even division, a fraction of it.
+        ragged: bool. Whether only the rows travel that there are.
     """
 
     batch_axes = ("data", "expert")
@@ -65,6 +80,7 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
         num_model_shards,
         devices,
         slack,
+        ragged=False,
     ):
         mesh = keras.distribution.DeviceMesh(
             (num_data_shards, num_expert_shards, num_model_shards),
@@ -79,6 +95,7 @@ class MeshEngine(keras.distribution.ModelParallel, Engine):
         self.num_data_shards = num_data_shards
         self.num_model_shards = num_model_shards
         self.slack = slack
+        self.ragged = ragged
 
     def distribute(self, model):
         """Checks the model, which is divided as it was made."""

@@ -17,9 +17,11 @@ class ProcessDispatcher(PartDispatcher):
     Args:
         dispatcher: The `Dispatcher` whose options count.
         engine: A `ProcessEngine`.
+        meanwhile: Called while rows travel to their experts, if they do.
+            Defaults to `None`.
     """
 
-    def __init__(self, dispatcher, engine):
+    def __init__(self, dispatcher, engine, meanwhile=None):
         if type(dispatcher) is not Dispatcher:
             raise ValueError(
                 "Several processes send rows in their own way, and take a "
@@ -29,6 +31,7 @@ class ProcessDispatcher(PartDispatcher):
         super().__init__(dispatcher, is_whole=engine.num_processes == 1)
         self.moves_rows = engine.num_expert_shards > 1
         self.engine = engine
+        self.meanwhile = meanwhile
 
     def gather_rows(self, tensor):
         return collectives.gather_rows(tensor)
@@ -52,7 +55,7 @@ class ProcessDispatcher(PartDispatcher):
         num_rows, num_used = rows.shape[0], sum(send)
         link = self.engine.link()
         rows, link = collectives.exchange_rows(
-            rows[:num_used], link, send, receive, group
+            rows[:num_used], link, send, receive, group, self.meanwhile
         )
         outputs = _compute(rows, received, experts, training)
         outputs, link = collectives.exchange_rows(

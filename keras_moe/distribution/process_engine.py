@@ -77,6 +77,8 @@ class ProcessEngine(Engine):
         shard: An `ExpertShard`.
     """
 
+    waits_for_rows = True
+
     def __init__(self, num_expert_shards=None, timeout=DEFAULT_TIMEOUT):
         check_positive("timeout", timeout)
         self.num_processes = size = collectives.num_processes()
@@ -119,10 +121,13 @@ class ProcessEngine(Engine):
         training=None,
         router=None,
         num_sequences=1,
+        meanwhile=None,
     ):
         """What the dispatcher returns, computed by all processes of a group.
 
-        Args: As for a call of the dispatcher.
+        Args:
+            meanwhile: Called while rows travel, if they do. Defaults to `None`.
+            others: As for a call of the dispatcher.
 
         Returns:
             `(outputs, group_sizes)` of the tokens of this process.
@@ -140,7 +145,7 @@ class ProcessEngine(Engine):
                     "up their gradients."
                 )
         if self.num_processes > 1 and (marks or experts.variables):
-            dispatcher = ProcessDispatcher(dispatcher, self)
+            dispatcher = ProcessDispatcher(dispatcher, self, meanwhile)
         return dispatcher(
             tokens, routing, experts, mask, training, router, num_sequences
         )

@@ -5,14 +5,18 @@ import keras
 from keras_moe.distribution import mesh
 
 
-def send(dispatcher, tokens, routing, experts, *args, **kwargs):
+def send(dispatcher, tokens, routing, experts, *args, meanwhile=None, **kwargs):
     """`dispatcher(...)`, on all devices that compute together.
 
-    A dispatcher that moves rows itself is called as it is.
+    A dispatcher that moves rows itself is called as it is. `meanwhile` is
+    called while rows travel where somebody must say when; compilers see for
+    themselves what does not depend on them.
     """
     everything = (dispatcher, tokens, routing, experts, *args)
     if not dispatcher.moves_rows:
         if experts.engine is not None:
+            if experts.engine.waits_for_rows:
+                kwargs["meanwhile"] = meanwhile
             return experts.engine.dispatch(*everything, **kwargs)
         distribution = _active_mesh()
         if distribution is not None:

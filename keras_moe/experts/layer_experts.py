@@ -127,7 +127,7 @@ class LayerExperts(PlainExperts):
             dtype=dtype,
             trainable=trainable,
         )
-        template = None if given else layer_copies.config_of(layer)
+        template = None if given else layer_copies.template_of(layer)
         # A function, since Keras would wrap a dict attribute.
         self._template = lambda: template
         if given:

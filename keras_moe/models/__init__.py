@@ -52,6 +52,12 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.cond_conv_backbone import (
+    CondConvBackbone as CondConvBackbone,
+)
+from keras_moe.vision.models.conv_next_moe_backbone import (
+    ConvNeXtMoEBackbone as ConvNeXtMoEBackbone,
+)
 from keras_moe.vision.models.diffusion_task import (
     DiffusionTask as DiffusionTask,
 )
@@ -64,10 +70,20 @@ from keras_moe.vision.models.image_classifier import (
 from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
+from keras_moe.vision.models.image_text_moe import ImageTextMoE as ImageTextMoE
+from keras_moe.vision.models.keras_hub_models import (
+    register_with_keras_hub as register_with_keras_hub,
+)
+from keras_moe.vision.models.mixer_moe_backbone import (
+    MixerMoEBackbone as MixerMoEBackbone,
+)
 from keras_moe.vision.models.multi_task_vision_moe import (
     MultiTaskVisionMoE as MultiTaskVisionMoE,
 )
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,
+)
+from keras_moe.vision.models.swin_moe_backbone import (
+    SwinMoEBackbone as SwinMoEBackbone,
 )
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone as VMoEBackbone

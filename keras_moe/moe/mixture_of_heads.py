@@ -76,8 +76,9 @@ class MixtureOfHeads(RoutedLayer):
     In a block of a vision transformer:
 
     >>> block = keras_moe.layers.EncoderBlock(
-    ...     attention=keras_moe.layers.MixtureOfHeads(num_heads=4, key_dim=4),
+    ...     num_heads=None,
     ...     feed_forward=keras_moe.layers.MoE(4, intermediate_dim=8),
+    ...     token_mixer=keras_moe.layers.MixtureOfHeads(num_heads=4, key_dim=4),
     ... )
     >>> tuple(block(keras.ops.ones((2, 5, 16))).shape)
     (2, 5, 16)

@@ -243,15 +243,15 @@ class MoE(RoutedLayer):
     ):
         tokens = self.to_tokens(inputs, mask, context, router_inputs)
         routing = self.routing_of(tokens, training)
-        outputs, group_sizes = self._routed(
-            tokens, self.watched(routing, training), training
+        shared = shared_output(
+            self.shared_experts, tokens.rows, tokens.mask, training
         )
-        if self.shared_experts is not None:
-            shared = shared_output(
-                self.shared_experts, tokens.rows, tokens.mask, training
-            )
+        outputs, group_sizes = self._routed(
+            tokens, self.watched(routing, training), training, shared
+        )
+        if shared is not None:
             mode, kernel = self.shared_experts_mode, self.shared_gate_kernel
-            outputs = join(outputs, shared, mode, tokens.features, kernel)
+            outputs = join(outputs, shared(), mode, tokens.features, kernel)
         if training:
             self.count(routing, tokens, group_sizes)
         outputs = ops.reshape(
@@ -259,14 +259,17 @@ class MoE(RoutedLayer):
         )
         return (outputs, routing) if self.return_routing else outputs
 
-    def _routed(self, tokens, routing, training):
+    def _routed(self, tokens, routing, training, meanwhile):
         """`(outputs, group_sizes)` of the experts, `(T, ...)` and `(E,)`."""
         rows, mask = tokens.rows, tokens.mask
         if self.pre_experts is not None:
             rows = call_masked(self.pre_experts, rows, mask)
         sent = (rows, routing, self.experts, mask, training, self.router)
         outputs, group_sizes = send(
-            self.dispatcher, *sent, num_sequences=tokens.positions[0]
+            self.dispatcher,
+            *sent,
+            num_sequences=tokens.positions[0],
+            meanwhile=meanwhile,
         )
         foreign.check_width(self.experts, rows.shape, outputs.shape)
         if self.post_experts is not None:

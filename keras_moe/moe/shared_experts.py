@@ -1,5 +1,7 @@
 """The output of shared experts, and how it joins the routed output."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -14,7 +16,24 @@ GATE_WIDTHS = {"gate": 1, "residual": 2}
 
 
 def shared_output(shared_experts, tokens, mask, training):
-    """`(T, D)` -> `(T, D')`, zero where masked. A bank's experts are summed."""
+    """A function that computes the output at its first call, or `None`.
+
+    It may be called early, while rows travel to their experts.
+
+    Args:
+        shared_experts: A layer, a bank whose experts are summed, or `None`.
+        tokens: `(T, D)`.
+        mask: `(T,)` bool, or `None`. The output is zero where masked.
+        training: bool.
+    """
+    if shared_experts is None:
+        return None
+    return functools.cache(
+        functools.partial(_output, shared_experts, tokens, mask, training)
+    )
+
+
+def _output(shared_experts, tokens, mask, training):
     if not isinstance(shared_experts, Experts):
         return zero_masked(call_masked(shared_experts, tokens, mask), mask)
 

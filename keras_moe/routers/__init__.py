@@ -31,6 +31,7 @@ from keras_moe.routers.soft_router import SoftRouting as SoftRouting
 from keras_moe.routers.sparse_mixer_router import (
     SparseMixerRouter as SparseMixerRouter,
 )
+from keras_moe.routers.sphero_router import SpheroRouter as SpheroRouter
 from keras_moe.routers.stateful_router import StatefulRouting as StatefulRouting
 from keras_moe.routers.task_router import TaskRouter as TaskRouter
 from keras_moe.routers.top_k_router import TopKRouter as TopKRouter

@@ -183,18 +183,21 @@ class SoftRouter(Router):
             initializer=self._draw_slots,
             regularizer=self.kernel_regularizer,
         )
+        self.build_scores(dim)
+
+    def build_scores(self, dim):
+        """Makes the weights beside the embeddings of the slots."""
         self.scale = self.token_gain = self.slot_gain = None
         if self.normalization == "l2":
             self.scale = self.add_weight(
                 name="scale", shape=(), initializer=self.scale_initializer
             )
         else:
-            self.token_gain = self.add_weight(
-                name="token_gain", shape=(dim,), initializer="ones"
-            )
-            self.slot_gain = self.add_weight(
-                name="slot_gain", shape=(dim,), initializer="ones"
-            )
+            self.token_gain = self.add_gain("token_gain", dim)
+            self.slot_gain = self.add_gain("slot_gain", dim)
+
+    def add_gain(self, name, dim):
+        return self.add_weight(name=name, shape=(dim,), initializer="ones")
 
     def _draw_slots(self, shape, dtype=None):
         # As a matrix: Keras would count E in the fan-in.
@@ -213,24 +216,17 @@ class SoftRouter(Router):
             # Masked tokens, which may be NaN, must not reach a gradient.
             inputs = ops.where(keep, inputs, ops.zeros_like(inputs))
             keep = ops.expand_dims(keep, -1)  # (B, L, 1, 1)
-        tokens = self._normalize(inputs, -1, self.token_gain)
-        logits = self._logits(tokens)  # (B, L, E, P)
-        noisy = logits
-        if training and (self.noise_stddev or self.gumbel_noise):
-            noisy = with_noise(
-                noisy,
-                self.noise_stddev,
-                self.gumbel_noise,
-                self.seed_generator,
-            )
+        tokens = self.normalize(inputs, -1, self.token_gain)
+        logits = self.logits(tokens)  # (B, L, E, P)
+        by_token, by_slot = self.scores(logits, training)
         shape = ops.shape(logits)
         slots = self.num_experts * self.slots_per_expert
-        combine = softmax(ops.reshape(noisy, (*shape[:2], slots)))
+        combine = self.combine(ops.reshape(by_slot, (*shape[:2], slots)))
         combine = ops.reshape(combine, shape)
         if keep is not None:
             # Minus infinity would give NaN if all tokens are masked.
-            noisy = ops.where(keep, noisy, -1e30)
-        dispatch = softmax(noisy, axis=1)
+            by_token = ops.where(keep, by_token, -1e30)
+        dispatch = softmax(by_token, axis=1)
         if keep is not None:
             dispatch = ops.where(keep, dispatch, ops.zeros_like(dispatch))
             combine = ops.where(keep, combine, ops.zeros_like(combine))
@@ -238,16 +234,36 @@ class SoftRouter(Router):
             inputs = tokens
         return SoftRouting(logits, dispatch, combine, inputs)
 
-    def _logits(self, tokens):
-        slots = self._normalize(self.slot_kernel, 0, self.slot_gain)
-        if self.scale is not None:
-            slots = slots * self.scale
+    def logits(self, tokens):
+        """The logits `(B, L, E, P)` of the normalized tokens."""
+        slots = self.normalized_slots()
         logits = ops.einsum("bld,dep->blep", tokens, slots)
         # TensorFlow returns another shape if both B and L are zero.
         shape = (*ops.shape(tokens)[:2], *self.slot_kernel.shape[1:])
         return ops.reshape(logits, shape)
 
-    def _normalize(self, x, axis, gain):
+    def normalized_slots(self):
+        """The embeddings of the slots `(D, E, P)` that tokens meet."""
+        slots = self.normalize(self.slot_kernel, 0, self.slot_gain)
+        return slots if self.scale is None else slots * self.scale
+
+    def scores(self, logits, training):
+        """The logits that dispatch, and those that combine, with the noise."""
+        noisy = self.noisy(logits, training)
+        return noisy, noisy
+
+    def noisy(self, logits, training):
+        if not training or not (self.noise_stddev or self.gumbel_noise):
+            return logits
+        return with_noise(
+            logits, self.noise_stddev, self.gumbel_noise, self.seed_generator
+        )
+
+    def combine(self, logits):
+        """The weights `(B, L, S)` of all slots of all experts."""
+        return softmax(logits)
+
+    def normalize(self, x, axis, gain):
         if self.normalization == "l2":
             return l2_normalized(x, self.epsilon, axis)
         if self.normalization == "layer":

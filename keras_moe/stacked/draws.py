@@ -5,22 +5,38 @@ import numpy as np
 from keras_moe.checks import is_int
 
 
-def with_seeds(config, stream):
-    """The config with every int `seed` replaced by another int.
+def unshared(config):
+    """The config without the ids by which Keras recognizes shared objects.
 
-    Ids of shared objects are removed, since Keras would load all copies as one
-    object.
+    With them Keras would load all copies as one object. And an id is valid only
+    as long as its object is there: another one may get it later.
     """
     if isinstance(config, dict):
         return {
-            key: _seed(value, stream)
-            if key == "seed" and isinstance(value, int)
-            else with_seeds(value, stream)
+            key: unshared(value)
             for key, value in config.items()
             if key != "shared_object_id"
         }
     if isinstance(config, (list, tuple)):
-        return type(config)(with_seeds(value, stream) for value in config)
+        return type(config)(unshared(value) for value in config)
+    return config
+
+
+def with_seeds(config, stream):
+    """The unshared config with every int `seed` replaced by another int."""
+    return _with_seeds(unshared(config), stream)
+
+
+def _with_seeds(config, stream):
+    if isinstance(config, dict):
+        return {
+            key: _seed(value, stream)
+            if key == "seed" and isinstance(value, int)
+            else _with_seeds(value, stream)
+            for key, value in config.items()
+        }
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_seeds(value, stream) for value in config)
     return config
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import keras
 
+from keras_moe.stacked.draws import unshared
 from keras_moe.stacked.draws import with_seeds
 
 
@@ -14,9 +15,14 @@ def config_of(layer):
     return config
 
 
+def template_of(layer):
+    """The serialized layer, to keep when the layer itself is gone."""
+    return unshared(config_of(layer))
+
+
 def make_copies(layer, number, scope):
     """New layers from a layer's config, each with its own name and seeds."""
-    config = config_of(layer)
+    config = template_of(layer)
     copies = []
     # Finds classes that are not registered.
     with keras.saving.custom_object_scope(_classes(layer)):

@@ -70,7 +70,13 @@ class TorchProcessesTest(unittest.TestCase):
         cls.folder = folder.name
         cls.two_checks = (
             *("training", "gradients", "half_precision", "unused_result"),
-            *("traffic", "inference", "refusals", "interrupted_save"),
+            *(
+                "traffic",
+                "overlap",
+                "inference",
+                "refusals",
+                "interrupted_save",
+            ),
             *("batch_normalization", "loss_scaling", "sharded"),
         )
         cls.statuses, cls.texts = run(cls.folder, 2, *cls.two_checks, "killed")

@@ -154,10 +154,10 @@ def check_traffic(strategy, references):
     exchange = collectives.exchange_rows
     mix = FeedForwardExperts.mix
 
-    def counting(rows, link, send, receive, group):
+    def counting(rows, link, send, receive, group, *args):
         own = dist.get_group_rank(group, RANK)
         sent.append(sum(send) - send[own])
-        return exchange(rows, link, send, receive, group)
+        return exchange(rows, link, send, receive, group, *args)
 
     def counting_mix(self, tokens, *args, **kwargs):
         computed.append(tokens.shape[0])
@@ -184,6 +184,43 @@ def check_traffic(strategy, references):
     assert computed[0] == mine, (computed, mine)
     # No other rows: half of the choices of random tokens at two processes.
     assert len(sent) == 4 and len(computed) == 2
+
+
+def check_overlap(strategy, references):
+    """Shared experts and their gradients come while rows travel."""
+    events = []
+    start, wait = collectives._Trip.start, collectives._Trip.wait
+
+    def spying_start(trip, rows, back=False):
+        events.append("start")
+        return start(trip, rows, back)
+
+    def spying_wait(trip):
+        events.append("wait")
+        wait(trip)
+
+    class Shared(keras.layers.Layer):
+        def call(self, x):
+            events.append("shared")
+            x = x * 1.0
+            if x.requires_grad:
+                x.register_hook(lambda gradient: events.append("shared"))
+            return x
+
+    with strategy.scope():
+        x = keras.Input((LENGTH, DIM))
+        y = keras.layers.Dense(DIM)(x)
+        y = MoE(EXPERTS, 4, shared_experts=Shared())(y)
+        model = keras.Model(x, y)
+    collectives._Trip.start, collectives._Trip.wait = spying_start, spying_wait
+    try:
+        events.clear()
+        gradients_of(model, strategy, inputs(""))
+    finally:
+        collectives._Trip.start, collectives._Trip.wait = start, wait
+    events = events[events.index("start") :]  # not while Keras infers shapes
+    late, early = ["start", "wait"], ["start", "shared", "wait"]
+    assert events == [*early, *late, *late, *early], events
 
 
 def check_memory(strategy, references):

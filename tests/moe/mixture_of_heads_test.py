@@ -116,8 +116,9 @@ class MixtureOfHeadsTest(TestCase):
     def test_in_fit(self):
         inputs = keras.Input((5, 6))
         block = EncoderBlock(
-            attention=MixtureOfHeads(4, 3, 2, 1, name="heads"),
-            feed_forward=keras.layers.Dense(6),
+            None,
+            keras.layers.Dense(6),
+            token_mixer=MixtureOfHeads(4, 3, 2, 1, name="heads"),
         )
         model = keras.Model(inputs, block(inputs))
         model.compile("adam", "mse")
@@ -160,13 +161,3 @@ class MixtureOfHeadsTest(TestCase):
     def test_wrong_shape(self):
         with self.assertRaisesRegex(ValueError, r"of shape \(batch, tokens, D"):
             MixtureOfHeads(4, 3)(X[0])
-
-    def test_blocks_refuse_two_attentions(self):
-        for arguments in ({"num_heads": 2}, {"qk_norm": True}):
-            (name,) = arguments
-            with self.assertRaisesRegex(ValueError, f"no `{name}`. Received"):
-                EncoderBlock(
-                    attention=MixtureOfHeads(4, 3),
-                    feed_forward=keras.layers.Dense(6),
-                    **arguments,
-                )

@@ -77,7 +77,7 @@ class FitTest(TestCase):
                 keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile
             )
             history = model.fit(
-                *data(), batch_size=8, shuffle=False, epochs=2, verbose=0
+                *data(), batch_size=6, shuffle=False, verbose=0
             ).history
             results.append(
                 (history, [ops.convert_to_numpy(v) for v in model.weights])

@@ -133,9 +133,9 @@ class DiTMoECasesTest(DiffusionCase):
         routings = []
         watched = MoE._routed
 
-        def spy(layer, tokens, routing, training):
+        def spy(layer, tokens, routing, *args):
             routings.append((routing, layer.num_experts))
-            return watched(layer, tokens, routing, training)
+            return watched(layer, tokens, routing, *args)
 
         with (
             mock.patch.object(MoE, "_routed", spy),

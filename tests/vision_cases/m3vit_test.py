@@ -64,7 +64,8 @@ class OriginalLoad:
             threshold = ops.where(noisy > inside, inside, outside)
             load = (clean - threshold) / self.stddev
             load = ops.sum(0.5 * (1 + ops.erf(load / np.sqrt(2))), axis=0)
-        variance = ops.var(load) * (len(load) / (len(load) - 1))
+        number = load.shape[0]
+        variance = ops.var(load) * (number / (number - 1))
         return 0.01 * variance / (ops.mean(load) ** 2 + 1e-10)
 
 
@@ -131,9 +132,9 @@ class M3ViTCasesTest(TestCase):
         routings, tokens = [], []
         routed, call = MoE._routed, EncoderBlock.call
 
-        def spy_routing(layer, tokens, routing, training):
+        def spy_routing(layer, tokens, routing, *args):
             routings.append((layer, routing))
-            return routed(layer, tokens, routing, training)
+            return routed(layer, tokens, routing, *args)
 
         def spy_block(block, *args, **kwargs):
             outputs = call(block, *args, **kwargs)

@@ -42,8 +42,8 @@ def model_from_case(case, arrays):
     blocks = []
     for number in range(config["depth"]):
         block = DiTBlock(
-            attention=heads_of(config, number),
             feed_forward=VisionMLP(int(dim * config["mlp_ratio"])),
+            token_mixer=heads_of(config, number),
         )
         x = block(x, condition)
         blocks.append(block)
@@ -59,7 +59,7 @@ def model_from_case(case, arrays):
     for number, block in enumerate(blocks):
         name = f"blocks.{number}"
         dit_moe.put_block(recorded, block, name)
-        put_heads(recorded, block.attention, f"{name}.attn")
+        put_heads(recorded, block.token_mixer, f"{name}.attn")
         for which in (1, 2):
             dense = getattr(block.feed_forward, f"dense_{which}")
             torch_weights.put_dense(recorded, dense, f"{name}.mlp.fc{which}")

@@ -7,15 +7,19 @@ import numpy as np
 from keras_moe.layers import Capacity
 from keras_moe.models import VMoEBackbone
 from keras_moe.models import VMoEImageClassifier
+from tests.routing_cases.cases import combine_matrix
 
 
 def is_image_model(meta, arrays):
-    """Whether it is one image tower with a head, not an ensemble."""
+    """Whether it is one image tower with a head."""
     config = meta.get("config", {})
-    encoder = config.get("encoder", {})
-    return "classifier" in config and "ensemble_size" not in (
-        encoder.get("moe") or {}
-    )
+    return "classifier" in config and "encoder" in config
+
+
+def members_of(meta):
+    """The size of the ensemble, 1 without one."""
+    moe = meta["config"]["encoder"].get("moe") or {}
+    return moe.get("ensemble_size") or 1
 
 
 def router_of(meta):
@@ -61,31 +65,31 @@ def model_from_case(case, loss_weights=None, **changed):
             "drop_policy": "priority"
             if dispatcher.get("batch_priority")
             else "position",
+            "ensemble_size": members_of(case.meta),
             **loss_arguments(router),
             **(loss_weights or {}),
         }
     backbone = VMoEBackbone(**encoder_arguments(case), **{**options, **changed})
     if moe and not chooses_tokens(case.meta):
-        set_sizes(backbone, dispatcher, moe["group_size"] * top_k)
+        choices = moe["group_size"] * top_k
+        set_sizes(backbone, dispatcher, choices / moe["num_experts"])
     return classifier(VMoEImageClassifier, backbone, case)
 
 
-def set_sizes(backbone, dispatcher, choices):
+def set_sizes(backbone, dispatcher, share):
     """Capacities that the backbone has no arguments for."""
     size = dispatcher.get("capacity")
     if dispatcher.get("capacity_ceil_or_round", "ceil") == "round":
-        experts = backbone.block(
-            backbone.moe_blocks[0]
-        ).feed_forward.num_experts
-        size = round(choices * dispatcher["capacity_factor"] / experts)
+        size = round(share * dispatcher["capacity_factor"])
         size += -size % (dispatcher.get("capacity_multiple_of", 4) or 1)
     if size is None:
         return
     for block in backbone.moe_blocks:
-        sender = backbone.block(block).feed_forward.dispatcher
-        config = sender.capacity.get_config()
-        config |= {"capacity_factor": None, "size": size}
-        sender.capacity = Capacity.from_config(config)
+        for layer in backbone.block(block).members:
+            sender = layer.dispatcher
+            config = sender.capacity.get_config()
+            config |= {"capacity_factor": None, "size": size}
+            sender.capacity = Capacity.from_config(config)
 
 
 def loss_arguments(router):
@@ -144,6 +148,7 @@ _NAMES = (
     (r"/mlp/", "/Mlp/"),
     (r"/dense_1/", "/Dense_0/"),
     (r"/dense_2/", "/Dense_1/"),
+    (r"/moe_\d+/", "/moe/"),
     (r"/moe/router/slot_kernel$", "/Moe/Router/mu"),
     (r"/moe/router/scale$", "/Moe/Router/scale"),
     (r"/moe/router/kernel$", "/Moe/Router/dense/kernel"),
@@ -160,39 +165,79 @@ def original_name(path):
     return path
 
 
+def own_part(path, shape, value):
+    """What a recorded array has for a variable, of a member or of all."""
+    member = re.search(r"/moe_(\d+)/(router|experts)/", path)
+    if member is None:
+        return value.reshape(shape)
+    number = int(member[1])
+    if member[2] == "router":  # (D, M, E / M)
+        return value[:, number]
+    experts = shape[0]  # of (E, ...)
+    return value[number * experts : (number + 1) * experts]
+
+
 def assign(model, weights):
     """Gives a model the recorded weights; all of them have a place."""
-    left = dict(weights)
+    used = set()
     for variable in model.trainable_variables:
-        value = left.pop(original_name(variable.path))
-        variable.assign(value.reshape(variable.shape))
-    if left:
-        raise ValueError(f"The model has no {sorted(left)}")
+        name = original_name(variable.path)
+        value = own_part(variable.path, variable.shape, weights[name])
+        variable.assign(value)
+        used.add(name)
+    if used != set(weights):
+        raise ValueError(f"The model has no {set(weights) - used}")
 
 
 def assert_gradients(test, gradients, prefix, case):
     """Compares all recorded gradients of weights, relative to their largest."""
-    found = {original_name(path): g for path, g in gradients.items()}
     recorded = case.under(f"{prefix}grad/w/")
     test.assertGreaterEqual(len(recorded), 3)
-    for name, wanted in recorded.items():
-        with test.subTest(name):
+    compared = set()
+    for path, actual in gradients.items():
+        name = original_name(path)
+        if name not in recorded:
+            continue
+        compared.add(name)
+        wanted = recorded[name]
+        with test.subTest(path):
             # A softmax does not see the bias of all keys: without a norm of
             # keys its gradient is zero, but for rounding.
             scale = np.abs(wanted).max()
             if name.endswith("key/bias"):
                 scale = max(scale, 1.0)
-            actual = found[name].reshape(wanted.shape)
+            wanted = own_part(path, actual.shape, wanted)
             test.assert_relative(actual / scale, wanted / scale)
+    test.assertEqual(compared, set(recorded))
 
 
-def tiled(case):
-    """The recorded dense feed-forwards, once for each expert.
+def assert_routing(test, case, where, routed):
+    """`slot` is a place in a queue, here a row of a sorted batch.
 
-    By the names of the weights of the model with experts.
+    Which tokens have one is compared, not which. With an ensemble, groups
+    are in the order of image, token and member, and a member has the
+    experts from `member * E / M` on.
     """
-    number = case.config["encoder"]["moe"]["num_experts"]
-    return {
-        name.replace("/Mlp/", "/Moe/Mlp/"): np.stack([value] * number)
-        for name, value in case.under("dense/w/").items()
-    }
+    recorded = case.under(where)
+    if not recorded:
+        return
+    groups, size, experts = recorded["combine"].shape
+    members = len(routed)
+    own = experts // members
+    shape = (groups, size // members, members, members, own)
+    combine = np.zeros(shape, "float32")
+    for m, (layer, _, routing) in enumerate(routed):
+        if "logits" in recorded:
+            test.assert_relative(
+                routing.logits, recorded["logits"].reshape(-1, experts)
+            )
+        matrix = combine_matrix(layer, routing, groups, training=True)
+        combine[:, :, m, m] = matrix.reshape(groups, -1, own)
+        if not chooses_tokens(case.meta):
+            rows = layer.capacity.rows_per_expert(
+                size // members, own, routing.expert_indices.shape[-1], True
+            )
+            test.assertEqual(rows, recorded["capacity"])
+    combine = combine.reshape(groups, size, experts)
+    test.assert_relative(combine, recorded["combine"])
+    test.assertAllEqual(combine > 0, recorded["slot"] >= 0)

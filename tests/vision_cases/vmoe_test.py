@@ -6,11 +6,11 @@ import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
+from keras_moe.conversion import upcycle
 from keras_moe.layers import MoE
 from keras_moe.losses import ImportanceLoss
 from keras_moe.losses import LoadBalancingLoss
 from keras_moe.losses import LoadLoss
-from tests.routing_cases.cases import combine_matrix
 from tests.routing_cases.cases import recorded_draws
 from tests.test_case import TestCase
 from tests.vision_cases import cases
@@ -40,9 +40,10 @@ def model_of(case, prefix):
 
 
 def draws(case, prefix):
-    """Every block draws once; for inference, zeros."""
-    moe = case.config["encoder"]["moe"]
+    """Each member of each block draws once; for inference, zeros."""
+    moe, members = case.config["encoder"]["moe"], vmoe.members_of(case.meta)
     noise = case.under("train/noise_unit/") if prefix else {}
+    normal = [noise[key] for key in sorted(noise, key=int)]
     if not noise and vmoe.router_of(case.meta).get("noise_std", 1.0):
         tokens = len(case.arrays["x"]) * np.prod(
             [
@@ -55,9 +56,19 @@ def draws(case, prefix):
             ]
         )
         tokens += len(case.arrays["x"]) * (case.config["classifier"] == "token")
-        zeros = np.zeros((tokens, moe["num_experts"]), "float32")
-        return recorded_draws(normal=[zeros] * len(moe["layers"]))
-    return recorded_draws(normal=[noise[key] for key in sorted(noise, key=int)])
+        zeros = np.zeros((tokens, moe["num_experts"] // members), "float32")
+        normal = [zeros] * len(moe["layers"])
+    # The recorded ones were given to every member alike.
+    normal = [value for value in normal for _ in range(members)]
+    return recorded_draws(normal=normal)
+
+
+def by_member(case, name):
+    """`(B, M, classes)` of an ensemble, whose rows stand image by image."""
+    value, members = case.arrays[name], vmoe.members_of(case.meta)
+    if members == 1:
+        return value
+    return value.reshape(-1, members, value.shape[-1])
 
 
 class VMoEModelsTest(TestCase):
@@ -70,12 +81,12 @@ class VMoEModelsTest(TestCase):
             outputs, d_inputs, d_weights = self.outputs_and_gradients(
                 model,
                 case.arrays["x"],
-                case.arrays["cotangent"],
+                by_member(case, "cotangent"),
                 losses=True,
                 whole_paths=True,
                 training=True,
             )
-        self.assert_relative(outputs, case.arrays[f"{prefix}y"])
+        self.assert_relative(outputs, by_member(case, f"{prefix}y"))
         self.assert_relative(d_inputs, case.arrays[f"{prefix}grad/x"])
         vmoe.assert_gradients(self, d_weights, prefix, case)
 
@@ -85,9 +96,9 @@ class VMoEModelsTest(TestCase):
         routed = []
         watched = MoE._routed
 
-        def spy(layer, tokens, routing, training):
+        def spy(layer, tokens, routing, *args):
             routed.append((layer, tokens, routing))
-            return watched(layer, tokens, routing, training)
+            return watched(layer, tokens, routing, *args)
 
         with mock.patch.object(MoE, "_routed", spy), draws(case, prefix):
             model(case.arrays["x"], training=True)
@@ -95,41 +106,25 @@ class VMoEModelsTest(TestCase):
         auxiliary = case.arrays[f"{prefix}auxiliary_loss"]
         self.assert_relative(total, np.mean(auxiliary))
         blocks = sorted(case.config["encoder"]["moe"]["layers"])
-        for block, (layer, tokens, routing) in zip(blocks, routed, strict=True):
-            self.assert_routing(case, f"{prefix}route/{block}/", layer, routing)
+        members = vmoe.members_of(case.meta)
+        self.assertLen(routed, members * len(blocks))
+        for i, block in enumerate(blocks):
+            own = routed[i * members : (i + 1) * members]
+            vmoe.assert_routing(self, case, f"{prefix}route/{block}/", own)
             for name, loss in LOSSES.items():
                 recorded = case.arrays.get(f"{prefix}{name}/{block}")
-                if recorded is not None:
+                if recorded is None:
+                    continue
+                for m, (_, tokens, routing) in enumerate(own):
                     value = loss(routing, None, tokens.positions[0])
-                    self.assert_relative(value, recorded.mean())
-
-    def assert_routing(self, case, where, layer, routing):
-        """`slot` is a place in a queue, here a row of a sorted batch.
-
-        Which tokens have one is compared, not which.
-        """
-        recorded = case.under(where)
-        if not recorded:
-            return
-        groups, size, experts = recorded["combine"].shape
-        flat = (-1, experts)
-        if "logits" in recorded:
-            self.assert_relative(
-                routing.logits, recorded["logits"].reshape(flat)
-            )
-        combine = combine_matrix(layer, routing, groups, training=True)
-        self.assert_relative(combine, recorded["combine"].reshape(flat))
-        self.assertAllEqual(combine > 0, recorded["slot"].reshape(flat) >= 0)
-        if not vmoe.chooses_tokens(case.meta):
-            top_k = routing.expert_indices.shape[-1]
-            rows = layer.capacity.rows_per_expert(size, experts, top_k, True)
-            self.assertEqual(rows, recorded["capacity"])
+                    wanted = recorded if members == 1 else recorded[:, m]
+                    self.assert_relative(value, wanted.mean())
 
     @parameterized.named_parameters(NAMED)
     def test_inference(self, case):
         model = vmoe.model_from_case(case)
         self.assert_relative(
-            model(case.arrays["x"], training=False), case.arrays["y"]
+            model(case.arrays["x"], training=False), by_member(case, "y")
         )
         self.assertEqual(model.losses, [])
 
@@ -148,40 +143,46 @@ class UpcycledTest(TestCase):
         The original does not normalize the weights of the chosen experts, so
         that its model differs from the dense one.
         """
-        blocks = case.config["encoder"]["moe"]["layers"]
-        moe = "|".join(f"encoderblock_{block}/Moe/" for block in blocks)
+        moe = case.config["encoder"]["moe"]
+        blocks = sorted(moe["layers"])
+        changed = tuple(f"Encoder/encoderblock_{i}/Moe/" for i in blocks)
         shared = {
             name: value
             for name, value in case.under("w/").items()
-            if not any(part in name for part in moe.split("|"))
+            if not name.startswith(changed)
         }
         weights = {**shared, **case.under("dense/w/")}
-        dense = case._replace(
-            meta={**case.meta, "config": case.meta["dense_config"]},
-            arrays={
-                "x": case.arrays["x"],
-                **{f"w/{name}": value for name, value in weights.items()},
-            },
+        dense = vmoe.model_from_case(
+            case._replace(
+                meta={**case.meta, "config": case.meta["dense_config"]},
+                arrays={
+                    "x": case.arrays["x"],
+                    **{f"w/{name}": value for name, value in weights.items()},
+                },
+            )
         )
-        model = vmoe.model_from_case(dense)
         wanted = case.arrays["dense/y"]
-        self.assert_relative(model(case.arrays["x"]), wanted)
-        tiled = vmoe.tiled(case)
-        for name, value in tiled.items():
-            # But for a finite difference that the recording was made with.
-            self.assert_relative(value, case.arrays[f"w/{name}"], 1e-4)
-        upcycled = case._replace(
-            arrays={
-                **case.arrays,
-                **{f"w/{name}": value for name, value in tiled.items()},
-            }
-        )
-        model = vmoe.model_from_case(
-            upcycled,
-            {"load_loss_weight": 0.0},
-            router="top_k",
-            router_noise=None,
-        )
+        self.assert_relative(dense(case.arrays["x"]), wanted)
+        options = {"num_experts": moe["num_experts"], "layers": blocks}
+        model = upcycle(dense, **options)
         self.assert_relative(
             ops.convert_to_numpy(model(case.arrays["x"])), wanted
+        )
+        with self.assertWarnsRegex(UserWarning, "do not sum to one"):
+            top_k = vmoe.router_of(case.meta).get("num_selected_experts", 1)
+            model = upcycle(dense, router="v_moe", top_k=top_k, **options)
+        recorded = case.under("w/")
+        compared = 0
+        for variable in model.trainable_variables:
+            name = vmoe.original_name(variable.path)
+            if name.endswith("/Moe/Router/dense/kernel"):
+                variable.assign(recorded[name])
+            elif name.startswith(changed):
+                # But for a finite difference that the recording was made with.
+                self.assert_relative(variable.value, recorded[name], 1e-4)
+                compared += 1
+                variable.assign(recorded[name])
+        self.assertEqual(compared, 4 * len(blocks))
+        self.assert_relative(
+            ops.convert_to_numpy(model(case.arrays["x"])), case.arrays["y"]
         )

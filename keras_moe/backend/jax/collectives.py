@@ -8,6 +8,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
+from keras_moe.backend.jax import ragged_rows
+
 
 def batch_sharding(mesh, axes, rank):
     """How the first axis of a tensor lies on the named axes of a mesh."""
@@ -43,13 +45,16 @@ def sum_over(tensor, axes):
     return lax.psum(tensor, axes)
 
 
-def exchange_rows(rows, group_sizes, compute, weights, seeds, axis, slack):
+def exchange_rows(
+    rows, group_sizes, compute, weights, seeds, axis, slack, ragged=False
+):
     """Sends rows to the devices that own their experts, and results back.
 
-    In a round, each device sends the same number of rows to every owner, which
-    XLA can plan. The first round has room for an even division and `slack`
-    more, and mostly suffices. Further rounds, of a quarter of that, run as long
-    as any device has rows left, so no row is lost and memory does not grow.
+    In a round, each device has room for the same number of rows from every
+    other, which XLA can plan. The first round has room for an even division and
+    `slack` more, and mostly suffices. Further rounds, of a quarter of that, run
+    as long as any device has rows left, so no row is lost and memory does not
+    grow.
 
     Args:
         rows: `(N, D)`, the rows of expert 0 first; rows beyond the groups are
@@ -64,6 +69,8 @@ def exchange_rows(rows, group_sizes, compute, weights, seeds, axis, slack):
         seeds: list of arrays that get none.
         axis: Name of the mesh axis whose devices own the experts.
         slack: float. Room of the first round beyond the even division.
+        ragged: bool. Whether only the rows travel that there are, which
+            XLA:CPU cannot do, or all that there is room for.
 
     Returns:
         `(N, F)`; zero for rows that were not sent.
@@ -77,21 +84,24 @@ def exchange_rows(rows, group_sizes, compute, weights, seeds, axis, slack):
     even = num_rows / owners
     first_size = min(_round_up(even * (1 + slack)), num_rows)
     next_size = min(_round_up(even / 4), num_rows)
-    constants = (sent, jnp.cumsum(arriving, axis=1), seeds)
+    tables = (sent, jnp.sum(arriving, axis=1), None)
+    deliver, collect = _deliver, _collect
+    if ragged:
+        starts = jnp.cumsum(sent) - sent
+        theirs = lax.all_to_all(starts, axis, 0, 0, tiled=True)
+        tables = (*tables[:2], theirs)
+        deliver, collect = ragged_rows.deliver, ragged_rows.collect
+    constants = (tables, jnp.cumsum(arriving, axis=1), seeds)
 
     def one_round(first, size, rows, weights, constants):
-        sent, ends, seeds = constants
-        packed = _pack(rows, sent, first, size)  # (owners, size, D)
-        received = lax.all_to_all(packed, axis, 0, 0, tiled=True)
+        tables, ends, seeds = constants
+        received = deliver(rows, tables, first, size, axis)
         place = first + jnp.arange(size, dtype="int32")
         # A source's rows are sorted by expert; `ends` is where each one stops.
         experts = jnp.sum(place[None, :, None] >= ends[:, None, :], axis=-1)
-        received = received.reshape(owners * size, *rows.shape[1:])
         experts = experts.reshape(-1).astype("int32")
         results = compute(received, experts, weights, first, seeds)
-        results = results.reshape(owners, size, *results.shape[1:])
-        results = lax.all_to_all(results, axis, 0, 0, tiled=True)
-        return _unpack(results, sent, first, num_rows)
+        return collect(results, tables, first, num_rows, axis)
 
     if first_size >= num_rows:  # it has room for any division
         return one_round(0, num_rows, rows, weights, constants)
@@ -158,6 +168,21 @@ def _in_rounds(one_round, first_size, next_size, rows, weights, constants):
 def _round_up(size):
     """To a multiple of 8 rows, which products like."""
     return max(8, -int(-size // 8) * 8)
+
+
+def _deliver(rows, tables, first, size, axis):
+    """`(N, D)` -> `(owners * size, D)`, by source; zeros for unused rows."""
+    packed = _pack(rows, tables[0], first, size)  # (owners, size, D)
+    received = lax.all_to_all(packed, axis, 0, 0, tiled=True)
+    return received.reshape(-1, *rows.shape[1:])
+
+
+def _collect(results, tables, first, num_rows, axis):
+    """`(owners * size, F)` -> `(N, F)`, zeros for what was not sent."""
+    owners = tables[0].shape[0]
+    results = results.reshape(owners, -1, *results.shape[1:])
+    results = lax.all_to_all(results, axis, 0, 0, tiled=True)
+    return _unpack(results, tables[0], first, num_rows)
 
 
 # Packing and unpacking are each other's transposes. Both gather: the gradient

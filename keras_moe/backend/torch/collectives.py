@@ -149,7 +149,7 @@ def first_link():
     return torch.zeros((), requires_grad=torch.is_grad_enabled())
 
 
-def exchange_rows(rows, link, send, receive, group):
+def exchange_rows(rows, link, send, receive, group, meanwhile=None):
     """Sends rows to the processes of a group, with a gradient.
 
     The gradients of exchanges travel too, and so must in the same order in all
@@ -162,31 +162,82 @@ def exchange_rows(rows, link, send, receive, group):
         link: Scalar. `first_link()` or that of the exchange before.
         send, receive: lists of ints. Rows for and from each process.
         group: The group.
+        meanwhile: Called while the rows travel. The gradients of what it
+            computes are computed while those of the rows travel back. Defaults
+            to `None`.
 
     Returns:
         `(rows, link)`, the received rows, those of the first process first.
     """
-    return _Exchange.apply(rows, link, send, receive, group)
+    trip = _Trip(send, receive, group)
+    rows = _Leave.apply(rows, trip)
+    if meanwhile is not None:
+        meanwhile()
+    return _Arrive.apply(rows, link, trip)
 
 
-class _Exchange(torch.autograd.Function):
+class _Trip:
+    """Rows on the way to other processes, or their gradients on the way back.
+
+    Args:
+        send, receive, group: As for `exchange_rows`.
+    """
+
+    def __init__(self, send, receive, group):
+        self.sizes = send, receive
+        self.group = group
+        self.work = None
+
+    def start(self, rows, back=False):
+        """The rows, which will not have arrived before `wait`."""
+        send, receive = self.sizes[::-1] if back else self.sizes
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        rows = rows.contiguous()
+        work = dist.all_to_all_single(
+            received, rows, receive, send, group=self.group, async_op=True
+        )
+        self.work = work, rows, received  # the rows must stay until then
+        return received
+
+    def wait(self):
+        """The rows that have arrived."""
+        work, _, received = self.work
+        work.wait()
+        self.work = None
+        return received
+
+
+# Autograd computes the gradients of what was computed last first: those of
+# what was done between leaving and arriving come while gradients travel.
+
+
+class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, link, send, receive, group):
-        ctx.plan = receive, send, group
-        return _exchange(rows, send, receive, group), link.clone()
+    def forward(ctx, rows, trip):
+        ctx.trip = trip
+        return trip.start(rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_received):
+        return ctx.trip.wait(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, link, trip):
+        trip.wait()
+        ctx.trip = trip
+        return rows.view_as(rows), link.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_rows, d_link):
-        return _exchange(d_rows, *ctx.plan), d_link, None, None, None
-
-
-def _exchange(rows, send, receive, group):
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(
-        received, rows.contiguous(), receive, send, group=group
-    )
-    return received
+        ctx.trip.start(d_rows, back=True)
+        if not ctx.needs_input_grad[0]:  # `_Leave` will not be asked
+            ctx.trip.wait()
+        # `_Leave` takes what arrives instead, which has another shape.
+        return d_rows, d_link, None
 
 
 def wait():

@@ -53,7 +53,7 @@ class LayerNetworks(keras.layers.Layer):
         _check_layers(layer, num_networks)
         self.num_networks = num_networks
         given = isinstance(layer, (list, tuple))
-        template = None if given else layer_copies.config_of(layer)
+        template = None if given else layer_copies.template_of(layer)
         # A function, since Keras wraps dicts that are attributes.
         self._template = lambda: template
         if given:

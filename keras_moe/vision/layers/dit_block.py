@@ -1,11 +1,10 @@
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.checks import check_one_of
 from keras_moe.vision.layers.encoder_block import EncoderBlock
 from keras_moe.vision.layers.encoder_block import with_condition
+from keras_moe.vision.layers.feed_forward import takes
 
 ROUTER_INPUTS = ("modulated", "unmodulated", "unmodulated_and_condition")
 
@@ -25,7 +24,7 @@ class DiTBlock(EncoderBlock):
 
     Args:
         num_heads: int. Attention heads; must divide the tokens' width. `None`
-            with an `attention` of one's own.
+            with a `token_mixer`.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
             as `keras_moe.layers.MoE`.
         router_inputs: What the router of a `MoE` sees: `"modulated"` what the
@@ -39,8 +38,7 @@ class DiTBlock(EncoderBlock):
         inputs: Tensor of shape `(batch, tokens, D)`.
         condition: Tensor of shape `(batch, C)`, a vector of the time and the
             class of each image.
-        context: int tensor of shape `(batch,)`, or `None`, as for
-            `EncoderBlock`.
+        context, token_mask, attention_mask: As for `EncoderBlock`.
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -78,54 +76,73 @@ class DiTBlock(EncoderBlock):
     ):
         super().__init__(num_heads, feed_forward, **kwargs)
         check_one_of("router_inputs", router_inputs, ROUTER_INPUTS)
-        takes = inspect.signature(self.feed_forward.call).parameters
-        if router_inputs != "modulated" and "router_inputs" not in takes:
-            raise ValueError(
-                f"With `router_inputs={router_inputs!r}`, `feed_forward` must "
-                f"be a MoE. Received: feed_forward={self.feed_forward!r}"
-            )
+        for layer in self.members if router_inputs != "modulated" else ():
+            if not takes(layer, "router_inputs"):
+                raise ValueError(
+                    f"With `router_inputs={router_inputs!r}`, `feed_forward` "
+                    f"must be a MoE. Received: feed_forward={layer!r}"
+                )
         self.router_inputs = router_inputs
 
     def _norm(self, name):
         return plain_norm(self.layer_norm_epsilon, self.dtype_policy, name)
 
-    def build(self, inputs_shape, condition_shape, context_shape=None):
+    def build(
+        self,
+        inputs_shape,
+        condition_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+    ):
         if len(condition_shape) != 2:
             raise ValueError(
                 "`condition` must be of shape (batch, C). Received: "
                 f"condition.shape={tuple(condition_shape)}"
             )
-        dim = inputs_shape[-1]
         seen = self.router_inputs == "unmodulated_and_condition"
         super().build(
-            inputs_shape, context_shape, condition_shape if seen else None
+            inputs_shape,
+            router_condition_shape=condition_shape if seen else None,
         )
-        self.modulation = modulation(6 * dim, self.dtype_policy)
+        self.modulation = modulation(6 * inputs_shape[-1], self.dtype_policy)
         self.modulation.build(condition_shape)
 
-    def call(self, inputs, condition, context=None, training=None):
+    def call(
+        self,
+        inputs,
+        condition,
+        context=None,
+        token_mask=None,
+        attention_mask=None,
+        training=None,
+    ):
         shift, scale, gate, *of_feed_forward = modulation_parts(
             self.modulation, condition, 6
         )
         x = self.attention_norm(inputs) * (1 + scale) + shift
-        x = gate * self._attend(x, training)
+        x = gate * self._mixed(x, attention_mask, training)
         inputs = self._join(inputs, x, training)
         shift, scale, gate = of_feed_forward
         plain = self.feed_forward_norm(inputs)
-        x = self._feed_forward(
+        x = self._fed_forward(
             plain * (1 + scale) + shift,
             context,
+            token_mask,
+            self._seen_by_router(plain, condition),
             training,
-            **self._seen_by_router(plain, condition),
         )
         return self._join(inputs, gate * ops.cast(x, gate.dtype), training)
 
     def _seen_by_router(self, plain, condition):
         if self.router_inputs == "modulated":
-            return {}
+            return None
         if self.router_inputs == "unmodulated":
-            return {"router_inputs": plain}
-        return {"router_inputs": with_condition(plain, condition)}
+            return plain
+        return with_condition(plain, condition)
+
+    def compute_output_shape(self, inputs_shape, *other_shapes):
+        return tuple(inputs_shape)
 
     def get_config(self):
         return {**super().get_config(), "router_inputs": self.router_inputs}

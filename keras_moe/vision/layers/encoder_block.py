@@ -1,21 +1,18 @@
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
-from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
-from keras_moe.moe.moe import MoE
 from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
 from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
-from keras_moe.vision.layers.token_groups import from_groups
-from keras_moe.vision.layers.token_groups import to_groups
+from keras_moe.vision.layers.feed_forward import as_feed_forward
+from keras_moe.vision.layers.feed_forward import call_feed_forward
+from keras_moe.vision.layers.feed_forward import members_of
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -28,10 +25,11 @@ class EncoderBlock(keras.layers.Layer):
     ```
 
     Args:
-        num_heads: int. Attention heads; must divide the tokens' width. `None`
-            with an `attention` of one's own.
+        num_heads: int. Attention heads; must divide the tokens' width.
         feed_forward: A layer from `(batch, tokens, D)` to the same shape, such
-            as `keras_moe.layers.MoE` or `SoftMoE`.
+            as `keras_moe.layers.MoE` or `SoftMoE`. Or a list of such, for the
+            members of an ensemble that share the attention: image `i` of the
+            batch goes through layer `i % len(feed_forward)` (E3).
         qk_norm: bool. Whether each head normalizes queries and keys. Defaults
             to `False`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
@@ -44,21 +42,26 @@ class EncoderBlock(keras.layers.Layer):
             `(groups, group_size, D)`, tokens in the order of image and
             position, whatever image they are of (V-MoE). A last group that is
             not full is filled up with masked tokens, so the layer must take a
-            mask. Defaults to `None`, the images as they are.
+            mask. Members of an ensemble have groups of their own. Defaults to
+            `None`, the images as they are.
         route_per: `"token"`, or `"image"`: the router of a `MoE` sees the mean
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
             `"token"`.
-        attention: A layer from `(batch, tokens, D)` to the same shape, instead
-            of attention that `num_heads`, `qk_norm` and `attention_dropout`
-            describe, such as `keras_moe.layers.MixtureOfHeads`. Defaults to
-            `None`.
+        token_mixer: A layer from `(batch, tokens, D)` to the same shape in the
+            place of attention, such as attention in windows; `num_heads` is
+            `None` then. Defaults to `None`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
         inputs: Tensor of shape `(batch, tokens, D)`.
-        context: int tensor of shape `(batch,)`, or `None`. Ids, such as of
-            tasks, for a router that uses a context.
+        context: int tensor of shape `(batch,)` or `(batch, tokens)`, or
+            `None`. Ids, such as of tasks or modalities, for a router or a loss
+            that uses a context.
+        token_mask: bool tensor of shape `(batch, tokens)`, or `None`. Tokens
+            that are `False` go to no expert. Attention does not read it.
+        attention_mask: bool tensor of shape `(batch, tokens, tokens)`, or
+            `None`. Which tokens (the second axis) read which (the third).
         router_condition: Tensor of shape `(batch, C)`, or `None`. A vector of
             each image that the router of a `MoE` sees beside each token.
         training: bool. Whether to apply dropout, noise and losses.
@@ -85,12 +88,14 @@ class EncoderBlock(keras.layers.Layer):
     Reference:
 
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2
+    - [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4
+      (members of an ensemble)
     """
 
     def __init__(
         self,
-        num_heads=None,
-        feed_forward=None,
+        num_heads,
+        feed_forward,
         qk_norm=False,
         layer_norm_epsilon=1e-6,
         dropout=0.0,
@@ -98,40 +103,26 @@ class EncoderBlock(keras.layers.Layer):
         drop_path=0.0,
         group_size=None,
         route_per="token",
-        attention=None,
+        token_mixer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self._has_own_attention = attention is not None
-        if self._has_own_attention:
-            check_own_attention(num_heads, qk_norm, attention_dropout)
-            self.attention = as_layer("attention", attention)
-        else:
+        if token_mixer is None:
             check_int("num_heads", num_heads, 1)
+        elif num_heads is not None or qk_norm or attention_dropout:
+            raise ValueError(
+                "`token_mixer` stands in the place of attention, whose "
+                "arguments must be left out. Received: "
+                f"token_mixer={token_mixer!r}, num_heads={num_heads!r}, "
+                f"qk_norm={qk_norm!r}, attention_dropout={attention_dropout!r}"
+            )
         check_bool("qk_norm", qk_norm)
         check_positive("layer_norm_epsilon", layer_norm_epsilon)
         check_rate("dropout", dropout)
         check_rate("attention_dropout", attention_dropout)
         check_rate("drop_path", drop_path)
-        check_one_of("route_per", route_per, ("token", "image"))
-        if group_size is not None:
-            check_int("group_size", group_size, 1)
-        if feed_forward is None:
-            raise ValueError(
-                "`feed_forward` must be a layer. Received: feed_forward=None"
-            )
-        self.feed_forward = as_layer("feed_forward", feed_forward)
-        takes = inspect.signature(self.feed_forward.call).parameters
-        if group_size is not None and "mask" not in takes:
-            raise ValueError(
-                "With `group_size`, `feed_forward` must take a mask. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
-        if route_per == "image" and "router_inputs" not in takes:
-            raise ValueError(
-                "With `route_per='image'`, `feed_forward` must be a MoE. "
-                f"Received: feed_forward={self.feed_forward!r}"
-            )
+        self.feed_forward = as_feed_forward(feed_forward, group_size, route_per)
+        self.token_mixer = as_layer("token_mixer", token_mixer)
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -158,14 +149,21 @@ class EncoderBlock(keras.layers.Layer):
             epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
         )
 
+    @property
+    def members(self):
+        """The feed-forward layers, one without an ensemble."""
+        return members_of(self.feed_forward)
+
     def build(
-        self, inputs_shape, context_shape=None, router_condition_shape=None
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+        router_condition_shape=None,
     ):
         dim = inputs_shape[-1]
-        self.attention_norm.build(inputs_shape)
-        if self._has_own_attention:
-            layer_copies.build(self.attention, inputs_shape, self.compute_dtype)
-        else:
+        if self.token_mixer is None:
             self.attention = VisionAttention(
                 self.num_heads,
                 head_dim(dim, self.num_heads),
@@ -176,30 +174,48 @@ class EncoderBlock(keras.layers.Layer):
                 name="attention",
             )
             self.attention.build(inputs_shape, inputs_shape)
+        else:
+            layer_copies.build(
+                self.token_mixer, inputs_shape, self.compute_dtype
+            )
+        self.attention_norm.build(inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
-        if router_condition_shape is not None:
-            seen = (*shape[:-1], dim + router_condition_shape[-1])
-            self.feed_forward.build(shape, seen)
-        layer_copies.build(self.feed_forward, shape, self.compute_dtype)
+        for layer in self.members:
+            if router_condition_shape is not None:
+                seen = (*shape[:-1], dim + router_condition_shape[-1])
+                layer.build(shape, seen)
+            layer_copies.build(layer, shape, self.compute_dtype)
 
-    def call(self, inputs, context=None, router_condition=None, training=None):
-        x = self._attend(self.attention_norm(inputs), training)
+    def call(
+        self,
+        inputs,
+        context=None,
+        token_mask=None,
+        attention_mask=None,
+        router_condition=None,
+        training=None,
+    ):
+        x = self.attention_norm(inputs)
+        x = self._mixed(x, attention_mask, training)
         inputs = self._join(inputs, x, training)
-        x, kwargs = self.feed_forward_norm(inputs), {}
+        x, seen = self.feed_forward_norm(inputs), None
         if router_condition is not None:
-            kwargs["router_inputs"] = with_condition(x, router_condition)
-        x = self._feed_forward(x, context, training, **kwargs)
+            seen = with_condition(x, router_condition)
+        x = self._fed_forward(x, context, token_mask, seen, training)
         return self._join(inputs, x, training)
 
-    def _attend(self, x, training):
-        if self._has_own_attention:
-            x = self.attention(x)  # Keras passes `training` on by itself.
-        else:
-            x = self.attention(x, x, training=training)
-        if self._dropout is not None:
-            x = self._dropout(x, training=training)
-        return x
+    def _fed_forward(self, x, context, token_mask, router_inputs, training):
+        return call_feed_forward(
+            self.feed_forward,
+            x,
+            self.group_size,
+            self.route_per,
+            context,
+            token_mask,
+            training,
+            router_inputs,
+        )
 
     def _join(self, inputs, x, training):
         if self._drop_path is not None:
@@ -207,45 +223,39 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, context, training, **kwargs):
-        """The feed-forward layer, with arguments `(batch, tokens, ...)`."""
-        batch, tokens, dim = ops.shape(x)
-        if context is not None:
-            context = ops.expand_dims(context, -1)
-            kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
-        if self.route_per == "image":
-            seen = kwargs.get("router_inputs", x)
-            mean = ops.mean(seen, axis=1, keepdims=True)
-            kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(seen))
-        # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not self._groups_count(
-            training
-        ):
-            return self.feed_forward(x, **kwargs)
-        groups = {
-            name: to_groups(value, self.group_size)
-            for name, value in (("inputs", x), *kwargs.items())
-        }
-        x, mask = groups.pop("inputs")
-        kwargs = {name: value for name, (value, _) in groups.items()}
-        x = self.feed_forward(x, mask=mask, **kwargs)
-        return from_groups(x, (batch, tokens, dim))
+    def _mixed(self, x, attention_mask, training):
+        if self.token_mixer is None:
+            x = self.attention(
+                x, x, attention_mask=attention_mask, training=training
+            )
+        elif attention_mask is None:
+            x = self.token_mixer(x)
+        else:
+            raise ValueError(
+                "`attention_mask` is for attention, not for a `token_mixer`. "
+                f"Received both: token_mixer={self.token_mixer!r}"
+            )
+        if self._dropout is not None:
+            x = self._dropout(x, training=training)
+        return x
 
-    def _groups_count(self, training):
-        """Whether what a token gets depends on its group."""
-        layer = self.feed_forward
-        if training or not isinstance(layer, MoE):
-            return True
-        return layer.capacity.limits(training=False) or layer.router.looks_ahead
-
-    def compute_output_shape(self, inputs_shape, *other_shapes):
+    def compute_output_shape(
+        self,
+        inputs_shape,
+        context_shape=None,
+        token_mask_shape=None,
+        attention_mask_shape=None,
+        router_condition_shape=None,
+    ):
         return tuple(inputs_shape)
 
     def get_config(self):
         return {
             **super().get_config(),
             "num_heads": self.num_heads,
-            "feed_forward": serialize_part(self.feed_forward),
+            "feed_forward": [serialize_part(layer) for layer in self.members]
+            if isinstance(self.feed_forward, list)
+            else serialize_part(self.feed_forward),
             "qk_norm": self.qk_norm,
             "layer_norm_epsilon": self.layer_norm_epsilon,
             "dropout": self.dropout,
@@ -253,9 +263,7 @@ class EncoderBlock(keras.layers.Layer):
             "drop_path": self.drop_path,
             "group_size": self.group_size,
             "route_per": self.route_per,
-            "attention": serialize_part(
-                self.attention if self._has_own_attention else None
-            ),
+            "token_mixer": serialize_part(self.token_mixer),
         }
 
 
@@ -264,18 +272,3 @@ def with_condition(x, condition):
     shape = (*ops.shape(x)[:2], condition.shape[-1])
     condition = ops.cast(condition[:, None], x.dtype)
     return ops.concatenate([x, ops.broadcast_to(condition, shape)], axis=-1)
-
-
-def check_own_attention(num_heads, qk_norm, attention_dropout):
-    """Raises if attention of one's own and arguments for ours are given."""
-    given = {
-        "num_heads": num_heads,
-        "qk_norm": qk_norm,
-        "attention_dropout": attention_dropout,
-    }
-    given = {name: value for name, value in given.items() if value}
-    if given:
-        raise ValueError(
-            "With `attention`, a layer of one's own, there must be no "
-            f"{', '.join(f'`{name}`' for name in given)}. Received: {given}"
-        )

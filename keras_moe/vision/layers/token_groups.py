@@ -4,6 +4,8 @@ import math
 
 from keras import ops
 
+from keras_moe.moe.moe import MoE
+
 
 def to_groups(x, size):
     """`(B, N, ...)` to `(G, size, ...)`, in the order of images and tokens.
@@ -31,3 +33,10 @@ def from_groups(x, shape):
     """The tokens of `to_groups` back in the shape `(B, N, D)`."""
     number = math.prod(shape[:2])
     return ops.reshape(ops.reshape(x, (-1, shape[-1]))[:number], shape)
+
+
+def groups_count(layer, training):
+    """Whether what a token gets from a layer depends on its group."""
+    if training or not isinstance(layer, MoE):
+        return True
+    return layer.capacity.limits(training=False) or layer.router.looks_ahead

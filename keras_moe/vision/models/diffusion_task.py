@@ -10,8 +10,6 @@ from keras_moe.checks import check_seed
 from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
-from keras_moe.vision.models.backbone import BackboneTask
-from keras_moe.vision.models.backbone import frozen_parts
 from keras_moe.vision.models.denoising import as_clip_range
 from keras_moe.vision.models.denoising import as_labels
 from keras_moe.vision.models.denoising import denoised
@@ -19,6 +17,8 @@ from keras_moe.vision.models.denoising import guided
 from keras_moe.vision.models.denoising import noise_schedule
 from keras_moe.vision.models.denoising import sampled_timesteps
 from keras_moe.vision.models.dit_moe_backbone import DiTMoEBackbone
+from keras_moe.vision.models.image_backbone import BackboneTask
+from keras_moe.vision.models.image_backbone import frozen_parts
 from keras_moe.vision.models.vision_presets import DIT_MOE
 
 EVALUATION_SEED = 0

@@ -10,17 +10,19 @@ from keras_moe.vision.layers.dit_block import DiTBlock
 from keras_moe.vision.layers.dit_ends import DiffusionEmbedding
 from keras_moe.vision.layers.dit_ends import DiTHead
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
-from keras_moe.vision.models.backbone import Backbone
-from keras_moe.vision.models.backbone import as_arguments
-from keras_moe.vision.models.backbone import as_image_shape
-from keras_moe.vision.models.backbone import drop_path_of
+from keras_moe.vision.models.image_backbone import BlockModel
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import as_image_shape
+from keras_moe.vision.models.image_backbone import lists_of
 from keras_moe.vision.models.moe_blocks import moe_block_indices
+from keras_moe.vision.models.vision_backbone import check_encoder
+from keras_moe.vision.models.vision_backbone import encoder_block
 from keras_moe.vision.models.vision_presets import DIT_MOE
 from keras_moe.vision.models.vmoe_layers import moe_of_blocks
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class DiTMoEBackbone(Backbone):
+class DiTMoEBackbone(BlockModel):
     """A diffusion transformer with experts, for images of classes (DiT-MoE).
 
     ```
@@ -171,7 +173,9 @@ class DiTMoEBackbone(Backbone):
             for key, value in locals().items()
             if key not in ("self", "name", "kwargs", "__class__")
         }
-        a = as_arguments(arguments)
+        a = lists_of(arguments)
+        a["dtype"] = as_dtype(dtype)
+        check_encoder(a)
         check_bool("learn_sigma", learn_sigma)
         check_int("num_shared_experts", num_shared_experts, 0)
         if shared_mlp_dim is not None:
@@ -259,16 +263,8 @@ def _blocks(a, where, x, condition):
             options["router_inputs"] = a["router_inputs"]
             if a["group_size"] != "image":
                 options["group_size"] = a["group_size"]
-        x = DiTBlock(
-            a["num_heads"],
-            feed_forward,
-            qk_norm=a["qk_norm"],
-            layer_norm_epsilon=a["layer_norm_epsilon"],
-            dropout=a["dropout"],
-            attention_dropout=a["attention_dropout"],
-            drop_path=drop_path_of(a, i),
-            dtype=a["dtype"],
-            name=f"block_{i}",
-            **options,
-        )(x, condition)
+        block = encoder_block(
+            a, i, feed_forward, a["dtype"], DiTBlock, **options
+        )
+        x = block(x, condition)
     return x

@@ -11,11 +11,9 @@ from keras_moe.moe.foreign_parts import as_loss
 from keras_moe.moe.foreign_parts import serialize_loss
 from keras_moe.routers.task_router import TaskRouter
 from keras_moe.routers.top_k_router import TopKRouter
-from keras_moe.vision.layers.attention import VisionMLP
-from keras_moe.vision.layers.encoder_block import EncoderBlock
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
-from keras_moe.vision.models.backbone import drop_path_of
 from keras_moe.vision.models.moe_blocks import per_block
+from keras_moe.vision.models.vision_backbone import encoder_block
 from keras_moe.vision.models.vmoe_layers import moe_of_blocks
 
 
@@ -45,17 +43,7 @@ def multi_task_graph(a, where, images):
     moe = moe_of_blocks(_moe_arguments(a, where), where)
     number, routed, is_shared = len(a["tasks"]), {}, True
     for i in range(a["num_layers"]):
-        block = EncoderBlock(
-            a["num_heads"],
-            moe.get(i) or _dense(a),
-            qk_norm=a["qk_norm"],
-            layer_norm_epsilon=a["layer_norm_epsilon"],
-            dropout=a["dropout"],
-            attention_dropout=a["attention_dropout"],
-            drop_path=drop_path_of(a, i),
-            dtype=a["dtype"],
-            name=f"block_{i}",
-        )
+        block = encoder_block(a, i, moe.get(i), a["dtype"])
         if i in moe and is_shared:
             # From here on, each task has a copy of the images: one call of a
             # layer for all, since Keras' stateless calls lose the losses of
@@ -146,16 +134,6 @@ def _routed_by(a, x):
         name="task_vector_norm",
     )(vector)
     return {"router_condition": vector}
-
-
-def _dense(a):
-    return VisionMLP(
-        a["mlp_dim"],
-        a["activation"],
-        a["dropout"],
-        dtype=a["dtype"],
-        name="mlp",
-    )
 
 
 def _pooled(x, pooling):

@@ -8,11 +8,13 @@ from keras_moe.checks import check_one_of
 from keras_moe.checks import is_int
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.moe.part_arguments import serialize_part
-from keras_moe.vision.models.backbone import Backbone
-from keras_moe.vision.models.backbone import as_arguments
-from keras_moe.vision.models.backbone import as_image_shape
+from keras_moe.vision.models.image_backbone import BlockModel
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import as_image_shape
+from keras_moe.vision.models.image_backbone import lists_of
 from keras_moe.vision.models.moe_blocks import moe_block_indices
 from keras_moe.vision.models.multi_task_graph import multi_task_graph
+from keras_moe.vision.models.vision_backbone import check_encoder
 from keras_moe.vision.models.vision_presets import M3VIT
 
 ROUTERS = ("per_task", "task_vector")
@@ -20,7 +22,7 @@ POOLINGS = ("token", "gap", None)
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MultiTaskVisionMoE(Backbone):
+class MultiTaskVisionMoE(BlockModel):
     """A vision transformer for several tasks, with experts for all (M3ViT).
 
     ```
@@ -168,7 +170,9 @@ class MultiTaskVisionMoE(Backbone):
             for key, value in locals().items()
             if key not in ("self", "name", "kwargs", "__class__")
         }
-        a = as_arguments(arguments)
+        a = lists_of(arguments)
+        a["dtype"] = as_dtype(dtype)
+        check_encoder(a)
         _check_tasks(tasks)
         check_one_of("router", router, ROUTERS)
         check_one_of("pooling", pooling, POOLINGS)

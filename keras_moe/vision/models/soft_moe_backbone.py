@@ -6,6 +6,7 @@ from keras_moe.moe.part_arguments import default_name
 from keras_moe.moe.soft_moe import SoftMoE
 from keras_moe.routers.soft_router import SoftRouter
 from keras_moe.vision.models.moe_blocks import moe_block_indices
+from keras_moe.vision.models.moe_blocks import own_copy
 from keras_moe.vision.models.moe_blocks import per_block
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_presets import SOFT_MOE
@@ -37,7 +38,7 @@ class SoftMoEBackbone(VisionBackbone):
         num_experts: int, or a list with one for each block with experts.
             Defaults to `128`.
         slots_per_expert: int, or a list of these. Rows that each expert
-            computes for an image. Defaults to `1`.
+            computes for an image. Defaults to `None`, 1 without a `router`.
         moe_layers: Which blocks have experts: `"last_n"` the last n blocks,
             `"every_2"` the odd ones, counted from 0, or a list of ints.
             Defaults to `None`, the second half.
@@ -54,6 +55,14 @@ class SoftMoEBackbone(VisionBackbone):
             to `True`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
         data_format, dtype, **kwargs: As for `keras_moe.models.VMoEBackbone`.
+        router: A `keras_moe.routers.SoftRouter`, of which each block gets its
+            own copy, or a list of these, instead of `slots_per_expert` and
+            `router_noise`. With `normalization="rms"` and
+            `mix_normalized=True` it is that of soft-moe-pytorch. Defaults to
+            `None`, the router of the paper.
+        experts: Experts, of which each block gets its own copy, or a list of
+            these, instead of `expert_dropout`. Defaults to `None`,
+            `keras_moe.experts.MLPExperts` of width `mlp_dim`.
 
     Input shape:
         `(batch, *image_shape)`
@@ -91,7 +100,7 @@ class SoftMoEBackbone(VisionBackbone):
         hidden_dim,
         mlp_dim,
         num_experts=128,
-        slots_per_expert=1,
+        slots_per_expert=None,
         moe_layers=None,
         router_noise=0.0,
         activation="gelu_tanh",
@@ -106,6 +115,8 @@ class SoftMoEBackbone(VisionBackbone):
         data_format=None,
         dtype=None,
         *,
+        router=None,
+        experts=None,
         name=None,
         **kwargs,
     ):
@@ -121,27 +132,13 @@ class SoftMoEBackbone(VisionBackbone):
             where = moe_block_indices(
                 moe_layers, num_layers, list(range(num_layers))
             )
-        numbers = per_block("num_experts", num_experts, len(where))
-        slots = per_block("slots_per_expert", slots_per_expert, len(where))
+        several = {
+            name: per_block(name, arguments[name], len(where))
+            for name in ("num_experts", "slots_per_expert", "router", "experts")
+        }
         layers = {
-            block: SoftMoE(
-                router=SoftRouter(
-                    numbers[i],
-                    slots[i],
-                    noise_stddev=router_noise,
-                    dtype=dtype,
-                    name="router",
-                ),
-                experts=MLPExperts(
-                    numbers[i],
-                    mlp_dim,
-                    activation=activation,
-                    dropout=expert_dropout,
-                    dtype=dtype,
-                    name="experts",
-                ),
-                dtype=dtype,
-                name="moe",
+            block: _soft_moe(
+                {**arguments, **{k: v[i] for k, v in several.items()}}
             )
             for i, block in enumerate(where)
         }
@@ -150,4 +147,47 @@ class SoftMoEBackbone(VisionBackbone):
             layers,
             name=name or default_name("soft_moe_backbone"),
             **kwargs,
+        )
+
+
+def _soft_moe(a):
+    router, experts = own_copy(a["router"]), own_copy(a["experts"])
+    slots = a["slots_per_expert"]
+    if router is None:
+        router = SoftRouter(
+            a["num_experts"],
+            1 if slots is None else slots,
+            noise_stddev=a["router_noise"],
+            dtype=a["dtype"],
+            name="router",
+        )
+        slots = None
+    else:
+        _refuse_beside("router", a, "router_noise")
+    if experts is None:
+        experts = MLPExperts(
+            a["num_experts"],
+            a["mlp_dim"],
+            activation=a["activation"],
+            dropout=a["expert_dropout"],
+            dtype=a["dtype"],
+            name="experts",
+        )
+    else:
+        _refuse_beside("experts", a, "expert_dropout")
+    return SoftMoE(
+        a["num_experts"],
+        router=router,
+        experts=experts,
+        slots_per_expert=slots,
+        dtype=a["dtype"],
+        name="moe",
+    )
+
+
+def _refuse_beside(part, a, name):
+    if a[name]:
+        raise ValueError(
+            f"`{name}` is an argument of the `{part}` where there is one. "
+            f"Received: {name}={a[name]}, {part}={a[part]!r}"
         )

@@ -7,6 +7,7 @@ from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.models.moe_blocks import moe_block_indices
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_presets import VMOE
+from keras_moe.vision.models.vmoe_layers import block_arguments
 from keras_moe.vision.models.vmoe_layers import moe_of_blocks
 
 
@@ -89,6 +90,12 @@ class VMoEBackbone(VisionBackbone):
         qk_norm: bool. Whether attention normalizes queries and keys. Defaults
             to `False`.
         layer_norm_epsilon: float. Defaults to `1e-6`.
+        ensemble_size: int, `M`. From the first block with experts on, each
+            image is there `M` times, once for each member of an ensemble, which
+            has `num_experts / M` experts of its own and shares all else (E3).
+            Losses are the mean over the members. A `router` given as an object
+            is that of a member, and `group_size` counts the tokens of all.
+            Defaults to `1`.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `None`, that of the Keras configuration.
         dtype: As for `keras.layers.Layer`, or a DTypePolicyMap.
@@ -100,7 +107,8 @@ class VMoEBackbone(VisionBackbone):
         `TaskRouter`, a second input `task_ids` `(batch,)`.
 
     Output shape:
-        `(batch, tokens, hidden_dim)`, the class token first.
+        `(batch, tokens, hidden_dim)`, the class token first; with an ensemble
+        `(batch, ensemble_size, tokens, hidden_dim)`.
 
     Raises:
         ValueError: If arguments are out of range or do not fit together.
@@ -120,6 +128,8 @@ class VMoEBackbone(VisionBackbone):
 
     - [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 2 and
       appendix A
+    - [Allingham et al., 2021](https://arxiv.org/abs/2110.03360), section 4
+      (`ensemble_size`)
     """
 
     presets = VMOE
@@ -160,6 +170,7 @@ class VMoEBackbone(VisionBackbone):
         data_format=None,
         dtype=None,
         *,
+        ensemble_size=1,
         name=None,
         **kwargs,
     ):
@@ -169,25 +180,27 @@ class VMoEBackbone(VisionBackbone):
             if key not in ("self", "name", "kwargs", "__class__")
         }
         check_int("num_layers", num_layers, 1)
-        check_int("num_shared_experts", num_shared_experts, 0)
-        if group_size not in (None, "image"):
-            check_int("group_size", group_size, 1)
+        block = block_arguments(arguments)
         where = moe_block_indices(
             moe_layers, num_layers, list(range(1, num_layers, 2))
         )
+        if ensemble_size > 1 and not where:
+            raise ValueError(
+                "With an ensemble, `moe_layers` must name a block. Received: "
+                f"ensemble_size={ensemble_size}, moe_layers={moe_layers!r}"
+            )
         layers = moe_of_blocks(arguments, where)
         context = [
-            i for i, layer in layers.items() if layer.router.uses_context
+            i
+            for i, layer in layers.items()
+            if (layer[0] if ensemble_size > 1 else layer).router.uses_context
         ]
-        block = {
-            "group_size": None if group_size == "image" else group_size,
-            "route_per": route_per,
-        }
         super().__init__(
             arguments,
             layers,
             dict.fromkeys(where, block),
             takes_context=context,
+            ensemble_size=ensemble_size,
             name=name or default_name("v_moe_backbone"),
             **kwargs,
         )

@@ -67,6 +67,48 @@ class EncoderBlockTest(TestCase):
                 mask.tolist(), [True] * 15 + [False] * (len(mask) - 15)
             )
 
+    @parameterized.parameters(None, 4, 7)
+    def test_masked_tokens(self, group_size):
+        """They reach no expert, and with an attention mask nothing at all."""
+        mask = np.array([[1, 1, 0, 1, 1], [1] * 5, [0, 0, 1, 1, 0]], "bool")
+        reads = np.broadcast_to(mask[:, None], (3, 5, 5))
+        block = EncoderBlock(
+            2,
+            moe(capacity_factor=1.0, drop_policy="priority"),
+            group_size=group_size,
+        )
+        masks = {"token_mask": mask, "attention_mask": reads}
+        outputs = ops.convert_to_numpy(block(self.tokens, **masks))
+        others = np.where(mask[..., None], self.tokens, 7.0 - self.tokens)
+        changed = ops.convert_to_numpy(block(others, **masks))
+        self.assert_relative(changed[mask], outputs[mask])
+        x = block.attention_norm(others)
+        x = others + ops.convert_to_numpy(
+            block.attention(x, x, attention_mask=reads)
+        )
+        self.assert_relative(changed[~mask], x[~mask])
+
+    def test_contexts_of_tokens(self):
+        router = TaskRouter(4, num_tasks=2, top_k=1)
+        layer = MoE(
+            router=router, intermediate_dim=8, experts="mlp", losses=None
+        )
+        block = EncoderBlock(2, layer, group_size=4, name="block")
+        ids = np.arange(15).reshape(3, 5) % 2
+        outputs = ops.convert_to_numpy(block(self.tokens, context=ids))
+        for task in (0, 1):
+            same = block(self.tokens, context=np.full((3,), task))
+            own = ids == task
+            self.assert_relative(outputs[own], ops.convert_to_numpy(same)[own])
+            self.assertNotAllClose(
+                outputs[~own], ops.convert_to_numpy(same)[~own]
+            )
+
+    def test_mask_and_route_per_image(self):
+        block = EncoderBlock(2, moe(), route_per="image")
+        with self.assertRaisesRegex(ValueError, "`token_mask` does not go"):
+            block(self.tokens, token_mask=np.ones((3, 5), "bool"))
+
     def test_groups_share_a_capacity(self):
         """As the layer itself with the groups as sequences."""
         capacity = Capacity(0.5, per="sequence", drop_policy="priority")

@@ -171,7 +171,7 @@ class DiTMoEBackboneTest(TestCase):
             dit_moe()(wrong)
 
     def test_it_is_no_classifiers_backbone(self):
-        with self.assertRaisesRegex(ValueError, "must be a VisionBackbone"):
+        with self.assertRaisesRegex(ValueError, "must be a ImageBackbone"):
             MoEImageClassifier(dit_moe(), 3)
 
 
@@ -188,7 +188,7 @@ class PublishedCountsTest(TestCase):
     def test_all_are_counted(self):
         self.assertEqual(set(PUBLISHED), set(DiTMoEBackbone.presets))
 
-    @parameterized.parameters(*presets_of(DiTMoEBackbone))
+    @parameterized.parameters(*presets_of(DiTMoEBackbone.presets))
     def test_count(self, name):
         config = DiTMoEBackbone.presets[name]["config"]
         dim, layers = config["hidden_dim"], config["num_layers"]

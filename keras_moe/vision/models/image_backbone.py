@@ -1,41 +1,44 @@
-"""What all backbones have: numbered blocks, and arguments that are saved."""
-
 import keras
 
-from keras_moe.checks import check_int
-from keras_moe.checks import check_rate
 from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.model_config import settings_of
 from keras_moe.vision.layers.attention import VisionMLP
 from keras_moe.vision.models.presets import Presets
+from keras_moe.vision.models.presets import save_task
+from keras_moe.vision.models.presets import saved_task
 
 
-class Backbone(Presets, keras.Model):
-    """Base of functional models of blocks, made of flat arguments.
+class BlockModel(Presets, keras.Model):
+    """Base of functional models of numbered blocks, made of flat arguments.
 
     Args:
-        arguments: dict. The arguments of the subclass's constructor, as
-            `as_arguments` gives them.
-        inputs, outputs: As for `keras.Model`.
-        name, trainable: As for `keras.Model`.
+        arguments: dict. The arguments of the subclass's constructor, which are
+            saved, with `dtype` a dtype policy and `data_format` a string.
+        inputs, outputs, name, trainable: As for `keras.Model`.
     """
 
     def __init__(self, arguments, inputs, outputs, *, name, trainable=True):
         super().__init__(
             inputs=inputs, outputs=outputs, name=name, trainable=trainable
         )
-        # A function, since Keras would save a plain attribute.
-        self._arguments = lambda: dict(arguments)
+        arguments = lists_of(arguments)
         self.data_format = arguments["data_format"]
+        # Functions, since Keras would save plain attributes.
+        self._arguments = lambda: dict(arguments)
         self.dtype_policy = arguments["dtype"]
+
+    @property
+    def num_blocks(self):
+        """How many blocks there are."""
+        return sum(layer.name.startswith("block_") for layer in self.layers)
 
     @property
     def moe_blocks(self):
         """The numbers of the blocks with experts."""
         return [
             i
-            for i in range(self._arguments()["num_layers"])
+            for i in range(self.num_blocks)
             if not isinstance(self.block(i).feed_forward, VisionMLP)
         ]
 
@@ -57,8 +60,27 @@ class Backbone(Presets, keras.Model):
         return made_again(cls, *deserialized(config, custom_objects))
 
 
+class ImageBackbone(BlockModel):
+    """Base of the backbones of classifiers, to tokens or a feature map.
+
+    What a subclass offers to a classifier, it says in attributes:
+
+    - `use_class_token`: whether the first of the tokens is a class token.
+    - `ensemble_size`: how many outputs there are for each image, if several.
+    - `pooled_norm_epsilon`: epsilon of a layer norm of the mean of a feature
+      map, or `None` for none.
+    - `pooling_arguments`: dict of arguments of
+      `keras_moe.layers.AttentionPooling`, or `None` if that is not for it.
+    """
+
+    use_class_token = False
+    ensemble_size = 1
+    pooled_norm_epsilon = None
+    pooling_arguments = None
+
+
 class BackboneTask(Presets):
-    """Mixin of models on a backbone, their first argument.
+    """Mixin of models on a backbone, which is their first argument.
 
     A subclass has `backbone_class`, and the backbone's `presets`.
     """
@@ -73,18 +95,34 @@ class BackboneTask(Presets):
             load_weights: bool. Whether to read the weights of the folder.
                 Defaults to `True`.
             **kwargs: Arguments of the constructor; where the preset is a
-                backbone, at least those that have no default.
+                backbone, at least those that have no default, such as
+                `num_classes`. With a `num_classes`, the head of a saved
+                classifier is a new one.
 
         Raises:
             ValueError: If there is no such preset, or it is of another class.
         """
-        for backbone_class in _with_subclasses(cls.backbone_class):
+        for backbone_class in subclasses_of(cls.backbone_class):
             if str(preset) in backbone_class.presets:
                 return cls(backbone_class.from_preset(preset), **kwargs)
-        if issubclass(cls.saved_class(preset), Backbone):
+        model = saved_task(preset, cls, load_weights, kwargs)
+        if model is not None:
+            return model
+        if issubclass(cls.saved_class(preset), BlockModel):
             backbone = cls.backbone_class.from_preset(preset, load_weights)
             return cls(backbone, **kwargs)
         return super().from_preset(preset, load_weights, **kwargs)
+
+    def save_to_preset(self, folder):
+        """Writes the configuration and the weights to a folder.
+
+        The backbone has files of its own, as keras-hub writes them: the folder
+        is a preset of it too.
+
+        Args:
+            folder: str or path. It is made if it is not there.
+        """
+        save_task(self, folder)
 
     def check_backbone(self, backbone):
         if not isinstance(backbone, self.backbone_class):
@@ -94,27 +132,20 @@ class BackboneTask(Presets):
             )
 
 
-def _with_subclasses(backbone_class):
-    return [backbone_class, *backbone_class.__subclasses__()]
+def subclasses_of(backbone_class):
+    """The class, its subclasses and theirs."""
+    found = [backbone_class]
+    for subclass in backbone_class.__subclasses__():
+        found += subclasses_of(subclass)
+    return found
 
 
-def as_arguments(arguments):
-    """The arguments of a transformer: checked, with lists as after loading."""
-    a = {
+def lists_of(arguments):
+    """Lists for tuples, as they are after loading."""
+    return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in arguments.items()
     }
-    a["dtype"] = as_dtype(a["dtype"])
-    for key in ("num_layers", "num_heads", "hidden_dim", "mlp_dim"):
-        check_int(key, a[key], 1)
-    for key in ("dropout", "attention_dropout", "drop_path"):
-        check_rate(key, a[key])
-    if a["hidden_dim"] % a["num_heads"]:
-        raise ValueError(
-            "`num_heads` must divide `hidden_dim`. Received: "
-            f"num_heads={a['num_heads']}, hidden_dim={a['hidden_dim']}"
-        )
-    return a
 
 
 def frozen_parts(model):
@@ -142,9 +173,3 @@ def as_image_shape(image_shape):
             f"Received: image_shape={image_shape!r}"
         )
     return tuple(image_shape)
-
-
-def drop_path_of(arguments, block):
-    """Deeper blocks are left out more often."""
-    last = max(arguments["num_layers"] - 1, 1)
-    return arguments["drop_path"] * block / last
