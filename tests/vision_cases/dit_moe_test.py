@@ -36,6 +36,10 @@ def named(matches):
                 yield f"{path.stem}_train", case, arrays, True
 
 
+def _named(outputs):
+    return outputs if isinstance(outputs, dict) else {"y": outputs}
+
+
 class WithLosses:
     """A model whose outputs have the losses that it adds, times a factor."""
 
@@ -48,13 +52,13 @@ class WithLosses:
 
     def __call__(self, inputs):
         outputs = self.model(inputs, training=self.training)
-        return {"y": outputs, **self.named(self.model.losses)}
+        return {**_named(outputs), **self.named(self.model.losses)}
 
     def stateless_call(self, *args):
         outputs, state, losses = self.model.stateless_call(
             *args, training=self.training, return_losses=True
         )
-        return {"y": outputs, **self.named(losses)}, state
+        return {**_named(outputs), **self.named(losses)}, state
 
     def named(self, losses):
         if not losses:
