@@ -9,6 +9,7 @@ from keras import ops
 from keras_moe.conversion.recycled_weights import Recipe
 from keras_moe.conversion.recycled_weights import expert_weights
 from keras_moe.conversion.sublayers import name_scope_of
+from keras_moe.dispatch.dispatcher import Dispatcher
 from keras_moe.experts.glu_experts import GLUExperts
 from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.moe.moe import MoE
@@ -74,9 +75,13 @@ def moe_from(place, num_experts, options, recipe, rng, check):
 
 
 def _own(part):
-    """A layer of its own for each block."""
+    """A layer, or a dispatcher, of its own for each block."""
     if isinstance(part, keras.layers.Layer):
         return keras.saving.deserialize_keras_object(serialize_part(part))
+    if isinstance(part, Dispatcher):
+        return keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(part)
+        )
     return part
 
 

@@ -69,6 +69,8 @@ def _whole_layer(owner, attribute, layer):
     rates = _dropouts(layer, parts)
     if len(dense) == 3:
         gate, up, down = dense
+        if gate.activation is keras.activations.linear:
+            gate, up = up, gate
         return FeedForward(
             **where,
             gate=gate,

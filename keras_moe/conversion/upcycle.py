@@ -41,7 +41,8 @@ def upcycle(
     ```
 
     With plain copies, and weights of a token that sum to one, the new model
-    gives what the dense one gives. Copies that are all the same part in
+    gives what the dense one gives, but for masked tokens, which get zero from
+    experts. Copies that are all the same part in
     training, as the router, which begins at random, sends them different
     tokens; the other arguments make them differ from the start.
 

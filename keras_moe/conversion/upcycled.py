@@ -13,11 +13,17 @@ from keras_moe.conversion.sublayers import with_sublayers
 from keras_moe.moe.model_config import freeze
 from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.vision.layers.encoder_block import EncoderBlock
+from keras_moe.vision.models.conv_next_moe_backbone import ConvNeXtMoEBackbone
+from keras_moe.vision.models.mixer_moe_backbone import MixerMoEBackbone
 from keras_moe.vision.models.soft_moe_backbone import SoftMoEBackbone
+from keras_moe.vision.models.swin_moe_backbone import SwinMoEBackbone
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
 # What can be loaded upcycled in a process that has upcycled nothing.
-_OWN = (VMoEBackbone, SoftMoEBackbone)
+_OWN = (
+    *(VMoEBackbone, SoftMoEBackbone, SwinMoEBackbone),
+    *(ConvNeXtMoEBackbone, MixerMoEBackbone),
+)
 _OF_KERAS_HUB = (
     *("ViTBackbone", "DeiTBackbone", "DINOV2Backbone", "DINOV3Backbone"),
     *("SigLIPVisionEncoder", "CLIPVisionEncoder", "MetaCLIP2VisionEncoder"),
@@ -49,6 +55,11 @@ class Upcycled:
                 str(i): serialize_part(layer) for i, layer in experts.items()
             },
         }
+
+    @staticmethod
+    def of_class(original):
+        """The upcycled class of a class, for who must not import this room."""
+        return upcycled_class(original)
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

@@ -214,3 +214,35 @@ np.save("1", keras.ops.convert_to_numpy(loaded(images)))
         for i in range(2):
             found = np.load(os.path.join(folder, f"{i}.npy"))
             self.assert_relative(found, call(model))
+
+    def test_own_models_in_keras_hub(self):
+        """In a process of its own: Keras then loads other classes."""
+        run_alone(
+            f"""
+import os
+import keras, numpy as np
+import keras_hub, keras_moe
+from tests.vision.models.tiny import IMAGES, randomize, v_moe
+os.chdir({self.get_temp_dir()!r})
+dense = randomize(
+    keras_moe.models.VMoEImageClassifier(v_moe(moe_layers=[]), 4)
+)
+model = keras_moe.conversion.upcycle(dense, 4)
+model.save_to_preset("model")
+model.backbone.save_to_preset("backbone")
+wanted = keras.ops.convert_to_numpy(model(IMAGES))
+features = keras.ops.convert_to_numpy(model.backbone(IMAGES))
+keras_moe.models.register_with_keras_hub()
+for _ in range(2):
+    loaded = keras_hub.models.ImageClassifier.from_preset("model")
+    found = keras.ops.convert_to_numpy(loaded(IMAGES))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    loaded = keras_hub.models.Backbone.from_preset("backbone")
+    assert loaded.moe_blocks == [0, 1], loaded.moe_blocks
+    loaded = keras_hub.models.ImageClassifier.from_preset(
+        "backbone", num_classes=3
+    )
+    found = keras.ops.convert_to_numpy(loaded.backbone(IMAGES))
+    np.testing.assert_allclose(found, features, atol=1e-6)
+"""
+        )

@@ -16,13 +16,17 @@ from keras_moe.conversion.sublayers import with_sublayers
 from keras_moe.layers import EncoderBlock
 from keras_moe.layers import MoE
 from keras_moe.losses import LoadBalancingLoss
+from keras_moe.models import CondConvBackbone
+from keras_moe.models import ConvNeXtMoEBackbone
+from keras_moe.models import MixerMoEBackbone
 from keras_moe.models import MoEImageClassifier
 from keras_moe.models import SoftMoEBackbone
+from keras_moe.models import SwinMoEBackbone
 from keras_moe.models import VMoEBackbone
 from keras_moe.models import VMoEImageClassifier
 from keras_moe.routers import NoisyTopKRouter
 from keras_moe.vision.layers.attention import VisionMLP
-from keras_moe.vision.models.vision_backbone import VisionBackbone
+from keras_moe.vision.models.image_backbone import ImageBackbone
 from tests.test_case import TestCase
 from tests.vision.models.tiny import IMAGES
 from tests.vision.models.tiny import randomize
@@ -150,6 +154,35 @@ class UpcycleTest(TestCase):
         model = upcycle(dense, 4, layers=[0], top_k=3)
         self.assertIsInstance(model, SoftMoEBackbone)
         self.assertEqual(model.moe_blocks, [0, 1])
+        self.assert_same(model, dense, IMAGES)
+
+    @parameterized.parameters(
+        (
+            SwinMoEBackbone,
+            {"depths": (2,), "num_heads": (2,), "window_size": 2},
+        ),
+        (ConvNeXtMoEBackbone, {"depths": (1, 1), "hidden_dims": (8, 8)}),
+        (
+            MixerMoEBackbone,
+            {"num_layers": 2, "token_mlp_dim": 6, "mlp_dim": 12},
+        ),
+    )
+    def test_other_backbones(self, make, arguments):
+        """In mixers, the networks that mix tokens count too."""
+        if make is not ConvNeXtMoEBackbone:
+            arguments = {**arguments, "hidden_dim": 8}
+        dense = randomize(
+            make(
+                image_shape=(8, 8, 3),
+                patch_size=2,
+                moe_layers=[],
+                data_format="channels_last",
+                **arguments,
+            )
+        )
+        model = upcycle(dense, 2, layers="last_2")
+        self.assertIsInstance(model, make)
+        self.assertLen(moe_layers(model), 2)
         self.assert_same(model, dense, IMAGES)
 
     def test_classifier(self):
@@ -437,11 +470,15 @@ class UpcycleTest(TestCase):
 class SavedTest(TestCase):
     def test_own_backbones_are_known(self):
         """Each can be loaded upcycled by a process that has upcycled none."""
-        for cls in VisionBackbone.__subclasses__():
-            if not cls.__name__.startswith("Upcycled"):
-                name = f"keras_moe>Upcycled{cls.__name__}"
-                found = keras.saving.get_registered_object(name)
-                self.assertIs(found, upcycled_class(cls))
+        known = 0
+        for cls in vars(keras_moe.models).values():
+            if isinstance(cls, type) and issubclass(cls, ImageBackbone):
+                if cls is not CondConvBackbone:  # it has no feed-forward
+                    name = f"keras_moe>Upcycled{cls.__name__}"
+                    found = keras.saving.get_registered_object(name)
+                    self.assertIs(found, upcycled_class(cls))
+                    known += 1
+        self.assertGreaterEqual(known, 5)
 
     def test_fresh_process(self):
         folder = self.get_temp_dir()

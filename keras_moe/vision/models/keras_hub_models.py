@@ -60,21 +60,23 @@ def register_with_keras_hub():
     for ours in subclasses_of(ImageBackbone):
         if not keras.saving.get_registered_name(ours).startswith("keras_moe>"):
             continue  # a base class
+        if hasattr(ours, "of_class"):
+            continue  # an upcycled one, made below
         backbone = _registered(
             ours.__name__,
             (ours, keras_hub.models.Backbone),
             {"save_to_preset": save_to_preset},
         )
         name = f"{ours.__name__.removesuffix('Backbone')}ImageClassifier"
-        classifier = _registered(
-            name,
-            (task, plain[name]) if name in plain else (task,),
-            {
-                "backbone_cls": backbone,
-                "backbone_class": backbone,
-                "presets": backbone.presets,
-            },
-        )
+        bases = [task]
+        # A classifier on an upcycled backbone is saved as one on a plain one.
+        for other in ours.__subclasses__():
+            if hasattr(other, "of_class"):
+                upcycled = other.of_class(backbone)
+                bases = [_classifier(f"Upcycled{name}", bases, upcycled)]
+        if name in plain:
+            bases.append(plain[name])
+        classifier = _classifier(name, bases, backbone)
         found[ours.__name__], found[name] = backbone, classifier
         classifiers.append(classifier)
     # keras-hub looks for a class for a backbone, and then whether the saved one
@@ -89,6 +91,13 @@ def register_with_keras_hub():
         },
     )
     return found
+
+
+def _classifier(name, bases, backbone):
+    classes = {"backbone_cls": backbone, "backbone_class": backbone}
+    return _registered(
+        name, tuple(bases), {**classes, "presets": backbone.presets}
+    )
 
 
 def _registered(name, bases, attributes):
