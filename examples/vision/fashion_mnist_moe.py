@@ -38,8 +38,8 @@ args = image_options.parse(
     "Trains a vision transformer with experts, or its dense twin, on the "
     "articles of clothing of Fashion-MNIST.",
     "fashion_mnist",
-    epochs=8,
-    learning_rate=2e-3,
+    epochs=20,
+    learning_rate=3e-3,
     hidden_dim=64,
     num_layers=2,
     patch_size=4,

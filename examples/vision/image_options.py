@@ -1,6 +1,7 @@
 """Arguments of the examples that classify images, read before Keras is."""
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -46,7 +47,7 @@ def parse(description, name, **defaults):
         "patience": "epochs without a better one that end the training; 0: all",
         "seed": "at least 0",
     }
-    defaults = {"batch_size": 64, "patience": 0, "seed": 0, **defaults}
+    defaults = {"batch_size": 128, "patience": 0, "seed": 0, **defaults}
     for option, text in whole.items():
         add(_flag(option), type=int, default=defaults[option], help=text)
     add(
@@ -95,6 +96,9 @@ def parse(description, name, **defaults):
     except OSError as error:
         sys.exit(f"Cannot write to --output {str(args.output)!r}: {error}")
 
+    if args.resume:
+        _check_resumable(parser, args)
+
     os.environ["KERAS_BACKEND"] = args.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no chatter
     if args.backend == "torch":
@@ -103,6 +107,26 @@ def parse(description, name, **defaults):
         # machine.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     return args
+
+
+def settings_of(args):
+    """What a run must have the same to go on with another one."""
+    left_out = ("output", "resume", "data", "no_test")
+    return {k: v for k, v in vars(args).items() if k not in left_out}
+
+
+def _check_resumable(parser, args):
+    settings = args.output / "backup" / "settings.json"
+    if settings.exists():
+        saved = json.loads(settings.read_text())
+        changed = [k for k, v in settings_of(args).items() if saved.get(k) != v]
+        if changed:
+            parser.error(
+                "--resume needs the settings of the run that was killed. "
+                f"Received others for: {', '.join(map(_flag, changed))}"
+            )
+    elif (args.output / "summary.json").exists():
+        parser.error(f"--resume: the run in {str(args.output)!r} has ended")
 
 
 def _flag(option):

@@ -14,6 +14,7 @@ import time
 import image_data
 import keras
 import numpy as np
+from image_options import settings_of
 from image_report import draw_routing
 
 import keras_moe
@@ -174,7 +175,7 @@ def run(args, load_data, moe_layers, class_names):
     best = max(rows, key=lambda row: row["val_accuracy"])
     summary = {
         "command": shlex.join(["python", *sys.argv]),
-        **{key: _plain(value) for key, value in vars(args).items()},
+        **vars(args),
         "moe_layers": model.backbone.moe_blocks,
         "train_images": len(kept),
         "parameters": model.count_params(),
@@ -182,7 +183,7 @@ def run(args, load_data, moe_layers, class_names):
         "mean": mean.tolist(),
         "deviation": deviation.tolist(),
         "epochs_trained": len(rows),
-        "best_epoch": int(best["epoch"]) + 1,
+        "best_epoch": best["epoch"] + 1,
         "validation_accuracy": accuracy(valid[0], labels[held_out]),
         "test_accuracy": None,
         "training_seconds": round(sum(row["seconds"] for row in rows), 1),
@@ -202,7 +203,7 @@ def run(args, load_data, moe_layers, class_names):
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
         path = os.path.join(folder, "summary.json")
         with open(path, "w") as file:
-            json.dump(summary, file, indent=2)
+            json.dump(summary, file, indent=2, default=str)
         os.replace(path, args.output / "summary.json")
         if model.backbone.moe_blocks:
             # The images are those held out: they were not trained on.
@@ -251,57 +252,70 @@ def fit(args, model, train, valid):
         keras.losses.CategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    backup, log = args.output / "backup", args.output / "log.csv"
-    done = []
-    if args.resume and backup.exists():
-        done = _resumable(args, backup, log)
-    elif args.resume and log.exists():
-        sys.exit(f"The run in {str(args.output)!r} has ended.")
-    if not done:
-        shutil.rmtree(backup, ignore_errors=True)
-        log.unlink(missing_ok=True)
-        for name in ("model.keras", "summary.json", "routing.png"):
-            (args.output / name).unlink(missing_ok=True)
-    best = max((row["val_accuracy"] for row in done), default=None)
-    callbacks = [
-        _Epochs(train, log, done),
-        keras.callbacks.ModelCheckpoint(
-            args.output / "model.keras",
-            monitor="val_accuracy",
-            mode="max",
-            save_best_only=True,
-            initial_value_threshold=best,
-        ),
-        keras.callbacks.BackupAndRestore(backup, delete_checkpoint=False),
-    ]
-    if args.patience:
-        callbacks.append(
-            keras.callbacks.EarlyStopping(
-                "val_accuracy", patience=args.patience, mode="max"
-            )
-        )
-    backup.mkdir(exist_ok=True)
-    (backup / "settings.json").write_text(json.dumps(_settings(args)))
+    checkpoints = Checkpoints(args, train)
+    initial_epoch = checkpoints.resume(model) if args.resume else 0
+    if not initial_epoch:
+        checkpoints.clear()
     model.fit(
         train,
         epochs=args.epochs,
+        initial_epoch=initial_epoch,
         validation_data=valid,
         validation_batch_size=args.batch_size,
-        callbacks=callbacks,
+        callbacks=[checkpoints],
         shuffle=False,  # `train` does
         # A bar that moves is a mess in a file: one line an epoch.
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    shutil.rmtree(backup)
-    return callbacks[0].rows
+    checkpoints.finish()
+    return checkpoints.rows
 
 
-class _Epochs(keras.callbacks.Callback):
-    """Starts the epochs of the data, and keeps what each came to."""
+class Checkpoints(keras.callbacks.Callback):
+    """Keeps after each epoch what a run needs that goes on from there.
 
-    def __init__(self, train, path, rows):
+    Like `ModelCheckpoint`, `EarlyStopping`, `CSVLogger` and `BackupAndRestore`
+    together, but no file is ever half written, and the patience and the best
+    epoch so far outlive a kill.
+    """
+
+    def __init__(self, args, train):
         super().__init__()
-        self.train, self.path, self.rows = train, path, rows
+        self.args, self.train, self.rows = args, train, []
+        self.folder = args.output
+        self.backup = args.output / "backup"
+        self.log = args.output / "log.csv"
+
+    def clear(self):
+        """Removes what an earlier run left."""
+        shutil.rmtree(self.backup, ignore_errors=True)
+        for name in ("log.csv", "model.keras", "summary.json", "routing.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.backup.mkdir()
+        self._write(
+            self.backup / "settings.json",
+            lambda path: path.write_text(json.dumps(settings_of(self.args))),
+        )
+
+    def resume(self, model):
+        """Makes the model what it was; returns how many epochs it has had."""
+        latest = self.backup / "latest.weights.h5"
+        if not latest.exists():
+            return 0
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(latest)
+        epochs = int(model.optimizer.iterations) // len(self.train)
+        with self.log.open() as file:
+            rows = list(csv.DictReader(file))[:epochs]
+        for row in rows:
+            values = {key: float(value) for key, value in row.items()}
+            self.rows.append({**values, "epoch": int(row["epoch"])})
+        print(f"Going on after epoch {epochs}.", flush=True)
+        return epochs
+
+    def finish(self):
+        os.replace(self._model_of(self._best()), self.folder / "model.keras")
+        shutil.rmtree(self.backup)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.train.start_epoch(epoch)
@@ -309,52 +323,41 @@ class _Epochs(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         now = time.perf_counter(), time.process_time()
-        row = {
-            "epoch": epoch,
-            **{
-                key: float(logs[key])
-                for key in ("loss", "accuracy", "val_loss", "val_accuracy")
-            },
-            "seconds": now[0] - self.start[0],
-            "processor": now[1] - self.start[1],
-        }
-        self.rows.append(row)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
+        kept = ("loss", "accuracy", "val_loss", "val_accuracy")
+        before = self._best() if self.rows else None
+        self.rows.append(
+            {
+                "epoch": epoch,
+                **{key: float(logs[key]) for key in kept},
+                "seconds": now[0] - self.start[0],
+                "processor": now[1] - self.start[1],
+            }
+        )
+        best = self._best()
+        if best == epoch:
+            self._write(self._model_of(epoch), self.model.save)
+        self._write(self.log, self._save_log)
+        self._write(self.backup / "latest.weights.h5", self.model.save_weights)
+        # From here on a run would go on after this epoch.
+        if before not in (None, best):
+            self._model_of(before).unlink()
+        patience = self.args.patience
+        self.model.stop_training = bool(patience and epoch - best >= patience)
+
+    def _best(self):
+        return max(self.rows, key=lambda row: row["val_accuracy"])["epoch"]
+
+    def _model_of(self, epoch):
+        return self.backup / f"{epoch}.keras"
+
+    def _write(self, path, save):
+        """Saves beside the path and then renames."""
+        unfinished = path.with_name(f"unfinished-{path.name}")
+        save(unfinished)
+        os.replace(unfinished, path)
+
+    def _save_log(self, path):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
-
-
-def _settings(args):
-    left_out = ("output", "resume", "data", "no_test")
-    return {k: v for k, v in vars(args).items() if k not in left_out}
-
-
-def _resumable(args, backup, log):
-    """The epochs that are in the backup."""
-    saved = json.loads((backup / "settings.json").read_text())
-    if saved != _settings(args):
-        changed = [k for k, v in _settings(args).items() if saved.get(k) != v]
-        sys.exit(
-            "--resume needs the settings of the run that was killed. Other "
-            f"ones: {', '.join(changed)}"
-        )
-    metadata = backup / "training_metadata.json"
-    if not metadata.exists() or not log.exists():
-        return []
-    epochs = json.loads(metadata.read_text())["epoch"]
-    with log.open() as file:
-        rows = [
-            {key: float(value) for key, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
-    print(f"Going on after epoch {epochs}.")
-    return rows[:epochs]
-
-
-def _plain(value):
-    return (
-        value
-        if isinstance(value, (int, float, str, bool))
-        else (None if value is None else str(value))
-    )
