@@ -12,7 +12,6 @@ import json
 import pathlib
 import statistics
 
-
 _NO_SETTINGS = {
     *("command", "seed", "output", "data", "resume", "no_test", "history"),
     *("versions", "mean", "deviation", "epochs_trained", "best_epoch"),
