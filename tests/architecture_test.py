@@ -34,7 +34,7 @@ EVERYWHERE = {
         "random",
         "re",
     ),
-    *("shutil", "threading", "types", "typing", "warnings", "weakref"),
+    *("shutil", "sys", "threading", "types", "typing", "warnings", "weakref"),
     "zipfile",
 }
 

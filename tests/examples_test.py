@@ -89,6 +89,35 @@ class ExamplesTest(unittest.TestCase):
         self.assertIn("test accuracy", done.stdout)
 
     @on("torch")
+    def test_upcycle_vit(self):
+        data = self.folder / "mnist"
+        example_files.write_mnist(data)
+        output = self.folder / "output"
+        done = run(
+            "vision/upcycle_vit.py",
+            *("--backend", "torch", "--data", str(data), "--seeds", "1"),
+            *("--epochs", "1", "--more-epochs", "1", "--output", str(output)),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(
+            sorted(path.name for path in output.iterdir()),
+            ["routing.png", "summary.json", "upcycled.keras"],
+        )
+        self.assertGreater((output / "routing.png").stat().st_size, 3_000)
+        summary = json.loads((output / "summary.json").read_text())
+        self.assertEqual(summary["train_images"], 108)
+        copies = summary["results"]["upcycled, copies"][0]
+        self.assertLess(copies["difference_at_first"], 1e-4)
+        self.assertTrue(1.2 < copies["relative_cost"] < 1.4)
+        narrow = summary["results"]["upcycled, half as wide"][0]
+        self.assertTrue(1 < narrow["relative_cost"] < 1.02)
+        # As many epochs as cost at least as much.
+        self.assertIn("dense, 2 epochs more", summary["results"])
+        for experts in summary["first_experts"]:
+            self.assertEqual(sum(experts), 10 * 7 * 7)
+        self.assertRegex(done.stdout, r"upcycled, copies +1\.\d\d +\d+\.\d\d%")
+
+    @on("torch")
     def test_torch_experts(self):
         arguments = ["--epochs", "1", "--output", str(self.folder)]
         for launch, held in (
@@ -279,6 +308,7 @@ class ExamplesTest(unittest.TestCase):
         vision, stages = "vision/digits_moe.py", "recommendation/two_stage.py"
         fashion = "vision/fashion_mnist_moe.py"
         for example, arguments, message in (
+            ("vision/upcycle_vit.py", ("--seeds", "0"), "at least 1"),
             (vision, ("--epochs", "0"), "at least 1"),
             (vision, ("--backend", "numpy"), "'numpy'"),
             (fashion, ("--model", "moe"), "'moe'"),

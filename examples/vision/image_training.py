@@ -139,7 +139,10 @@ def run(args, load_data, moe_layers, class_names):
         class_names: list of str.
     """
     start = time.perf_counter()
-    images, labels = load_data("train")
+    try:
+        images, labels = load_data("train")
+    except (OSError, ValueError) as error:
+        sys.exit(f"--data: {error}")
     if args.validation + args.batch_size > len(images):
         sys.exit(
             f"--validation {args.validation} leaves no batch of "

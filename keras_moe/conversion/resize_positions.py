@@ -1,8 +1,8 @@
 import keras
 
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
+from keras_moe.vision.models.image_backbone import ImageBackbone
 from keras_moe.vision.models.image_classifier import MoEImageClassifier
-from keras_moe.vision.models.vision_backbone import VisionBackbone
 
 
 def resize_positions(model, image_shape):
@@ -13,7 +13,7 @@ def resize_positions(model, image_shape):
     weights are copied. Positions that are computed need no resizing.
 
     Args:
-        model: A `keras_moe.models.VMoEBackbone`, `SoftMoEBackbone` or
+        model: A backbone of `keras_moe.models` for images, or a
             `MoEImageClassifier`. It stays as it is.
         image_shape: Three ints, in the order of the model's `data_format`, with
             as many channels as before.
@@ -22,7 +22,8 @@ def resize_positions(model, image_shape):
         A new model of the same class.
 
     Raises:
-        ValueError: If `model` is another, the patches do not divide the images,
+        ValueError: If `model` is another or has further weights that depend on
+            the size (`MixerMoEBackbone`), the patches do not divide the images,
             or the number of channels differs.
 
     Example:
@@ -39,7 +40,7 @@ def resize_positions(model, image_shape):
 
     - [Dosovitskiy et al., 2020](https://arxiv.org/abs/2010.11929), section 3.2
     """
-    if not isinstance(model, (VisionBackbone, MoEImageClassifier)):
+    if not isinstance(model, (ImageBackbone, MoEImageClassifier)):
         raise ValueError(
             "`model` must be a vision backbone or a classifier of "
             f"keras_moe.models. Received: model={model!r}"
@@ -68,12 +69,24 @@ def _backbone(model):
 
 def _copy(model, new):
     for old_layer, layer in zip(model.layers, new.layers, strict=True):
-        if isinstance(layer, VisionBackbone):
+        if isinstance(layer, ImageBackbone):
             _copy(old_layer, layer)
         elif isinstance(layer, PatchEmbedding) and layer.positions is not None:
             _copy_embedding(old_layer, layer)
         else:
+            _check_shapes(old_layer, layer)
             layer.set_weights(old_layer.get_weights())
+
+
+def _check_shapes(old_layer, layer):
+    for old, new in zip(old_layer.weights, layer.weights, strict=True):
+        if old.shape != new.shape:
+            raise ValueError(
+                "`model` must have no weights that fit images of one size "
+                f"alone, but for positions. Received: {old.path} of shape "
+                f"{tuple(old.shape)}, which would have to be "
+                f"{tuple(new.shape)}"
+            )
 
 
 def _copy_embedding(old, new):

@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.conversion.sublayers import with_sublayers
 from keras_moe.moe.causal import check_causal_layers
 from keras_moe.routers.eval_top_k import EvalTopK
 from keras_moe.routers.router import Router
@@ -45,7 +46,7 @@ def set_eval_top_k(model, top_k):
         raise ValueError(
             f"`model` must be a model or a layer. Received: model={model!r}"
         )
-    layers = _with_sublayers(model)
+    layers = with_sublayers(model)
     routers = [layer for layer in layers if isinstance(layer, EvalTopK)]
     if not routers:
         _refuse(model, layers)
@@ -81,24 +82,3 @@ def _recompile(model):
         model.make_test_function(force=True)
     if model.predict_function is not None:
         model.make_predict_function(force=True)
-
-
-def _with_sublayers(layer):
-    """The layer and all layers that its attributes hold, each once."""
-    found, seen, left = [], set(), [layer]
-    while left:
-        value = left.pop()
-        if id(value) in seen:
-            continue
-        if isinstance(value, keras.layers.Layer):
-            found.append(value)
-            held = vars(value).values()
-        elif isinstance(value, dict):
-            held = value.values()
-        elif isinstance(value, (list, tuple, set)):
-            held = value
-        else:
-            continue
-        seen.add(id(value))
-        left.extend(reversed(list(held)))
-    return found

@@ -79,12 +79,16 @@ class FeedForwardExperts(Experts):
             f"{name}_kernel", (input_dim, output_dim), hidden_axis=of_kernel
         )
         bias = None
-        if self.use_bias:
+        if self.has_bias(name):
             bias = self.add_bank(
                 f"{name}_bias", (output_dim,), "bias", hidden_axis=of_bias
             )
         setattr(self, f"{name}_kernel", kernel)
         setattr(self, f"{name}_bias", bias)
+
+    def has_bias(self, name):
+        """Whether the layer of this name has a bias."""
+        return self.use_bias
 
     def dense(self, name, rows, group_sizes):
         """Applies the layer that `add_dense` made to rows grouped by expert."""

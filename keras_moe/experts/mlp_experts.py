@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.checks import check_bool
 from keras_moe.experts.feed_forward_experts import FeedForwardExperts
 
 
@@ -21,6 +22,8 @@ class MLPExperts(FeedForwardExperts):
             `"quick_gelu"` or `"relu_squared"` (Nemotron). Defaults to
             `"relu"`.
         use_bias: bool. Whether both layers have a bias. Defaults to `True`.
+        use_output_bias: bool, or `None` for `use_bias`. Whether the second
+            layer has one. Defaults to `None`.
         output_dim: int, or `None` for the width of the input. Defaults to
             `None`.
         dropout: float. Rate of the dropout of the hidden layer, in training.
@@ -67,13 +70,25 @@ class MLPExperts(FeedForwardExperts):
         intermediate_dim,
         activation="relu",
         use_bias=True,
+        use_output_bias=None,
         **kwargs,
     ):
         super().__init__(
             num_experts, intermediate_dim, activation, use_bias, **kwargs
         )
+        if use_output_bias is not None:
+            check_bool("use_output_bias", use_output_bias)
+        self.use_output_bias = use_output_bias
+
+    def has_bias(self, name):
+        if name != "down" or self.use_output_bias is None:
+            return self.use_bias
+        return self.use_output_bias
 
     def join_hidden(self, up):
         return self.activation(up)
 
     join_hidden.is_by_unit = True
+
+    def get_config(self):
+        return {**super().get_config(), "use_output_bias": self.use_output_bias}

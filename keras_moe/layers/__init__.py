@@ -56,13 +56,24 @@ from keras_moe.vision.layers.cond_conv2d import CondConv2D as CondConv2D
 from keras_moe.vision.layers.contrastive_head import (
     ContrastiveHead as ContrastiveHead,
 )
+from keras_moe.vision.layers.conv_next_block import (
+    ConvNeXtBlock as ConvNeXtBlock,
+)
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
 from keras_moe.vision.layers.image_converter import (
     ImageConverter as ImageConverter,
 )
+from keras_moe.vision.layers.inverted_residual_block import (
+    InvertedResidualBlock as InvertedResidualBlock,
+)
 from keras_moe.vision.layers.patch_embedding import (
     PatchEmbedding as PatchEmbedding,
 )
+from keras_moe.vision.layers.patch_merging import PatchMerging as PatchMerging
 from keras_moe.vision.layers.text_embedding import (
     TextEmbedding as TextEmbedding,
+)
+from keras_moe.vision.layers.token_mixing import TokenMixing as TokenMixing
+from keras_moe.vision.layers.window_attention import (
+    WindowAttention as WindowAttention,
 )

@@ -52,6 +52,12 @@ from keras_moe.recommendation.tasks.weighting.task_weighting import (
 from keras_moe.recommendation.tasks.weighting.uncertainty_weighting import (
     UncertaintyWeighting as UncertaintyWeighting,
 )
+from keras_moe.vision.models.cond_conv_backbone import (
+    CondConvBackbone as CondConvBackbone,
+)
+from keras_moe.vision.models.conv_next_moe_backbone import (
+    ConvNeXtMoEBackbone as ConvNeXtMoEBackbone,
+)
 from keras_moe.vision.models.image_classifier import (
     MoEImageClassifier as MoEImageClassifier,
 )
@@ -59,7 +65,16 @@ from keras_moe.vision.models.image_classifier import (
     VMoEImageClassifier as VMoEImageClassifier,
 )
 from keras_moe.vision.models.image_text_moe import ImageTextMoE as ImageTextMoE
+from keras_moe.vision.models.keras_hub_models import (
+    register_with_keras_hub as register_with_keras_hub,
+)
+from keras_moe.vision.models.mixer_moe_backbone import (
+    MixerMoEBackbone as MixerMoEBackbone,
+)
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,
+)
+from keras_moe.vision.models.swin_moe_backbone import (
+    SwinMoEBackbone as SwinMoEBackbone,
 )
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone as VMoEBackbone

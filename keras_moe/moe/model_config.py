@@ -49,9 +49,16 @@ def made_again(model_class, arguments, settings):
         model = model_class(**arguments)
     finally:
         keras.config.set_dtype_policy(now)
+    freeze(model, settings)
+    return model
+
+
+def freeze(model, settings):
+    """Applies the frozen layers and weights of saved settings."""
+    if not settings:
+        return
     for i in settings.get("frozen_layers", ()):
         model.layers[i].trainable = False
     weights = _weights(model)
     for i in settings.get("frozen_weights", ()):
         weights[i].trainable = False
-    return model

@@ -9,6 +9,8 @@ from keras_moe.checks import check_int
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_seed
 from keras_moe.ops.masking import zero_masked
+from keras_moe.ops.noise import expected_load
+from keras_moe.routers.noisy_top_k_router import NoisyRouting
 from keras_moe.routers.normalizations import unit_vectors
 from keras_moe.routers.top_k_router import TopKRouter
 from keras_moe.stacked.draws import own_draws
@@ -29,6 +31,9 @@ class CosineRouter(TopKRouter):
     lie between `-scale` and `scale`, and training does not pull the tokens
     together towards the embeddings, as it does with dot products. The scale,
     one over a temperature, is learned.
+
+    With `noise_stddev` alone, the router also tells the load that the noise
+    leads to, which `keras_moe.losses.LoadLoss` balances (Swin-MoE).
 
     A length below 1e-12 counts as 1e-12. Such a vector has no direction, and
     its cosine has no gradient.
@@ -59,7 +64,8 @@ class CosineRouter(TopKRouter):
         `(T, D)`
 
     Output:
-        A `keras_moe.routers.Routing`, as `TopKRouter` returns it.
+        A `keras_moe.routers.Routing`, as `TopKRouter` returns it, or a
+        `NoisyRouting` if the router tells a load.
 
     Raises:
         ValueError: If an argument is out of range, or `D` is not static.
@@ -109,6 +115,9 @@ class CosineRouter(TopKRouter):
             keras.initializers.get,
             projection_initializer,
         )
+        plain = not (self.gumbel_noise or self.num_always_on or self.bias_kind)
+        if self.noise_stddev > 0 and plain:
+            self.routing_class = NoisyRouting
 
     def build_logits(self, dim):
         self.projection_kernel = self.add_weight(
@@ -135,7 +144,18 @@ class CosineRouter(TopKRouter):
     def call(self, tokens, mask=None, training=None):
         # A NaN in a masked token would reach the gradient of the projection.
         tokens = zero_masked(tokens, mask)
-        return super().call(tokens, mask=mask, training=training)
+        if self.routing_class is not NoisyRouting:
+            return super().call(tokens, mask=mask, training=training)
+        logits = self.logits(tokens, training)  # (T, E)
+        noisy = self.noisy_logits(logits, training)
+        load = expected_load(
+            logits,
+            noisy,
+            self.noise_stddev if training else 0.0,
+            self.num_choices(training),
+            "shared",
+        )
+        return NoisyRouting(*self.route(logits, noisy, mask, training), load)
 
     def raw_logits(self, tokens):
         low = ops.einsum("td,dp->tp", tokens, self.projection_kernel)

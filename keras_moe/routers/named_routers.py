@@ -1,5 +1,6 @@
 import keras
 
+from keras_moe.routers.cosine_router import CosineRouter
 from keras_moe.routers.dense_router import DenseRouter
 from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
 from keras_moe.routers.gshard_router import GShardRouter
@@ -16,6 +17,12 @@ def _v_moe(num_experts=32, **kwargs):
         **kwargs,
     }
     return NoisyTopKRouter(num_experts, **kwargs)
+
+
+def _swin_moe_cosine(num_experts=32, **kwargs):
+    return CosineRouter(
+        num_experts, **{"noise_stddev": 1.0 / num_experts, **kwargs}
+    )
 
 
 # Class and arguments by name; `get` documents them.
@@ -57,6 +64,7 @@ _NAMED = {
         },
     ),
     "v_moe": (_v_moe, {"top_k": 2}),
+    "swin_moe_cosine": (_swin_moe_cosine, {"top_k": 1}),
     "jacobs": (DenseRouter, {}),
 }
 
@@ -79,6 +87,8 @@ def get(identifier, **kwargs):
       section 4).
     - `"v_moe"`: `NoisyTopKRouter`, 2 of 32 experts, noise of width
       1 / experts, weights not normalized (Riquelme et al., 2021, appendix A).
+    - `"swin_moe_cosine"`: `CosineRouter`, 1 of 32 experts, noise of width
+      1 / experts (Hwang et al., 2022, and the released Swin-MoE models).
     - `"st_moe"`: `GShardRouter`, 2 experts, threshold 0.2 (Zoph et al., 2022,
       appendix C).
     - `"expert_choice"`: `ExpertChoiceRouter`, capacity factor 2 (Zhou et al.,

@@ -69,6 +69,29 @@ class FeedForwardTest(BankTestCase):
         self.check_bank(layer, self.rows, SIZES, one_row)
         self.assertEqual(layer.compute_output_shape((None, 4)), (None, 7))
 
+    @parameterized.parameters((True, False), (False, True))
+    def test_one_bias(self, use_bias, use_output_bias):
+        layer = experts.MLPExperts(
+            3,
+            5,
+            activation="tanh",
+            use_bias=use_bias,
+            use_output_bias=use_output_bias,
+            bias_initializer="normal",
+        )
+
+        def one_row(row, w, e):
+            hidden = row @ w["up_kernel"][e]
+            if use_bias:
+                hidden = hidden + w["up_bias"][e]
+            y = np.tanh(hidden) @ w["down_kernel"][e]
+            return y if use_bias else y + w["down_bias"][e]
+
+        self.check_bank(layer, self.rows, SIZES, one_row)
+        self.assertLen(layer.trainable_variables, 3)
+        again = experts.MLPExperts.from_config(layer.get_config())
+        self.assertEqual(again.use_output_bias, use_output_bias)
+
     def test_output_dim_of_glu(self):
         layer = experts.GLUExperts(3, 5, output_dim=2, use_bias=True)
         out = layer(self.rows, ops.array(SIZES, "int32"))
@@ -142,3 +165,7 @@ class FeedForwardTest(BankTestCase):
             experts.GLUExperts(
                 **{"num_experts": 2, "intermediate_dim": 4, **kwargs}
             )
+
+    def test_error_of_one_bias(self):
+        with self.assertRaisesRegex(ValueError, "`use_output_bias` must be"):
+            experts.MLPExperts(2, 4, use_output_bias="no")

@@ -1,11 +1,16 @@
+import math
+
 import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
+from keras_moe.routers import NoisyRouting
+from keras_moe.routers import Routing
 from keras_moe.routers.cosine_router import CosineRouter
 from tests import token_loop
 from tests.routers.logits_checks import DIM
 from tests.routers.logits_checks import LogitsChecks
+from tests.routing_cases.cases import recorded_draws
 from tests.test_case import TestCase
 
 
@@ -52,6 +57,35 @@ class CosineRouterTest(LogitsChecks, TestCase):
         router.projection_kernel.assign(np.zeros((DIM, 3)))
         router.projection_bias.assign(np.zeros(3))
         self.assertAllClose(router(self.tokens()).logits, np.zeros((9, 4)))
+
+    def test_load(self):
+        """As V-MoE's router counts it, from these logits and draws."""
+        router = self.built(noise_stddev=0.5)
+        self.assertIs(router.routing_class, NoisyRouting)
+        draws = np.random.default_rng(5).normal(size=(9, 4)).astype("float32")
+        with recorded_draws(normal=[draws]):
+            routing = router(self.tokens(), training=True)
+        logits = ops.convert_to_numpy(routing.logits)
+        noisy = logits + 0.5 * draws
+        threshold = np.sort(noisy, 1)[:, -2][:, None]
+        margin = (logits - threshold) / 0.5 / np.sqrt(2)
+        self.assert_relative(
+            routing.load, 0.5 * (1 + np.vectorize(math.erf)(margin))
+        )
+        self.assertAllEqual(
+            routing.expert_indices, np.argsort(-noisy, 1)[:, :2]
+        )
+        routing = router(self.tokens())
+        chosen = np.zeros((9, 4))
+        np.put_along_axis(
+            chosen, ops.convert_to_numpy(routing.expert_indices), 1.0, axis=1
+        )
+        self.assertAllEqual(routing.load, chosen)
+        for options in ({"gumbel_noise": 1.0}, {"expert_bias": True}, {}):
+            noise = 0.5 if options else 0.0
+            router = self.built(noise_stddev=noise, **options)
+            routing = router(self.tokens(), training=True)
+            self.assertIs(type(routing), Routing)
 
     @parameterized.parameters(
         ({"projection_dim": 0}, "projection_dim=0"),

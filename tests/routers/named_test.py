@@ -22,6 +22,13 @@ NUMBERS = {
         "noise_stddev": 1 / 32,
         "normalize_weights": False,
     },
+    "swin_moe_cosine": {
+        "num_experts": 32,
+        "top_k": 1,
+        "noise_stddev": 1 / 32,
+        "projection_dim": 256,
+        "initial_temperature": 0.5,
+    },
     "st_moe": {"top_k": 2, "threshold": 0.2},
     "expert_choice": {"capacity_factor": 2.0},
     "mixtral": {"num_experts": 8, "top_k": 2, "score_after_selection": True},

@@ -1,14 +1,15 @@
 """Builds what timm computes with mixed kernels, of Keras' layers and ours.
 
-A case is one `CondConv2d`, or a whole network of the EfficientNet family whose
-blocks with `cc` have one router for all three convolutions.
+A case is one `CondConv2d`, or a whole network of the EfficientNet family, which
+is a `CondConvBackbone` with a classifier.
 """
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_moe.layers import CondConv2D
+from keras_moe.models import CondConvBackbone
+from keras_moe.models import MoEImageClassifier
 from tests.recommendation_cases.recorded import Recorded
 
 # Shapes of ours from recorded ones, and back.
@@ -45,8 +46,15 @@ def model_from_case(case, arrays):
         weights = keras.Input(arrays["routing"].shape[1:], name="routing")
         y = one_layer(config, recorded, x, weights)
         return keras.Model({"x": x, "routing": weights}, {"y": y}), recorded
-    network = Network(config, recorded, case["kernel_shapes"])
-    outputs = network(x)
+    model, names = classifier(
+        config, recorded, case["kernel_shapes"], x.shape[1:]
+    )
+    outputs = {"y": model(x)}
+    backbone = model.backbone
+    for number in backbone.moe_blocks:
+        block = backbone.block(number)
+        read = keras.Model(backbone.inputs, block.input)(x)
+        outputs[f"route/{names[number]}/weights"] = Weigher(block)(read)
     return keras.Model({"x": x}, outputs), recorded
 
 
@@ -95,126 +103,106 @@ def put(recorded, variable, name, layout, shape=None):
     )
 
 
-class Network:
-    """An EfficientNet, as `arch` and the recorded weights describe it."""
+def classifier(config, recorded, kernel_shapes, shape):
+    """A `MoEImageClassifier` of a `CondConvBackbone`, and names of its blocks.
 
-    def __init__(self, config, recorded, kernel_shapes):
-        self.config = config
-        self.recorded = recorded
-        self.kernel_shapes = kernel_shapes
+    Args:
+        config, kernel_shapes: Of the case.
+        recorded: A `Recorded`.
+        shape: Three ints, of the images.
+    """
+    weights, blocks, stages = recorded.weights, [], []
+    for stage, specs in enumerate(config["arch"]):
+        number = 0
+        for spec in specs:
+            kind, *options = spec.split("_")
+            given = {o.rstrip("0123456789."): o for o in options}
+            name = f"blocks.{stage}.{number}"
+            if len(specs) == 1:  # a network may be deeper than `arch` says
+                repeats = recorded.count(f"blocks.{stage}.{{}}")
+                given["r"] = f"r{repeats}"
+            norm = "bn2" if kind == "ds" else "bn3"
+            given["c"] = f"c{len(weights[f'{name}.{norm}.weight'])}"
+            if "cc" in given:
+                experts = len(weights[f"{name}.routing_fn.bias"])
+                given["cc"] = f"cc{experts}"
+            stages.append("_".join([kind, *given.values()]))
+            for _ in range(int(given["r"][1:])):
+                blocks.append((kind, f"blocks.{stage}.{number}"))
+                number += 1
+    backbone = CondConvBackbone(
+        shape,
+        stages,
+        stem_filters=len(weights["bn1.weight"]),
+        head_filters=len(weights["bn2.weight"]),
+        activation=config["act"],
+        padding="symmetric",
+        batch_norm_epsilon=1e-5,
+        data_format="channels_last",
+    )
+    model = MoEImageClassifier(backbone, config["num_classes"])
+    put_dense(recorded, model.get_layer("predictions"), "classifier")
+    for ours, conv, norm in (
+        ("stem", "conv_stem", "bn1"),
+        ("head", "conv_head", "bn2"),
+    ):
+        kernel = backbone.get_layer(ours).kernel
+        put(recorded, kernel, f"{conv}.weight", KERNEL)
+        put_norm(recorded, backbone.get_layer(f"{ours}_norm"), norm)
+    for number, (kind, name) in enumerate(blocks):
+        put_block(recorded, backbone.block(number), kind, name, kernel_shapes)
+    return model, [name for _, name in blocks]
 
-    def __call__(self, x):
-        found = {}
-        x = self.norm(self.conv(x, "conv_stem", stride=2), "bn1")
-        for stage, specs in enumerate(self.config["arch"]):
-            specs = [spec.split("_") for spec in specs]
-            number = 0
-            for kind, *options in specs:
-                repeats, stride = (
-                    next(int(o[1:]) for o in options if o[0] == letter)
-                    for letter in "rs"
-                )
-                has_experts = any(o[:2] == "cc" for o in options)
-                for repeat in range(repeats):
-                    name = f"blocks.{stage}.{number}"
-                    x, weights = self.block(
-                        x,
-                        name,
-                        kind,
-                        1 if repeat else stride,
-                        has_experts,
-                    )
-                    if has_experts:
-                        found[f"route/{name}/weights"] = weights
-                    number += 1
-        x = self.norm(self.conv(x, "conv_head"), "bn2")
-        x = keras.layers.GlobalAveragePooling2D(data_format="channels_last")(x)
-        return {"y": self.recorded.dense(x, "classifier"), **found}
 
-    def block(self, x, name, kind, stride, has_experts):
-        before, weights = x, None
-        if has_experts:
-            pooled = keras.layers.GlobalAveragePooling2D(
-                data_format="channels_last"
-            )(x)
-            logits = self.recorded.dense(pooled, f"{name}.routing_fn")
-            weights = ops.sigmoid(logits)
+def put_block(recorded, block, kind, name, kernel_shapes):
+    names = {"expand": ("conv_pw", "bn1"), "depthwise": ("conv_dw", "bn2")}
+    names["project"] = "conv_pwl", "bn3"
+    if kind == "ds":
+        names = {"depthwise": ("conv_dw", "bn1"), "project": ("conv_pw", "bn2")}
+    for ours, (conv, norm) in names.items():
+        layer, conv = getattr(block, ours), f"{name}.{conv}"
+        layout = DEPTHWISE if ours == "depthwise" else KERNEL
+        if conv in kernel_shapes:
+            layout = BANK
+        shape = kernel_shapes.get(conv)
+        put(recorded, layer.kernel, f"{conv}.weight", layout, shape)
+        put_norm(recorded, getattr(block, f"{ours}_norm"), f"{name}.{norm}")
+    if block.squeeze is not None:
+        put_dense(recorded, block.squeeze, f"{name}.se.conv_reduce")
+        put_dense(recorded, block.excite, f"{name}.se.conv_expand")
+    if block.router is not None:
+        put_dense(recorded, block.router, f"{name}.routing_fn")
 
-        def conv(x, part, stride=1):
-            return self.conv(x, f"{name}.{part}", stride, weights)
 
-        if kind == "ds":
-            x = self.norm(conv(x, "conv_dw", stride), f"{name}.bn1")
-            x = self.squeeze(x, f"{name}.se")
-            x = self.norm(conv(x, "conv_pw"), f"{name}.bn2", activates=False)
-        else:
-            x = self.norm(conv(x, "conv_pw"), f"{name}.bn1")
-            x = self.norm(conv(x, "conv_dw", stride), f"{name}.bn2")
-            x = self.squeeze(x, f"{name}.se")
-            x = self.norm(conv(x, "conv_pwl"), f"{name}.bn3", activates=False)
-        return (x + before if x.shape == before.shape else x), weights
+def put_dense(recorded, layer, name):
+    """A linear layer, in the original perhaps a convolution of 1 x 1."""
+    shape = recorded.weights[f"{name}.weight"].shape
+    recorded.put(
+        layer.kernel,
+        f"{name}.weight",
+        to=lambda value: value.reshape(shape[:2]).T,
+        back=lambda value: value.T.reshape(shape),
+    )
+    recorded.put(layer.bias, f"{name}.bias")
 
-    def conv(self, x, name, stride=1, weights=None):
-        """A recorded convolution, with mixed kernels if there are weights."""
-        key = f"{name}.weight"
-        shape = self.recorded.weights[key].shape
-        if name in self.kernel_shapes:
-            experts, shape = shape[0], self.kernel_shapes[name]
-        filters, c, size, _ = shape
-        groups = x.shape[-1] // c
-        padding = (stride - 1 + size - 1) // 2
-        options = {
-            "kernel_size": size,
-            "strides": stride,
-            "use_bias": f"{name}.bias" in self.recorded.weights,
-            "data_format": "channels_last",
-        }
-        if name in self.kernel_shapes:
-            layer = CondConv2D(
-                filters,
-                num_experts=experts,
-                groups=groups,
-                padding=padding,
-                **options,
-            )
-            y = layer(x, routing_weights=weights)
-            put(self.recorded, layer.kernel, key, BANK, shape)
-            return y
-        if padding:
-            x = keras.layers.ZeroPadding2D(
-                padding, data_format="channels_last"
-            )(x)
-        if groups > 1:
-            layer, layout = keras.layers.DepthwiseConv2D(**options), DEPTHWISE
-        else:
-            layer, layout = keras.layers.Conv2D(filters, **options), KERNEL
-        y = layer(x)
-        put(self.recorded, layer.kernel, key, layout)
-        if layer.use_bias:
-            self.recorded.put(layer.bias, f"{name}.bias")
-        return y
 
-    def norm(self, x, name, activates=True):
-        layer = keras.layers.BatchNormalization(axis=-1, epsilon=1e-5)
-        x = layer(x)
-        self.recorded.put(layer.gamma, f"{name}.weight")
-        self.recorded.put(layer.beta, f"{name}.bias")
-        weights = self.recorded.weights
-        layer.moving_mean.assign(weights[f"{name}.running_mean"])
-        layer.moving_variance.assign(weights[f"{name}.running_var"])
-        if not activates:
-            return x
-        return keras.layers.Activation(self.config["act"])(x)
+def put_norm(recorded, layer, name):
+    recorded.put(layer.gamma, f"{name}.weight")
+    recorded.put(layer.beta, f"{name}.bias")
+    weights = recorded.weights
+    layer.moving_mean.assign(weights[f"{name}.running_mean"])
+    layer.moving_variance.assign(weights[f"{name}.running_var"])
 
-    def squeeze(self, x, name):
-        if not self.recorded.has(name):
-            return x
-        mean = keras.layers.GlobalAveragePooling2D(
-            data_format="channels_last", keepdims=True
-        )(x)
-        hidden = self.conv(mean, f"{name}.conv_reduce")
-        hidden = keras.layers.Activation(self.config["act"])(hidden)
-        return x * ops.sigmoid(self.conv(hidden, f"{name}.conv_expand"))
+
+class Weigher(keras.layers.Layer):
+    """The weights of the experts of a block, from what the block reads."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def call(self, inputs, training=None):
+        return self.block.routing_weights(inputs, training)
 
 
 def _pair(value):

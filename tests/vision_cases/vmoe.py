@@ -241,15 +241,3 @@ def assert_routing(test, case, where, routed):
     combine = combine.reshape(groups, size, experts)
     test.assert_relative(combine, recorded["combine"])
     test.assertAllEqual(combine > 0, recorded["slot"] >= 0)
-
-
-def tiled(case):
-    """The recorded dense feed-forwards, once for each expert.
-
-    By the names of the weights of the model with experts.
-    """
-    number = case.config["encoder"]["moe"]["num_experts"]
-    return {
-        name.replace("/Mlp/", "/Moe/Mlp/"): np.stack([value] * number)
-        for name, value in case.under("dense/w/").items()
-    }

@@ -6,6 +6,7 @@ import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
+from keras_moe.conversion import upcycle
 from keras_moe.layers import MoE
 from keras_moe.losses import ImportanceLoss
 from keras_moe.losses import LoadBalancingLoss
@@ -95,9 +96,9 @@ class VMoEModelsTest(TestCase):
         routed = []
         watched = MoE._routed
 
-        def spy(layer, tokens, routing, training):
+        def spy(layer, tokens, routing, *args):
             routed.append((layer, tokens, routing))
-            return watched(layer, tokens, routing, training)
+            return watched(layer, tokens, routing, *args)
 
         with mock.patch.object(MoE, "_routed", spy), draws(case, prefix):
             model(case.arrays["x"], training=True)
@@ -142,40 +143,46 @@ class UpcycledTest(TestCase):
         The original does not normalize the weights of the chosen experts, so
         that its model differs from the dense one.
         """
-        blocks = case.config["encoder"]["moe"]["layers"]
-        moe = "|".join(f"encoderblock_{block}/Moe/" for block in blocks)
+        moe = case.config["encoder"]["moe"]
+        blocks = sorted(moe["layers"])
+        changed = tuple(f"Encoder/encoderblock_{i}/Moe/" for i in blocks)
         shared = {
             name: value
             for name, value in case.under("w/").items()
-            if not any(part in name for part in moe.split("|"))
+            if not name.startswith(changed)
         }
         weights = {**shared, **case.under("dense/w/")}
-        dense = case._replace(
-            meta={**case.meta, "config": case.meta["dense_config"]},
-            arrays={
-                "x": case.arrays["x"],
-                **{f"w/{name}": value for name, value in weights.items()},
-            },
+        dense = vmoe.model_from_case(
+            case._replace(
+                meta={**case.meta, "config": case.meta["dense_config"]},
+                arrays={
+                    "x": case.arrays["x"],
+                    **{f"w/{name}": value for name, value in weights.items()},
+                },
+            )
         )
-        model = vmoe.model_from_case(dense)
         wanted = case.arrays["dense/y"]
-        self.assert_relative(model(case.arrays["x"]), wanted)
-        tiled = vmoe.tiled(case)
-        for name, value in tiled.items():
-            # But for a finite difference that the recording was made with.
-            self.assert_relative(value, case.arrays[f"w/{name}"], 1e-4)
-        upcycled = case._replace(
-            arrays={
-                **case.arrays,
-                **{f"w/{name}": value for name, value in tiled.items()},
-            }
-        )
-        model = vmoe.model_from_case(
-            upcycled,
-            {"load_loss_weight": 0.0},
-            router="top_k",
-            router_noise=None,
-        )
+        self.assert_relative(dense(case.arrays["x"]), wanted)
+        options = {"num_experts": moe["num_experts"], "layers": blocks}
+        model = upcycle(dense, **options)
         self.assert_relative(
             ops.convert_to_numpy(model(case.arrays["x"])), wanted
+        )
+        with self.assertWarnsRegex(UserWarning, "do not sum to one"):
+            top_k = vmoe.router_of(case.meta).get("num_selected_experts", 1)
+            model = upcycle(dense, router="v_moe", top_k=top_k, **options)
+        recorded = case.under("w/")
+        compared = 0
+        for variable in model.trainable_variables:
+            name = vmoe.original_name(variable.path)
+            if name.endswith("/Moe/Router/dense/kernel"):
+                variable.assign(recorded[name])
+            elif name.startswith(changed):
+                # But for a finite difference that the recording was made with.
+                self.assert_relative(variable.value, recorded[name], 1e-4)
+                compared += 1
+                variable.assign(recorded[name])
+        self.assertEqual(compared, 4 * len(blocks))
+        self.assert_relative(
+            ops.convert_to_numpy(model(case.arrays["x"])), case.arrays["y"]
         )

@@ -87,9 +87,9 @@ class TwoTowersTest(TestCase):
         routed = []
         watched = MoE._routed
 
-        def spy(layer, tokens, routing, training):
+        def spy(layer, tokens, routing, *args):
             routed.append((layer, tokens, routing))
-            return watched(layer, tokens, routing, training)
+            return watched(layer, tokens, routing, *args)
 
         with mock.patch.object(MoE, "_routed", spy), draws(case, prefix):
             model(inputs_of(case), training=True)

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_moe.checks import as_keras_object
 from keras_moe.ops import activations
 
 
@@ -56,12 +57,20 @@ class VisionMLP(keras.layers.Layer):
     """`dense_2(activation(dense_1(x)))`, with dropout after each."""
 
     def __init__(
-        self, intermediate_dim, activation="gelu_tanh", dropout=0.0, **kwargs
+        self,
+        intermediate_dim,
+        activation="gelu_tanh",
+        dropout=0.0,
+        use_output_bias=True,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
-        self.activation = activations.get(activation)
+        self.activation = as_keras_object(
+            "activation", activations.get, activation
+        )
         self.dropout = dropout
+        self.use_output_bias = use_output_bias
         self.dense_1 = keras.layers.Dense(
             intermediate_dim,
             activation=self.activation,
@@ -74,7 +83,10 @@ class VisionMLP(keras.layers.Layer):
 
     def build(self, input_shape):
         self.dense_2 = keras.layers.Dense(
-            input_shape[-1], dtype=self.dtype_policy, name="dense_2"
+            input_shape[-1],
+            use_bias=self.use_output_bias,
+            dtype=self.dtype_policy,
+            name="dense_2",
         )
         self.dense_1.build(input_shape)
         self.dense_2.build((*input_shape[:-1], self.intermediate_dim))
@@ -92,4 +104,5 @@ class VisionMLP(keras.layers.Layer):
             "intermediate_dim": self.intermediate_dim,
             "activation": activations.serialize(self.activation),
             "dropout": self.dropout,
+            "use_output_bias": self.use_output_bias,
         }

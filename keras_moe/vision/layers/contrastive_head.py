@@ -119,13 +119,14 @@ class ContrastiveHead(keras.layers.Layer):
         logits = self.logits(images, texts)
         if self.loss is not None:
             numbers = images.shape[0], texts.shape[0]
-            if None not in numbers and numbers[0] != numbers[1]:
+            if isinstance(numbers[0], int) and numbers[0] != numbers[1]:
                 raise ValueError(
                     "Each image must have its text. Received: "
                     f"{numbers[0]} images and {numbers[1]} texts"
                 )
             loss = {"softmax": _softmax, "sigmoid": _sigmoid}[self.loss]
-            self.add_loss(loss(logits))
+            pairs = ops.sum(_exact(images) * _exact(texts), axis=-1)
+            self.add_loss(loss(logits, self._scaled(pairs)))
         if self.return_logits:
             return images, texts, ops.cast(logits, self.compute_dtype)
         return images, texts
@@ -141,11 +142,13 @@ class ContrastiveHead(keras.layers.Layer):
             `(I, J)`, in float32 at least.
         """
         images, texts = _exact(images), _exact(texts)
-        logits = ops.einsum("id,jd->ij", images, texts)
-        logits = logits * ops.exp(ops.cast(self.scale, logits.dtype))
+        return self._scaled(ops.einsum("id,jd->ij", images, texts))
+
+    def _scaled(self, products):
+        logits = products * ops.exp(ops.cast(self.scale, products.dtype))
         if self.bias is None:
             return logits
-        return logits + ops.cast(self.bias, logits.dtype)
+        return logits + ops.cast(self.bias, products.dtype)
 
     def compute_output_shape(self, images_shape, texts_shape):
         shapes = (tuple(images_shape), tuple(texts_shape))
@@ -177,21 +180,11 @@ def unit(x):
     return ops.cast(exact * ops.rsqrt(square + 1e-12), x.dtype)
 
 
-def _pairs(logits):
-    """1 where an image and a text belong together, otherwise 0."""
-    number = ops.arange(ops.shape(logits)[0])
-    pairs = ops.expand_dims(number, 1) == ops.expand_dims(number, 0)
-    return ops.cast(pairs, logits.dtype)
+def _softmax(logits, of_pairs):
+    rows, columns = (ops.logsumexp(logits, axis=axis) for axis in (1, 0))
+    return ops.mean((rows + columns) / 2 - of_pairs)
 
 
-def _softmax(logits):
-    both = ops.log_softmax(logits, axis=1) + ops.log_softmax(logits, axis=0)
-    count = ops.cast(ops.shape(logits)[0], logits.dtype)
-    return -ops.sum(both * _pairs(logits)) / 2 / ops.maximum(count, 1.0)
-
-
-def _sigmoid(logits):
-    signs = 2 * _pairs(logits) - 1
-    count = ops.cast(ops.shape(logits)[0], logits.dtype)
-    losses = ops.softplus(-signs * logits)
-    return ops.sum(losses) / ops.maximum(count, 1.0)
+def _sigmoid(logits, of_pairs):
+    # log_sigmoid(-x) is log_sigmoid(x) - x.
+    return ops.mean(ops.sum(ops.softplus(logits), axis=1) - of_pairs)

@@ -1,11 +1,8 @@
-import inspect
-
 import keras
 from keras import ops
 
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
-from keras_moe.checks import check_one_of
 from keras_moe.checks import check_positive
 from keras_moe.checks import check_rate
 from keras_moe.moe.part_arguments import as_layer
@@ -13,9 +10,9 @@ from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked import layer_copies
 from keras_moe.vision.layers.attention import VisionAttention
 from keras_moe.vision.layers.attention_pooling import head_dim
-from keras_moe.vision.layers.token_groups import from_groups
-from keras_moe.vision.layers.token_groups import groups_count
-from keras_moe.vision.layers.token_groups import to_groups
+from keras_moe.vision.layers.feed_forward import as_feed_forward
+from keras_moe.vision.layers.feed_forward import call_feed_forward
+from keras_moe.vision.layers.feed_forward import members_of
 
 
 @keras.saving.register_keras_serializable("keras_moe")
@@ -51,6 +48,9 @@ class EncoderBlock(keras.layers.Layer):
             over the tokens of an image in the place of each of them, so that
             they all go to the same experts (Mobile V-MoE). Defaults to
             `"token"`.
+        token_mixer: A layer from `(batch, tokens, D)` to the same shape in the
+            place of attention, such as attention in windows; `num_heads` is
+            `None` then. Defaults to `None`.
         **kwargs: Arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -101,45 +101,26 @@ class EncoderBlock(keras.layers.Layer):
         drop_path=0.0,
         group_size=None,
         route_per="token",
+        token_mixer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_int("num_heads", num_heads, 1)
+        if token_mixer is None:
+            check_int("num_heads", num_heads, 1)
+        elif num_heads is not None or qk_norm or attention_dropout:
+            raise ValueError(
+                "`token_mixer` stands in the place of attention, whose "
+                "arguments must be left out. Received: "
+                f"token_mixer={token_mixer!r}, num_heads={num_heads!r}, "
+                f"qk_norm={qk_norm!r}, attention_dropout={attention_dropout!r}"
+            )
         check_bool("qk_norm", qk_norm)
         check_positive("layer_norm_epsilon", layer_norm_epsilon)
         check_rate("dropout", dropout)
         check_rate("attention_dropout", attention_dropout)
         check_rate("drop_path", drop_path)
-        check_one_of("route_per", route_per, ("token", "image"))
-        if group_size is not None:
-            check_int("group_size", group_size, 1)
-        if isinstance(feed_forward, (list, tuple)):
-            self.feed_forward = [
-                as_layer("feed_forward", x) for x in feed_forward
-            ]
-        else:
-            self.feed_forward = as_layer("feed_forward", feed_forward)
-        if not self.members or None in self.members:
-            raise ValueError(
-                "`feed_forward` must be a layer or a list of layers. "
-                f"Received: feed_forward={feed_forward!r}"
-            )
-        for layer in self.members:
-            takes = inspect.signature(layer.call).parameters
-            if group_size is not None and "mask" not in takes:
-                raise ValueError(
-                    "With `group_size`, `feed_forward` must take a mask. "
-                    f"Received: feed_forward={layer!r}"
-                )
-            if route_per == "image" and "router_inputs" not in takes:
-                raise ValueError(
-                    "With `route_per='image'`, `feed_forward` must be a MoE. "
-                    f"Received: feed_forward={layer!r}"
-                )
-        self._take_mask = [
-            "mask" in inspect.signature(layer.call).parameters
-            for layer in self.members
-        ]
+        self.feed_forward = as_feed_forward(feed_forward, group_size, route_per)
+        self.token_mixer = as_layer("token_mixer", token_mixer)
         self.num_heads = num_heads
         self.qk_norm = qk_norm
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -167,8 +148,7 @@ class EncoderBlock(keras.layers.Layer):
     @property
     def members(self):
         """The feed-forward layers, one without an ensemble."""
-        layers = self.feed_forward
-        return layers if isinstance(layers, list) else [layers]
+        return members_of(self.feed_forward)
 
     def build(
         self,
@@ -178,17 +158,22 @@ class EncoderBlock(keras.layers.Layer):
         attention_mask_shape=None,
     ):
         dim = inputs_shape[-1]
-        self.attention = VisionAttention(
-            self.num_heads,
-            head_dim(dim, self.num_heads),
-            dropout=self.attention_dropout,
-            qk_norm=self.qk_norm,
-            qk_norm_epsilon=self.layer_norm_epsilon,
-            dtype=self.dtype_policy,
-            name="attention",
-        )
+        if self.token_mixer is None:
+            self.attention = VisionAttention(
+                self.num_heads,
+                head_dim(dim, self.num_heads),
+                dropout=self.attention_dropout,
+                qk_norm=self.qk_norm,
+                qk_norm_epsilon=self.layer_norm_epsilon,
+                dtype=self.dtype_policy,
+                name="attention",
+            )
+            self.attention.build(inputs_shape, inputs_shape)
+        else:
+            layer_copies.build(
+                self.token_mixer, inputs_shape, self.compute_dtype
+            )
         self.attention_norm.build(inputs_shape)
-        self.attention.build(inputs_shape, inputs_shape)
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
         for layer in self.members:
@@ -203,16 +188,20 @@ class EncoderBlock(keras.layers.Layer):
         training=None,
     ):
         x = self.attention_norm(inputs)
-        x = self.attention(
-            x, x, attention_mask=attention_mask, training=training
-        )
+        x = self._mixed(x, attention_mask, training)
         if self._dropout is not None:
             x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
         x = self.feed_forward_norm(inputs)
-        of_tokens = {"context": context, "mask": token_mask}
-        of_tokens = {k: v for k, v in of_tokens.items() if v is not None}
-        x = self._feed_forward(x, of_tokens, training)
+        x = call_feed_forward(
+            self.feed_forward,
+            x,
+            self.group_size,
+            self.route_per,
+            context,
+            token_mask,
+            training,
+        )
         return self._join(inputs, x, training)
 
     def _join(self, inputs, x, training):
@@ -221,55 +210,17 @@ class EncoderBlock(keras.layers.Layer):
         # A part may have a dtype of its own, by a DTypePolicyMap.
         return inputs + ops.cast(x, inputs.dtype)
 
-    def _feed_forward(self, x, of_tokens, training):
-        number = len(self.members)
-        if number == 1:
-            return self._of_member(0, x, of_tokens, training)
-
-        def by_member(value):
-            return ops.reshape(value, (-1, number, *ops.shape(value)[1:]))
-
-        images = by_member(x)
-        of_tokens = {k: by_member(v) for k, v in of_tokens.items()}
-        outputs = [
-            self._of_member(
-                i,
-                images[:, i],
-                {k: v[:, i] for k, v in of_tokens.items()},
-                training,
+    def _mixed(self, x, attention_mask, training):
+        if self.token_mixer is None:
+            return self.attention(
+                x, x, attention_mask=attention_mask, training=training
             )
-            for i in range(number)
-        ]
-        return ops.reshape(ops.stack(outputs, axis=1), ops.shape(x))
-
-    def _of_member(self, member, x, of_tokens, training):
-        layer, kwargs = self.members[member], dict(of_tokens)
-        batch, tokens, dim = ops.shape(x)
-        if not self._take_mask[member]:
-            kwargs.pop("mask", None)
-        if "context" in kwargs and len(kwargs["context"].shape) == 1:
-            context = ops.expand_dims(kwargs["context"], -1)
-            kwargs["context"] = ops.broadcast_to(context, (batch, tokens))
-        if self.route_per == "image":
-            if "mask" in kwargs:
-                raise ValueError(
-                    "`token_mask` does not go with `route_per='image'`, where "
-                    "the mean is over all tokens. Received both."
-                )
-            mean = ops.mean(x, axis=1, keepdims=True)
-            kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
-        # Keras passes `training` on by itself.
-        if self.group_size in (None, tokens) or not groups_count(
-            layer, training
-        ):
-            return layer(x, **kwargs)
-        x, is_token = to_groups(x, self.group_size)
-        kwargs = {
-            k: to_groups(v, self.group_size)[0] for k, v in kwargs.items()
-        }
-        # What fills a group up is not in the mask.
-        kwargs.setdefault("mask", is_token)
-        return from_groups(layer(x, **kwargs), (batch, tokens, dim))
+        if attention_mask is not None:
+            raise ValueError(
+                "`attention_mask` is for attention, not for a `token_mixer`. "
+                f"Received both: token_mixer={self.token_mixer!r}"
+            )
+        return self.token_mixer(x)
 
     def compute_output_shape(
         self,
@@ -294,4 +245,5 @@ class EncoderBlock(keras.layers.Layer):
             "drop_path": self.drop_path,
             "group_size": self.group_size,
             "route_per": self.route_per,
+            "token_mixer": serialize_part(self.token_mixer),
         }

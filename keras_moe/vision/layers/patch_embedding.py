@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe.checks import check_bool
 from keras_moe.checks import check_int
 from keras_moe.checks import check_one_of
+from keras_moe.checks import check_positive
 from keras_moe.checks import is_int
 from keras_moe.vision.layers.positions import check_sincos_dim
 from keras_moe.vision.layers.positions import resized_grid
@@ -19,6 +20,7 @@ class PatchEmbedding(keras.layers.Layer):
 
     ```
     tokens[b, i] = patches[b, i] @ kernel + bias
+    tokens       = layer_norm(tokens)               with `layer_norm_epsilon`
     tokens       = [class_token, tokens]            with a class token
     y            = tokens + positions
     ```
@@ -34,6 +36,8 @@ class PatchEmbedding(keras.layers.Layer):
             sines and cosines of row and column to each patch, not to the class
             token; `None` adds nothing. Defaults to `"learned"`.
         use_bias: bool. Whether patches have a bias. Defaults to `True`.
+        layer_norm_epsilon: float, or `None` for no layer norm of the patches.
+            Defaults to `None`.
         data_format: `"channels_last"` or `"channels_first"`. Defaults to
             `None`, that of the Keras configuration.
         **kwargs: Arguments of `keras.layers.Layer`.
@@ -74,6 +78,7 @@ class PatchEmbedding(keras.layers.Layer):
         positions="learned",
         use_bias=True,
         data_format=None,
+        layer_norm_epsilon=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -95,12 +100,21 @@ class PatchEmbedding(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="projection",
         )
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.norm = None
+        if layer_norm_epsilon is not None:
+            check_positive("layer_norm_epsilon", layer_norm_epsilon)
+            self.norm = keras.layers.LayerNormalization(
+                epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name="norm"
+            )
 
     def build(self, input_shape):
         height, width, channels = self._image_size(input_shape)
         self.grid = grid_of((height, width), self.patch_size)
         patch = self.patch_size[0] * self.patch_size[1] * channels
         self.projection.build((*input_shape[:1], None, patch))
+        if self.norm is not None:
+            self.norm.build((None, None, self.hidden_dim))
         self.class_token = self.positions = None
         if self.use_class_token:
             self.class_token = self.add_weight(
@@ -138,6 +152,8 @@ class PatchEmbedding(keras.layers.Layer):
         x = ops.transpose(x, (0, 1, 3, 2, 4, 5))
         size = height * width * channels
         x = self.projection(ops.reshape(x, (-1, rows * columns, size)))
+        if self.norm is not None:
+            x = self.norm(x)
         if self.position_kind == "sincos":
             # Constants stay in NumPy: TensorFlow's tensors would become inputs
             # of an ONNX file.
@@ -204,6 +220,7 @@ class PatchEmbedding(keras.layers.Layer):
             "positions": self.position_kind,
             "use_bias": self.projection.use_bias,
             "data_format": self.data_format,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
         }
 
 

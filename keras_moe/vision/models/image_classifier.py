@@ -3,26 +3,34 @@ from keras import ops
 
 from keras_moe.checks import as_keras_object
 from keras_moe.checks import check_int
-from keras_moe.checks import check_one_of
 from keras_moe.checks import check_rate
 from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
+from keras_moe.moe.part_arguments import as_layer
 from keras_moe.moe.part_arguments import default_name
-from keras_moe.vision.layers.attention_pooling import AttentionPooling
+from keras_moe.moe.part_arguments import serialize_part
+from keras_moe.vision.models.classifier_graph import check_pooling
+from keras_moe.vision.models.classifier_graph import one_or_more
+from keras_moe.vision.models.classifier_graph import pooled
+from keras_moe.vision.models.classifier_graph import raw_images
+from keras_moe.vision.models.cond_conv_presets import COND_CONV
+from keras_moe.vision.models.dense_presets import CONVNEXT
+from keras_moe.vision.models.dense_presets import MIXER
+from keras_moe.vision.models.image_backbone import ImageBackbone
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import frozen_parts
 from keras_moe.vision.models.presets import Presets
-from keras_moe.vision.models.vision_backbone import VisionBackbone
-from keras_moe.vision.models.vision_backbone import as_dtype
-from keras_moe.vision.models.vision_backbone import frozen_parts
+from keras_moe.vision.models.presets import save_task
+from keras_moe.vision.models.presets import saved_task
+from keras_moe.vision.models.swin_presets import SWIN_MOE
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
 from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
-POOLINGS = ("token", "gap", "map")
-
 
 @keras.saving.register_keras_serializable("keras_moe")
 class MoEImageClassifier(Presets, keras.Model):
-    """Classifies images by the tokens of a backbone.
+    """Classifies images by the tokens or the feature map of a backbone.
 
     ```
     x = pooling(backbone(images))
@@ -35,13 +43,21 @@ class MoEImageClassifier(Presets, keras.Model):
     `model.fit(images, np.repeat(labels[:, None], ensemble_size, axis=1))`. The
     prediction of the ensemble is the mean over the members' probabilities.
 
+    With a `preprocessor`, `images` are what it makes of the input, in `fit`,
+    `predict` and exported models alike.
+
     Args:
-        backbone: A `keras_moe.models.VMoEBackbone` or `SoftMoEBackbone`.
+        backbone: A backbone of `keras_moe.models`, of which images come out as
+            tokens or as a feature map.
         num_classes: int.
+        preprocessor: A layer from raw images to those of the backbone, such as
+            `keras_moe.layers.ImageConverter`, which takes any size if it has an
+            `image_size`. Defaults to `None`.
         pooling: `"token"` takes the class token, `"gap"` the mean over the
-            patches, `"map"` the attention of a learned query
-            (`keras_moe.layers.AttentionPooling`). Defaults to `None`:
-            `"token"` if the backbone has a class token, otherwise `"gap"`.
+            patches or the feature map, `"map"` the attention of a learned query
+            over tokens (`keras_moe.layers.AttentionPooling`). Defaults to
+            `None`: `"token"` if the backbone has a class token, otherwise
+            `"gap"`.
         activation: Activation of the output. Defaults to `None`: logits.
         dropout: float. Rate of the dropout before the output. Defaults to
             `0.0`.
@@ -60,7 +76,7 @@ class MoEImageClassifier(Presets, keras.Model):
 
     Raises:
         ValueError: If an argument is out of range, or the backbone has no class
-            token to take.
+            token to take, or no attention to pool with.
 
     Example:
 
@@ -79,13 +95,21 @@ class MoEImageClassifier(Presets, keras.Model):
       (`"map"`)
     """
 
-    backbone_class = VisionBackbone
-    presets = {**VMOE, **SOFT_MOE}
+    backbone_class = ImageBackbone
+    presets = {
+        **VMOE,
+        **SOFT_MOE,
+        **SWIN_MOE,
+        **CONVNEXT,
+        **MIXER,
+        **COND_CONV,
+    }
 
     def __init__(
         self,
         backbone,
         num_classes,
+        preprocessor=None,
         pooling=None,
         activation=None,
         dropout=0.0,
@@ -104,12 +128,7 @@ class MoEImageClassifier(Presets, keras.Model):
         check_rate("dropout", dropout)
         if pooling is None:
             pooling = "token" if backbone.use_class_token else "gap"
-        check_one_of("pooling", pooling, POOLINGS)
-        if pooling == "token" and not backbone.use_class_token:
-            raise ValueError(
-                "`pooling='token'` needs a backbone with a class token. "
-                "Received: a backbone with use_class_token=False"
-            )
+        check_pooling(pooling, backbone)
         if representation_dim is not None:
             check_int("representation_dim", representation_dim, 1)
         activation = as_keras_object(
@@ -117,12 +136,15 @@ class MoEImageClassifier(Presets, keras.Model):
         )
         dtype = backbone.dtype_policy
         head_dtype = dtype if head_dtype is None else as_dtype(head_dtype)
-        inputs = backbone.inputs
-        inputs = inputs[0] if len(inputs) == 1 else inputs
-        x, members = backbone(inputs), backbone.ensemble_size
+        preprocessor = as_layer("preprocessor", preprocessor)
+        images = inputs = backbone.inputs
+        if preprocessor is not None and self.is_in_graph(preprocessor):
+            images, inputs = raw_images(preprocessor, inputs)
+        x, members = backbone(one_or_more(images)), backbone.ensemble_size
         if members > 1:
             x = ops.reshape(x, (-1, *x.shape[2:]))
-        x = _pooled(backbone, x, pooling, dtype)
+        x = pooled(backbone, x, pooling, dtype)
+        inputs = one_or_more(inputs)
         if representation_dim is not None:
             x = keras.layers.Dense(
                 representation_dim, "tanh", dtype=dtype, name="pre_logits"
@@ -143,17 +165,27 @@ class MoEImageClassifier(Presets, keras.Model):
             trainable=trainable,
         )
         self.backbone = backbone
+        self.preprocessor = preprocessor
         self.dtype_policy = dtype
         arguments = {
             "num_classes": num_classes,
             "pooling": pooling,
-            "activation": keras.activations.serialize(activation),
+            "activation": activation,
             "dropout": dropout,
             "representation_dim": representation_dim,
-            "head_dtype": keras.dtype_policies.serialize(head_dtype),
+            "head_dtype": head_dtype,
         }
         # A function, since Keras would save a plain attribute.
         self._arguments = lambda: dict(arguments)
+
+    @classmethod
+    def is_in_graph(cls, preprocessor):
+        """Whether a preprocessor is a part of the model's graph."""
+        return True
+
+    @property
+    def activation(self):
+        return self._arguments()["activation"]
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -165,18 +197,33 @@ class MoEImageClassifier(Presets, keras.Model):
             load_weights: bool. Whether to read the weights of the folder.
                 Defaults to `True`.
             **kwargs: Arguments of the constructor; `num_classes` at least where
-                the preset is a backbone.
+                the preset is a backbone. With a `num_classes`, the head of a
+                saved classifier is a new one.
 
         Raises:
             ValueError: If there is no such preset, or it is of another class.
         """
-        for backbone_class in _backbones(cls.backbone_class):
+        for backbone_class in subclasses_of(cls.backbone_class):
             if str(preset) in backbone_class.presets:
                 return cls(backbone_class.from_preset(preset), **kwargs)
-        if issubclass(cls.saved_class(preset), VisionBackbone):
+        model = saved_task(preset, cls, load_weights, kwargs)
+        if model is not None:
+            return model
+        if issubclass(cls.saved_class(preset), ImageBackbone):
             backbone = cls.backbone_class.from_preset(preset, load_weights)
             return cls(backbone, **kwargs)
         return super().from_preset(preset, load_weights, **kwargs)
+
+    def save_to_preset(self, folder):
+        """Writes the configuration and the weights to a folder.
+
+        The backbone has files of its own, as keras-hub writes them: the folder
+        is a preset of it too.
+
+        Args:
+            folder: str or path. It is made if it is not there.
+        """
+        save_task(self, folder)
 
     def get_config(self):
         return {
@@ -184,7 +231,12 @@ class MoEImageClassifier(Presets, keras.Model):
             "trainable": self.trainable,
             **frozen_parts(self),
             "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "preprocessor": serialize_part(self.preprocessor),
             **self._arguments(),
+            "activation": keras.activations.serialize(self.activation),
+            "head_dtype": keras.dtype_policies.serialize(
+                self._arguments()["head_dtype"]
+            ),
         }
 
     @classmethod
@@ -216,22 +268,9 @@ class VMoEImageClassifier(MoEImageClassifier):
     presets = VMOE
 
 
-def _backbones(backbone_class):
-    """The class and its subclasses."""
-    return [backbone_class, *backbone_class.__subclasses__()]
-
-
-def _pooled(backbone, x, pooling, dtype):
-    if pooling == "token":
-        return x[:, 0]
-    if pooling == "gap":
-        return ops.mean(x[:, int(backbone.use_class_token) :], axis=1)
-    first = backbone.block(0)
-    return AttentionPooling(
-        first.num_heads,
-        backbone.mlp_dim,
-        qk_norm=first.qk_norm,
-        layer_norm_epsilon=first.layer_norm_epsilon,
-        dtype=dtype,
-        name="pooling",
-    )(x)
+def subclasses_of(backbone_class):
+    """The class, its subclasses and theirs."""
+    found = [backbone_class]
+    for subclass in backbone_class.__subclasses__():
+        found += subclasses_of(subclass)
+    return found

@@ -7,13 +7,13 @@ from keras_moe.moe.model_config import deserialized
 from keras_moe.moe.model_config import made_again
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.layers.contrastive_head import unit
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import as_image_shape
+from keras_moe.vision.models.image_backbone import frozen_parts
 from keras_moe.vision.models.image_text_parts import encoded
 from keras_moe.vision.models.image_text_parts import image_text_parts
 from keras_moe.vision.models.presets import Presets
-from keras_moe.vision.models.vision_backbone import as_dtype
-from keras_moe.vision.models.vision_backbone import as_image_shape
 from keras_moe.vision.models.vision_backbone import check_encoder
-from keras_moe.vision.models.vision_backbone import frozen_parts
 
 
 @keras.saving.register_keras_serializable("keras_moe")

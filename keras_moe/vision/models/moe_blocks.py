@@ -9,7 +9,7 @@ from keras_moe.moe.part_arguments import serialize_part
 from keras_moe.stacked.draws import unshared
 
 
-def moe_block_indices(moe_layers, num_layers, candidates):
+def moe_block_indices(moe_layers, num_layers, candidates, name="moe_layers"):
     """The blocks with experts, counted from 0, in order.
 
     Args:
@@ -17,6 +17,7 @@ def moe_block_indices(moe_layers, num_layers, candidates):
             list of ints.
         num_layers: int. Blocks of the encoder.
         candidates: list of ints. The blocks that `"last_n"` counts.
+        name: str. Of the argument, for errors. Defaults to `"moe_layers"`.
 
     Raises:
         ValueError: If it is of another kind, or beyond the encoder.
@@ -33,9 +34,9 @@ def moe_block_indices(moe_layers, num_layers, candidates):
         if len(set(moe_layers)) == len(moe_layers):
             return sorted(moe_layers)
     raise ValueError(
-        "`moe_layers` must be 'every_2', 'last_n' with n from 1 to "
+        f"`{name}` must be 'every_2', 'last_n' with n from 1 to "
         f"{len(candidates)}, or a list of different ints from 0 to "
-        f"`num_layers - 1`. Received: moe_layers={moe_layers!r}, "
+        f"`num_layers - 1`. Received: {name}={moe_layers!r}, "
         f"num_layers={num_layers}"
     )
 
@@ -50,6 +51,23 @@ def per_block(name, value, number):
             f"blocks with experts. Received: {name}={value!r}"
         )
     return list(value)
+
+
+def odd_in_stages(depths):
+    """The odd blocks of each stage, as numbers of the whole network.
+
+    Args:
+        depths: list of ints. Blocks of each stage.
+
+    Returns:
+        A list of lists.
+    """
+    first = 0
+    found = []
+    for depth in depths:
+        found.append(list(range(first + 1, first + depth, 2)))
+        first += depth
+    return found
 
 
 def own_copy(part):

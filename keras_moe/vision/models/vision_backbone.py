@@ -3,16 +3,16 @@ from keras import ops
 
 from keras_moe.checks import check_int
 from keras_moe.checks import check_rate
-from keras_moe.moe.model_config import deserialized
-from keras_moe.moe.model_config import made_again
-from keras_moe.moe.model_config import settings_of
 from keras_moe.vision.layers.attention import VisionMLP
 from keras_moe.vision.layers.encoder_block import EncoderBlock
 from keras_moe.vision.layers.patch_embedding import PatchEmbedding
-from keras_moe.vision.models.presets import Presets
+from keras_moe.vision.models.image_backbone import ImageBackbone
+from keras_moe.vision.models.image_backbone import as_dtype
+from keras_moe.vision.models.image_backbone import as_image_shape
+from keras_moe.vision.models.image_backbone import lists_of
 
 
-class VisionBackbone(Presets, keras.Model):
+class VisionBackbone(ImageBackbone):
     """Base of vision transformers with experts, from images to tokens.
 
     Args:
@@ -39,11 +39,7 @@ class VisionBackbone(Presets, keras.Model):
         name,
         trainable=True,
     ):
-        # Lists, as they are after loading.
-        a = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in arguments.items()
-        }
+        a = lists_of(arguments)
         dtype = a["dtype"] = as_dtype(a["dtype"])
         check_encoder(a)
         images = keras.Input(as_image_shape(a["image_shape"]), name="images")
@@ -80,43 +76,21 @@ class VisionBackbone(Presets, keras.Model):
         if ensemble_size > 1:
             x = ops.reshape(x, (-1, ensemble_size, *x.shape[1:]))
         inputs = images if context is None else [images, context]
-        super().__init__(
-            inputs=inputs, outputs=x, name=name, trainable=trainable
-        )
         a["data_format"] = embedding.data_format
-        self.data_format = embedding.data_format
+        super().__init__(a, inputs, x, name=name, trainable=trainable)
         self.use_class_token = a["use_class_token"]
         self.mlp_dim = a["mlp_dim"]
         self.ensemble_size = ensemble_size
-        # Functions, since Keras would save plain attributes.
-        self._arguments = lambda: dict(a)
-        self.dtype_policy = dtype
 
     @property
-    def moe_blocks(self):
-        """The numbers of the blocks with experts."""
-        return [
-            i
-            for i in range(self._arguments()["num_layers"])
-            if not isinstance(self.block(i).feed_forward, VisionMLP)
-        ]
-
-    def block(self, index):
-        """The `keras_moe.layers.EncoderBlock` of a number, from 0."""
-        return self.get_layer(f"block_{index}")
-
-    def get_config(self):
+    def pooling_arguments(self):
+        first = self.block(0)
         return {
-            "name": self.name,
-            "trainable": self.trainable,
-            **frozen_parts(self),
-            **self._arguments(),
-            "dtype": keras.dtype_policies.serialize(self._arguments()["dtype"]),
+            "num_heads": first.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "qk_norm": first.qk_norm,
+            "layer_norm_epsilon": first.layer_norm_epsilon,
         }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return made_again(cls, *deserialized(config, custom_objects))
 
 
 def check_encoder(a):
@@ -160,30 +134,3 @@ def encoder_block(a, i, feed_forward, dtype, **options):
 def _repeated(x, times):
     """Each entry of the batch several times, one after the other."""
     return ops.reshape(ops.stack([x] * times, axis=1), (-1, *x.shape[1:]))
-
-
-def frozen_parts(model):
-    """The frozen layers and weights; the dtype is an argument."""
-    settings = settings_of(model)
-    del settings["dtype_policy"]
-    return settings
-
-
-def as_dtype(dtype):
-    """A dtype policy, from what a layer takes as `dtype`."""
-    if dtype is None:
-        return keras.config.dtype_policy()
-    return keras.dtype_policies.get(dtype)
-
-
-def as_image_shape(image_shape):
-    if (
-        not isinstance(image_shape, (list, tuple))
-        or len(image_shape) != 3
-        or not all(isinstance(i, int) and i > 0 for i in image_shape)
-    ):
-        raise ValueError(
-            "`image_shape` must be three positive ints. "
-            f"Received: image_shape={image_shape!r}"
-        )
-    return tuple(image_shape)

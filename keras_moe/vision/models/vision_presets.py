@@ -69,6 +69,18 @@ VMOE = dict(
         ("h", 14, "every_2", 32),
     )
 )
+# Its checkpoint is released, and fine-tuned with this capacity.
+VMOE["v_moe_s32_e8_last_2_m2"] = _preset(
+    "E3-S/32, an ensemble of 2 members with 1 of 4 experts each in the last 2 "
+    "of the blocks that may have them (Allingham et al., 2021).",
+    _VMOE_SIZES["s"],
+    32,
+    num_experts=8,
+    moe_layers="last_2",
+    top_k=1,
+    capacity_factor=1.5,
+    ensemble_size=2,
+)
 SOFT_MOE = dict(
     _soft_moe(*arguments)
     for arguments in (

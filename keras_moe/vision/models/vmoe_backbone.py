@@ -7,6 +7,7 @@ from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.models.moe_blocks import moe_block_indices
 from keras_moe.vision.models.vision_backbone import VisionBackbone
 from keras_moe.vision.models.vision_presets import VMOE
+from keras_moe.vision.models.vmoe_layers import block_arguments
 from keras_moe.vision.models.vmoe_layers import moe_of_blocks
 
 
@@ -179,16 +180,7 @@ class VMoEBackbone(VisionBackbone):
             if key not in ("self", "name", "kwargs", "__class__")
         }
         check_int("num_layers", num_layers, 1)
-        check_int("num_shared_experts", num_shared_experts, 0)
-        check_int("ensemble_size", ensemble_size, 1)
-        if group_size not in (None, "image"):
-            check_int("group_size", group_size, 1)
-            if group_size % ensemble_size:
-                raise ValueError(
-                    "`ensemble_size` must divide `group_size`. Received: "
-                    f"ensemble_size={ensemble_size}, group_size={group_size}"
-                )
-            group_size //= ensemble_size
+        block = block_arguments(arguments)
         where = moe_block_indices(
             moe_layers, num_layers, list(range(1, num_layers, 2))
         )
@@ -203,10 +195,6 @@ class VMoEBackbone(VisionBackbone):
             for i, layer in layers.items()
             if (layer[0] if ensemble_size > 1 else layer).router.uses_context
         ]
-        block = {
-            "group_size": None if group_size == "image" else group_size,
-            "route_per": route_per,
-        }
         super().__init__(
             arguments,
             layers,

@@ -1,4 +1,6 @@
-"""The `MoE` layers of a V-MoE, from the arguments of the backbone."""
+"""The `MoE` layers of a backbone, from its arguments."""
+
+import math
 
 from keras_moe import losses as losses_lib
 from keras_moe import routers
@@ -15,12 +17,81 @@ from keras_moe.routers.expert_choice_router import ExpertChoiceRouter
 from keras_moe.vision.models.moe_blocks import own_copy
 from keras_moe.vision.models.moe_blocks import per_block
 
+# What `keras_moe.models.VMoEBackbone` has by default.
+DEFAULTS = {
+    "router": "v_moe",
+    "top_k": None,
+    "router_noise": None,
+    "normalize_weights": None,
+    "capacity_factor": 1.05,
+    "eval_capacity_factor": math.inf,
+    "capacity_multiple_of": 4,
+    "drop_policy": "position",
+    "group_size": None,
+    "route_per": "token",
+    "importance_loss_weight": 5e-3,
+    "load_loss_weight": 5e-3,
+    "load_balancing_loss_weight": 0.0,
+    "losses": None,
+    "num_shared_experts": 0,
+    "expert_dropout": 0.0,
+}
+# What backbones have no arguments for.
+_FIXED = {
+    "capacity_rule": "ceil",
+    "loss_ddof": 0,
+    "use_output_bias": True,
+    "ensemble_size": 1,
+}
+
+
+def split_moe_arguments(kwargs, **defaults):
+    """`(arguments of experts, other arguments)`, the first all there.
+
+    Args:
+        kwargs: dict. Arguments of a backbone.
+        **defaults: Where it differs from `DEFAULTS`.
+    """
+    moe = {**DEFAULTS, **defaults}
+    moe |= {name: value for name, value in kwargs.items() if name in moe}
+    return moe, {name: v for name, v in kwargs.items() if name not in moe}
+
+
+def check_no_context(layers):
+    """Raises if a router needs what the backbone has no input for."""
+    for layer in layers.values():
+        if layer.router.needs_context:
+            raise ValueError(
+                "`router` must not need a context, for which this backbone has "
+                f"no input. Received: router={layer.router!r}"
+            )
+
+
+def block_arguments(a):
+    """What the blocks around these layers are told of groups of tokens."""
+    check_int("num_shared_experts", a["num_shared_experts"], 0)
+    group_size, members = a["group_size"], a.get("ensemble_size", 1)
+    check_int("ensemble_size", members, 1)
+    if group_size not in (None, "image"):
+        check_int("group_size", group_size, 1)
+        if group_size % members:
+            raise ValueError(
+                "`ensemble_size` must divide `group_size`. Received: "
+                f"ensemble_size={members}, group_size={group_size}"
+            )
+        group_size //= members
+    return {
+        "group_size": None if group_size == "image" else group_size,
+        "route_per": a["route_per"],
+    }
+
 
 def moe_of_blocks(a, where):
     """The `MoE` of each block.
 
     Args:
-        a: dict. The arguments of the backbone.
+        a: dict. The arguments of the backbone; any of `mlp_dim` and of those of
+            experts may be a list with one for each block.
         where: list of ints. The blocks with experts.
 
     Returns:
@@ -30,10 +101,11 @@ def moe_of_blocks(a, where):
     several = {
         name: per_block(name, a[name], len(where))
         for name in (
-            *("num_experts", "router", "top_k", "router_noise"),
+            *("num_experts", "router", "top_k", "router_noise", "mlp_dim"),
             *("capacity_factor", "eval_capacity_factor"),
         )
     }
+    a = {**_FIXED, **a}
     return {
         block: _members({**a, **{k: v[i] for k, v in several.items()}})
         for i, block in enumerate(where)
@@ -85,6 +157,7 @@ def _moe(a, name):
         capacity = Capacity(
             a["capacity_factor"],
             a["eval_capacity_factor"],
+            rule=a["capacity_rule"],
             multiple_of=a["capacity_multiple_of"],
             drop_policy=a["drop_policy"],
             per=per,
@@ -107,6 +180,7 @@ def _router(a, per):
     options = {
         "num_experts": a["num_experts"],
         "top_k": a["top_k"],
+        "normalize_weights": a.get("normalize_weights"),
         "dtype": a["dtype"],
     }
     if a["router_noise"] is not None:
@@ -127,6 +201,7 @@ def _experts(a, number, name):
         number,
         a["mlp_dim"],
         activation=a["activation"],
+        use_output_bias=a["use_output_bias"],
         dropout=a["expert_dropout"],
         dtype=a["dtype"],
         name=name,
@@ -138,10 +213,13 @@ def _losses(a, router, per):
         return
     if a["importance_loss_weight"]:
         yield ImportanceLoss(
-            a["importance_loss_weight"], scores="softmax", per=per
+            a["importance_loss_weight"],
+            scores="softmax",
+            ddof=a["loss_ddof"],
+            per=per,
         )
     if a["load_loss_weight"] and hasattr(router.routing_class, "load"):
-        yield LoadLoss(a["load_loss_weight"], per=per)
+        yield LoadLoss(a["load_loss_weight"], ddof=a["loss_ddof"], per=per)
     if a["load_balancing_loss_weight"]:
         yield LoadBalancingLoss(
             a["load_balancing_loss_weight"], per=per, assignments="first"

@@ -54,6 +54,34 @@ class PatchEmbeddingTest(TestCase):
             layer.compute_output_shape((None, *images.shape[1:])), (None, 5, 8)
         )
 
+    def test_layer_norm(self):
+        """Of the patches alone: neither of positions nor of a class token."""
+        layer = PatchEmbedding(
+            8, (2, 3), use_class_token=True, layer_norm_epsilon=1e-3
+        )
+        randomized(layer, self.images.shape)
+        by_path = {
+            v.path.split("/", 1)[1]: ops.convert_to_numpy(v)
+            for v in layer.weights
+        }
+        patches = embedded(
+            self.images,
+            by_path["projection/kernel"],
+            by_path["projection/bias"],
+            (2, 3),
+        )
+        mean = patches.mean(-1, keepdims=True)
+        width = np.sqrt(patches.var(-1, keepdims=True) + 1e-3)
+        patches = (patches - mean) / width
+        patches = patches * by_path["norm/gamma"] + by_path["norm/beta"]
+        token = np.repeat(by_path["class_token"], 2, 0)
+        wanted = np.concatenate([token, patches], 1) + by_path["positions"]
+        self.assert_relative(layer(self.images), wanted)
+        again = PatchEmbedding.from_config(layer.get_config())
+        self.assertEqual(again.layer_norm_epsilon, 1e-3)
+        with self.assertRaisesRegex(ValueError, "`layer_norm_epsilon` must"):
+            PatchEmbedding(8, 2, layer_norm_epsilon=0)
+
     def test_sincos(self):
         layer = PatchEmbedding(
             8, 2, positions="sincos", data_format="channels_last"

@@ -12,6 +12,7 @@ from keras_moe import routers
 from keras_moe.layers import EncoderBlock
 from keras_moe.models import MoEImageClassifier
 from keras_moe.models import VMoEImageClassifier
+from tests.exported import export
 from tests.test_case import TestCase
 from tests.vision.models.tiny import IMAGES
 from tests.vision.models.tiny import dtype_of
@@ -110,6 +111,8 @@ class EnsembleTest(TestCase):
             keras.optimizers.Adam(0.01),
             "sparse_categorical_crossentropy",
             metrics=["accuracy"],
+            # The classifier's own test of fit is in a graph.
+            run_eagerly=keras.config.backend() == "tensorflow",
             jit_compile=keras.config.backend() == "jax",
         )
         labels = np.repeat((np.arange(5) % 3)[:, None], 2, axis=1)
@@ -122,6 +125,19 @@ class EnsembleTest(TestCase):
         model.save(path)
         loaded = keras.saving.load_model(path)
         self.assert_relative(loaded(IMAGES), wanted)
+
+    def test_exported(self):
+        backbone = ensemble(
+            num_layers=1, moe_layers=[0], num_experts=2, top_k=1
+        )
+        model = randomize(MoEImageClassifier(backbone, 3))
+        wanted = model.predict(IMAGES, verbose=0)
+        outputs = export(self, model)(IMAGES[:3])
+        if isinstance(outputs, (list, tuple)):
+            (outputs,) = outputs
+        if keras.config.backend() == "torch":
+            outputs = outputs.detach()
+        self.assert_relative(np.asarray(outputs), wanted[:3])
 
     def test_half_precision(self):
         backbone = ensemble(dtype="mixed_bfloat16")

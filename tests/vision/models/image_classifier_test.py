@@ -3,6 +3,7 @@ import numpy as np
 from absl.testing import parameterized
 from keras import ops
 
+from keras_moe.layers import ImageConverter
 from keras_moe.models import MoEImageClassifier
 from keras_moe.models import SoftMoEBackbone
 from keras_moe.models import VMoEBackbone
@@ -28,12 +29,15 @@ class ImageClassifierTest(TestCase):
             ("token", tokens[:, 0]),
             ("gap", tokens[:, 1:].mean(1)),  # patches only
         ):
-            model = randomize(MoEImageClassifier(backbone, 3, pooling))
+            model = randomize(MoEImageClassifier(backbone, 3, pooling=pooling))
             backbone = randomize(backbone)
             kernel, bias = model.get_layer("predictions").get_weights()
             self.assert_relative(model(IMAGES), pooled @ kernel + bias)
         model = MoEImageClassifier(
-            backbone, 3, "gap", activation="softmax", representation_dim=5
+            *(backbone, 3),
+            pooling="gap",
+            activation="softmax",
+            representation_dim=5,
         )
         hidden = np.tanh(
             pooled @ model.get_layer("pre_logits").get_weights()[0]
@@ -80,7 +84,7 @@ class ImageClassifierTest(TestCase):
     def test_exported(self):
         """Groups of tokens do nothing in inference without a capacity."""
         backbone = v_moe(group_size=7, num_layers=1, moe_layers=[0])
-        model = randomize(MoEImageClassifier(backbone, 3, "gap"))
+        model = randomize(MoEImageClassifier(backbone, 3, pooling="gap"))
         wanted = model.predict(IMAGES, verbose=0)
         served = export(self, model)
         for number in (5, 2):
@@ -114,6 +118,37 @@ class ImageClassifierTest(TestCase):
             MoEImageClassifier(soft_moe(), 3, pooling="token")
 
 
+class PreprocessorTest(TestCase):
+    def test_raw_images_of_any_size(self):
+        size = v_moe().input_shape[1:3]
+        converter = ImageConverter(size, scale=1 / 255, name="converter")
+        model = randomize(MoEImageClassifier(v_moe(), 3, converter))
+        raw = np.random.default_rng(1).integers(0, 256, (4, 30, 24, 3))
+        raw = raw.astype("uint8")
+        x = ops.convert_to_numpy(converter(raw))
+        plain = MoEImageClassifier(model.backbone, 3)
+        plain.layers[-1].set_weights(model.layers[-1].get_weights())
+        wanted = ops.convert_to_numpy(plain(x))
+        self.assert_relative(model.predict(raw, verbose=0), wanted)
+        folder = self.get_temp_dir()
+        model.save_to_preset(folder + "/preset")
+        model.save(folder + "/model.keras")
+        for loaded in (
+            MoEImageClassifier.from_preset(folder + "/preset"),
+            keras.saving.load_model(folder + "/model.keras"),
+        ):
+            self.assertEqual(loaded.preprocessor.image_size, list(size))
+            self.assert_relative(loaded.predict(raw, verbose=0), wanted)
+
+    def test_errors(self):
+        for preprocessor, words in (
+            ("resize", "`preprocessor` must be a layer"),
+            (ImageConverter((16, 16)), "must make images of shape"),
+        ):
+            with self.assertRaisesRegex(ValueError, words):
+                MoEImageClassifier(v_moe(), 3, preprocessor)
+
+
 class PresetsTest(TestCase):
     def test_folders(self):
         model = randomize(VMoEImageClassifier(v_moe(), 3, dropout=0.1))
@@ -127,10 +162,16 @@ class PresetsTest(TestCase):
         random = VMoEImageClassifier.from_preset(folder, load_weights=False)
         difference = ops.convert_to_numpy(random(IMAGES)) - wanted
         self.assertGreater(np.abs(difference).max(), 1e-3)
+        # The folder is a preset of the backbone too, for other heads.
+        tokens = ops.convert_to_numpy(model.backbone(IMAGES))
+        self.assert_relative(VMoEBackbone.from_preset(folder)(IMAGES), tokens)
+        other = MoEImageClassifier.from_preset(folder, num_classes=5)
+        self.assertEqual(other.output_shape, (None, 5))
+        self.assert_relative(other.backbone(IMAGES), tokens)
         with self.assertRaisesRegex(
-            ValueError, "is a VMoEImageClassifier, not a VMoEBackbone"
+            ValueError, "is a VMoEBackbone, not a SoftMoEBackbone"
         ):
-            VMoEBackbone.from_preset(folder)
+            SoftMoEBackbone.from_preset(folder)
         for cls in (VMoEBackbone, MoEImageClassifier):
             with self.assertRaisesRegex(
                 ValueError,
@@ -161,9 +202,9 @@ class PresetsTest(TestCase):
         self.assertEqual(small.output_shape, (None, 2, 8))
 
 
-def presets_of(cls):
+def presets_of(presets):
     """All of them on one backend; shapes are the same on the others."""
-    names = list(cls.presets)
+    names = list(presets)
     return names if keras.config.backend() == "torch" else names[:2]
 
 
@@ -182,7 +223,7 @@ class PublishedCountsTest(TestCase):
     """Equal to the published ones: `tests/published` holds its arithmetic,
     which is made of shapes alone, to them."""
 
-    @parameterized.parameters(*presets_of(VMoEBackbone))
+    @parameterized.parameters(*presets_of(VMoEBackbone.presets))
     def test_v_moe(self, name):
         _, _, patch, experts, *where = name.split("_")
         size, patch = patch[0].upper(), int(patch[1:])
@@ -191,7 +232,7 @@ class PublishedCountsTest(TestCase):
         counts = v_moe_counts(size, patch, blocks, int(experts[1:]), head=0)
         self.assertEqual(counted(VMoEBackbone.from_preset, name), counts.total)
 
-    @parameterized.parameters(*presets_of(SoftMoEBackbone))
+    @parameterized.parameters(*presets_of(SoftMoEBackbone.presets))
     def test_soft_moe(self, name):
         *_, size, experts = name.split("_")
         experts = int(experts[1:])

@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe import losses
 from keras_moe import routers
 from keras_moe.models import ImageTextMoE
+from tests.exported import export
 from tests.test_case import TestCase
 from tests.vision.models.tiny import IMAGES
 from tests.vision.models.tiny import dtype_of
@@ -252,6 +253,19 @@ class ModelTest(TestCase):
             for name in wanted:
                 self.assert_relative(outputs[name], wanted[name])
             self.assert_relative(again.text_encoder()(TEXTS), wanted["texts"])
+
+    def test_exported(self):
+        model = randomize(
+            image_text(num_layers=1, moe_layers=[0], num_experts=2)
+        )
+        wanted = model.predict(BOTH, verbose=0)
+        served = export(self, model)
+        outputs = served({k: v[:3] for k, v in BOTH.items()})
+        for name, value in wanted.items():
+            output = outputs[name]
+            if keras.config.backend() == "torch":
+                output = output.detach()
+            self.assert_relative(np.asarray(output), value[:3])
 
     def test_half_precision_and_channels_first(self):
         model = randomize(image_text())
