@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import pathlib
+import tempfile
 import unittest
 import unittest.mock
 
@@ -20,6 +21,7 @@ from benchmarks import measure
 from benchmarks import multi_gate
 from benchmarks import rows
 from benchmarks import tables
+from benchmarks import vision
 from benchmarks.shapes import Shape
 from tests.test_case import TestCase
 
@@ -55,6 +57,37 @@ class BenchmarksTest(TestCase):
         figures = convolution.compare((4, 2, 2, 3, 2, 2), self.arguments)
         for kind in ("forward", "gradients"):
             self.assertEqual(set(figures[kind]), {"dense", "CondConv2D"})
+
+    def test_vision(self):
+        """Seeds are one row; other settings are another."""
+        runs = [
+            {
+                **{"model": model, "seed": seed, "patch_size": 7, "epochs": 6},
+                **{"hidden_dim": dim, "num_layers": 2, "parameters": 10 * dim},
+                "multiplications": 1e4 * dim,
+                "validation_accuracy": 0.9,
+                "test_accuracy": 0.8 + 0.01 * seed,
+                "processor_seconds": 100.0 + seed,
+            }
+            for model, dim, seed in (
+                *(("dense", 64, 0), ("dense", 64, 2), ("vmoe", 64, 0)),
+                ("dense", 32, 0),
+            )
+        ]
+        rows = vision.grouped(runs)
+        self.assertEqual(
+            [(row["model"], row["hidden_dim"]) for row in rows],
+            [("dense", 32), ("vmoe", 64), ("dense", 64)],
+        )
+        table = vision.table(rows)
+        self.assertIn("| dense | 2 | 0.64 | 640 | 90.00 ± 0.00 |", table)
+        self.assertIn("| 81.00 ± 1.41 | 101 |", table)
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "vision.png"
+            vision.plot(rows, path)
+            self.assertGreater(path.stat().st_size, 5_000)
+        with self.assertRaisesRegex(ValueError, "Each seed"):
+            vision.grouped([runs[0], runs[0]])
 
     @unittest.skipUnless(ON_TORCH, "Many steps to compile.")
     def test_step_of_fit(self):

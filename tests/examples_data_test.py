@@ -10,11 +10,12 @@ import numpy as np
 
 from tests import example_files
 
-FOLDER = pathlib.Path(__file__).parent.parent / "examples" / "recommendation"
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+def load(name, folder="recommendation"):
+    path = EXAMPLES / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -107,3 +108,69 @@ class ExamplesDataTest(unittest.TestCase):
         pairs = set(zip(ratings["user"], ratings["item"], strict=True))
         self.assertEqual(len(pairs), 200)  # No film is seen twice.
         self.assertTrue(set(ratings["rating"]) <= {1, 2, 3, 4, 5})
+
+    def test_image_formats(self):
+        """The same images in all formats."""
+        read = load("image_data", "vision").read
+        train = example_files.images(20, (32, 32, 3), seed=0)
+        test = example_files.images(10, (32, 32, 3), seed=1)
+        grey = {"train": train[0][..., 0], "t10k": test[0][..., 0]}
+        grey = {
+            part: (x, y[1])
+            for (part, x), y in zip(grey.items(), (train, test), strict=True)
+        }
+        example_files.write_idx(self.folder / "idx", grey, zipped=False)
+        example_files.write_idx(self.folder / "gz", grey)
+        example_files.write_batches(self.folder / "batches", train, test)
+        example_files.write_image_files(
+            self.folder / "files.npz", train=train, test=test
+        )
+        np.savez(
+            self.folder / "arrays.npz",
+            **dict(zip(("x_train", "y_train"), train, strict=True)),
+            **dict(zip(("x_test", "y_test"), test, strict=True)),
+        )
+        for name in ("idx", "gz", "batches", "files.npz", "arrays.npz"):
+            for part, (pixels, labels) in (("train", train), ("test", test)):
+                if name == "batches" and part == "train":
+                    order = np.concatenate(
+                        [np.arange(20)[i::5] for i in range(5)]
+                    )
+                    pixels, labels = pixels[order], labels[order]
+                if name in ("idx", "gz"):
+                    pixels = pixels[..., :1]
+                found = read(self.folder / name, part)
+                np.testing.assert_array_equal(found[0], pixels, name)
+                np.testing.assert_array_equal(found[1], labels, name)
+        (self.folder / "other").mkdir()
+        with self.assertRaisesRegex(ValueError, "data_batch_1"):
+            read(self.folder / "other", "train")
+        np.savez(self.folder / "wrong.npz", x_train=train[0] / 255, y_train=[1])
+        with self.assertRaisesRegex(ValueError, "uint8"):
+            read(self.folder / "wrong.npz", "train")
+        with self.assertRaisesRegex(ValueError, "test_bytes"):
+            read(self.folder / "wrong.npz", "test")
+
+    def test_augmented_images(self):
+        augmented = load("image_data", "vision").augmented
+        image = np.arange(2 * 5 * 4 * 2).reshape(2, 5, 4, 2)
+        images = np.repeat(image, 200, axis=0)
+        found = augmented(images, 1, np.random.default_rng(0))
+        for first in (0, 200):
+            padded = np.pad(images[first], ((1, 1), (1, 1), (0, 0)), "edge")
+            expected = {
+                padded[down : down + 5, right : right + 4][:, ::step].tobytes()
+                for down in range(3)
+                for right in range(3)
+                for step in (1, -1)
+            }
+            seen = {x.tobytes() for x in found[first : first + 200]}
+            self.assertEqual(seen, expected)
+        still = augmented(images, 0, np.random.default_rng(0))
+        same = (still == images).all(axis=(1, 2, 3))
+        np.testing.assert_array_equal(
+            still,
+            np.where(same[:, None, None, None], images, images[:, :, ::-1]),
+        )
+        self.assertLess(150, same.sum())
+        self.assertLess(same.sum(), 250)

@@ -3,30 +3,44 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 import keras
 import numpy as np
 import pytest
 
+import keras_moe
 from tests import example_files
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def run(example, *arguments):
+def start(example, *arguments):
     # The devices that the tests simulate are not for the examples.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("JAX_NUM_CPU_DEVICES", None)
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / "examples" / example), *arguments],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
+    )
+
+
+def run(example, *arguments):
+    with start(example, *arguments) as process:
+        try:
+            out, err = process.communicate(timeout=600)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(
+        process.args, process.returncode, out, err
     )
 
 
@@ -73,6 +87,28 @@ class ExamplesTest(unittest.TestCase):
                 self.assertAlmostEqual(sum(load[kind]), 1.0, places=5)
             self.assertGreater(min(load["training_load"]), 0.0)
         self.assertIn("test accuracy", done.stdout)
+
+    @on("torch")
+    def test_diffusion_moe(self):
+        done = run(
+            "vision/diffusion_moe.py",
+            *("--backend", "torch", "--dataset", "digits"),
+            *("--epochs", "1", "--steps", "2", "--output", str(self.folder)),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertEqual(
+            sorted(path.name for path in self.folder.iterdir()),
+            ["diffusion.keras", "routing.png", "samples.png", "summary.json"],
+        )
+        for name in ("routing.png", "samples.png"):
+            self.assertGreater((self.folder / name).stat().st_size, 10_000)
+        summary = json.loads((self.folder / "summary.json").read_text())
+        self.assertLessEqual(summary["reloaded_max_difference"], 1e-4)
+        # Less than the noise, whose mean square is 1.
+        self.assertLess(summary["held_out_loss"], 1.0)
+        for layers in summary["experts_by_time"].values():
+            for shares in layers:
+                self.assertAlmostEqual(sum(shares), 1.0, places=5)
 
     @on("torch")
     def test_upcycle_vit(self):
@@ -141,6 +177,79 @@ class ExamplesTest(unittest.TestCase):
         self.assertRegex(done.stdout, r"test accuracy \d+\.\d%")
         files = [path.name for path in self.folder.iterdir()]
         self.assertEqual(files, ["digits.keras"])
+
+    @on("torch")
+    def test_fashion_mnist(self):
+        """A run is killed, and another one goes on."""
+        data, output = self.folder / "data", self.folder / "output"
+        parts = {
+            "train": example_files.images(200, (28, 28), seed=0),
+            "t10k": example_files.images(50, (28, 28), seed=1),
+        }
+        example_files.write_idx(data, parts)
+        arguments = (
+            *("vision/fashion_mnist_moe.py", "--backend", "torch"),
+            *("--data", str(data), "--output", str(output)),
+            *("--validation", "50", "--batch-size", "30", "--patch-size", "7"),
+            *("--hidden-dim", "32", "--num-layers", "1", "--epochs", "15"),
+            *("--learning-rate", "0.01"),
+        )
+        killed = start(*arguments)
+        saved = output / "backup" / "latest.weights.h5"
+        while killed.poll() is None and not saved.exists():
+            time.sleep(0.02)
+        killed.kill()
+        killed.communicate()
+        self.assertEqual(killed.returncode, -signal.SIGKILL)
+        other = run(*arguments, "--resume", "--shift", "2")
+        self.assertIn("Received others for: --shift", other.stderr)
+        done = run(*arguments, "--resume")
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("Going on after epoch ", done.stdout)
+        self.assertNotIn("Epoch 1/15", done.stdout)
+        self.assertEqual(
+            sorted(path.name for path in output.iterdir()),
+            ["log.csv", "model.keras", "routing.png", "summary.json"],
+        )
+        self.assertGreater((output / "routing.png").stat().st_size, 10_000)
+        summary = json.loads((output / "summary.json").read_text())
+        rows = summary["history"]
+        self.assertEqual([row["epoch"] for row in rows], list(range(15)))
+        best = max(row["val_accuracy"] for row in rows)
+        self.assertAlmostEqual(summary["validation_accuracy"], best, places=5)
+        self.assertGreater(summary["test_accuracy"], 0.3)  # by chance: 0.1
+        again = run(*arguments, "--resume")
+        self.assertIn("has ended", again.stderr)
+        # 16 patches of 49 pixels; attention, two experts, a router of 8.
+        self.assertEqual(
+            summary["multiplications"],
+            16 * (49 * 32 + 32 * (4 * 32 + 2 * 16) + 2 * 32 * 128 + 32 * 8)
+            + 32 * 10,
+        )
+
+    @on("torch")
+    def test_cifar10(self):
+        data, output = self.folder / "data.npz", self.folder / "output"
+        images = example_files.images(100, (32, 32, 3), seed=0)
+        np.savez(data, x_train=images[0], y_train=images[1])
+        done = run(
+            *("vision/cifar10_moe.py", "--backend", "torch"),
+            *("--data", str(data), "--output", str(output)),
+            *("--model", "soft_moe", "--mixed-precision", "--no-test"),
+            *("--validation", "30", "--batch-size", "30", "--patch-size", "8"),
+            *("--hidden-dim", "32", "--num-layers", "2"),
+            *("--epochs", "30", "--patience", "1", "--learning-rate", "1e-9"),
+        )
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        summary = json.loads((output / "summary.json").read_text())
+        self.assertIsNone(summary["test_accuracy"])
+        # It hardly learns, so it is stopped.
+        self.assertLess(summary["epochs_trained"], 30)
+        self.assertEqual(summary["moe_layers"], [0, 1])
+        self.assertGreater((output / "routing.png").stat().st_size, 10_000)
+        model = keras.models.load_model(output / "model.keras")
+        self.assertIsInstance(model.backbone, keras_moe.models.SoftMoEBackbone)
+        self.assertEqual(model.backbone.compute_dtype, "bfloat16")
 
     def run_recommendation(self, example, files, *arguments):
         """Runs an example, and returns its output and `summary.json`."""
@@ -222,10 +331,18 @@ class ExamplesTest(unittest.TestCase):
 
     def test_bad_arguments(self):
         vision, stages = "vision/digits_moe.py", "recommendation/two_stage.py"
+        diffusion = "vision/diffusion_moe.py"
+        fashion = "vision/fashion_mnist_moe.py"
         for example, arguments, message in (
             ("vision/upcycle_vit.py", ("--seeds", "0"), "at least 1"),
             (vision, ("--epochs", "0"), "at least 1"),
             (vision, ("--backend", "numpy"), "'numpy'"),
+            (diffusion, ("--dataset", "x"), "digits. Received: 'x'"),
+            (diffusion, ("--dataset", "digits", "--data", "x"), "--data is"),
+            (fashion, ("--model", "moe"), "'moe'"),
+            (fashion, ("--hidden-dim", "40"), "multiple of 32"),
+            (fashion, ("--learning-rate", "0"), "between 0 and 1"),
+            (fashion, ("--data", "no such"), "'no such'"),
             (stages, ("--candidates", "9"), "at least 10"),
             (stages, ("--backend", "numpy"), "'numpy'"),
         ):

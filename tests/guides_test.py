@@ -98,6 +98,34 @@ class GuidesTest(unittest.TestCase):
             np.testing.assert_allclose(weights.sum(axis=1), 1.0, atol=1e-5)
         self.assertLess(difference, 1e-6)
 
+    def test_vision(self):
+        module, _ = load("vision")
+        accuracy, experts, changes, difference, small, large = module.main()
+        self.assertGreater(accuracy, 0.8)  # by chance: 0.1
+        self.assertEqual(experts.shape, (389, 4, 4, 2))
+        self.assertEqual(set(experts.ravel()), {0, 1, 2, 3})
+        alone, limited = changes
+        self.assertLess(alone, 1e-5)
+        self.assertGreater(limited, 1e-2)
+        self.assertLess(difference, 1e-6)
+        # Of the positions the corners stay; all else is as it was.
+        found, given = (
+            {
+                w.path: ops.convert_to_numpy(w)
+                for w in model.weights
+                if "seed" not in w.path
+            }
+            for model in (large, small)
+        )
+        self.assertEqual(set(found), set(given))
+        for name, value in given.items():
+            if "positions" in name:
+                corners = value.reshape(4, 4, 32)[::3, ::3]
+                resized = found[name].reshape(8, 8, 32)[::7, ::7]
+                np.testing.assert_allclose(resized, corners, atol=1e-6)
+            else:
+                np.testing.assert_array_equal(found[name], value, name)
+
     def test_custom_loops(self):
         module, _ = load("custom_loops")
         weights, loads = module.main()

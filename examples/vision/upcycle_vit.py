@@ -34,7 +34,6 @@ Keras asks for the backend when it is imported, so the arguments come first.
 """
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -101,6 +100,7 @@ if args.backend == "torch":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
+    import image_data
     import keras
     import matplotlib
     import numpy as np
@@ -131,42 +131,26 @@ Grey images from -1 to 1. A tenth of those to train with is held out to look at
 during training; nothing is chosen by the test images.
 """
 
-
-def read_idx(name):
-    """An array of a file in the format of MNIST, packed or not."""
-    path = pathlib.Path(args.data) / name
-    packed = path.with_name(f"{name}.gz")
-    try:
-        if path.is_file():
-            data = path.read_bytes()
-        else:
-            data = gzip.decompress(packed.read_bytes())
-    except OSError as error:
-        sys.exit(f"--data needs {path}, packed or not: {error}")
-    rank = data[3]
-    shape = np.frombuffer(data, ">i4", rank, offset=4)
-    return np.frombuffer(data, "uint8", offset=4 + 4 * rank).reshape(shape)
-
-
 if args.data:
-    x_train, y_train, x_test, y_test = (
-        read_idx(f"{part}-{kind}")
-        for part in ("train", "t10k")
-        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
-    )
+    try:
+        (x_train, y_train), (x_test, y_test) = (
+            image_data.read(args.data, part) for part in ("train", "test")
+        )
+    except (OSError, ValueError) as error:
+        sys.exit(f"--data: {error}")
     PATCH, DEPTH, DIM = 4, 4, 64
     x_train, x_test = x_train / 127.5 - 1, x_test / 127.5 - 1
 else:
     digits = load_digits()
     x_train, x_test, y_train, y_test = train_test_split(
-        digits.images / 8 - 1,
+        digits.images[..., None] / 8 - 1,
         digits.target,
         test_size=0.2,
         stratify=digits.target,
         random_state=0,
     )
     PATCH, DEPTH, DIM = 2, 4, 48
-x_train, x_test = (x[..., None].astype("float32") for x in (x_train, x_test))
+x_train, x_test = (x.astype("float32") for x in (x_train, x_test))
 x_train, y_train = x_train[: args.limit], y_train[: args.limit]
 x_train, x_valid, y_train, y_valid = train_test_split(
     x_train, y_train, test_size=0.1, stratify=y_train, random_state=0

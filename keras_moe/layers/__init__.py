@@ -1,6 +1,7 @@
 """Layers that join routers, experts and losses."""
 
 from keras_moe.dispatch.capacity import Capacity as Capacity
+from keras_moe.moe.mixture_of_heads import MixtureOfHeads as MixtureOfHeads
 from keras_moe.moe.moe import MoE as MoE
 from keras_moe.moe.soft_moe import SoftMoE as SoftMoE
 from keras_moe.recommendation.features.bucketized import (
@@ -59,6 +60,7 @@ from keras_moe.vision.layers.contrastive_head import (
 from keras_moe.vision.layers.conv_next_block import (
     ConvNeXtBlock as ConvNeXtBlock,
 )
+from keras_moe.vision.layers.dit_block import DiTBlock as DiTBlock
 from keras_moe.vision.layers.encoder_block import EncoderBlock as EncoderBlock
 from keras_moe.vision.layers.image_converter import (
     ImageConverter as ImageConverter,

@@ -58,6 +58,12 @@ from keras_moe.vision.models.cond_conv_backbone import (
 from keras_moe.vision.models.conv_next_moe_backbone import (
     ConvNeXtMoEBackbone as ConvNeXtMoEBackbone,
 )
+from keras_moe.vision.models.diffusion_task import (
+    DiffusionTask as DiffusionTask,
+)
+from keras_moe.vision.models.dit_moe_backbone import (
+    DiTMoEBackbone as DiTMoEBackbone,
+)
 from keras_moe.vision.models.image_classifier import (
     MoEImageClassifier as MoEImageClassifier,
 )
@@ -70,6 +76,9 @@ from keras_moe.vision.models.keras_hub_models import (
 )
 from keras_moe.vision.models.mixer_moe_backbone import (
     MixerMoEBackbone as MixerMoEBackbone,
+)
+from keras_moe.vision.models.multi_task_vision_moe import (
+    MultiTaskVisionMoE as MultiTaskVisionMoE,
 )
 from keras_moe.vision.models.soft_moe_backbone import (
     SoftMoEBackbone as SoftMoEBackbone,

@@ -64,6 +64,7 @@ _NAMED = {
         },
     ),
     "v_moe": (_v_moe, {"top_k": 2}),
+    "dit_moe": (TopKRouter, {"top_k": 2, "normalize_weights": False}),
     "swin_moe_cosine": (_swin_moe_cosine, {"top_k": 1}),
     "jacobs": (DenseRouter, {}),
 }
@@ -91,6 +92,8 @@ def get(identifier, **kwargs):
       1 / experts (Hwang et al., 2022, and the released Swin-MoE models).
     - `"st_moe"`: `GShardRouter`, 2 experts, threshold 0.2 (Zoph et al., 2022,
       appendix C).
+    - `"dit_moe"`: `TopKRouter`, 2 experts, weights not normalized (Fei et al.,
+      2024, section 2).
     - `"expert_choice"`: `ExpertChoiceRouter`, capacity factor 2 (Zhou et al.,
       2022, section 4).
     - `"mixtral"`: `TopKRouter`, 2 of 8 experts, softmax of the chosen (Jiang

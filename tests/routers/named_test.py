@@ -22,6 +22,7 @@ NUMBERS = {
         "noise_stddev": 1 / 32,
         "normalize_weights": False,
     },
+    "dit_moe": {"top_k": 2, "normalize_weights": False},
     "swin_moe_cosine": {
         "num_experts": 32,
         "top_k": 1,

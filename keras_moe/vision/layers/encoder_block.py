@@ -62,6 +62,8 @@ class EncoderBlock(keras.layers.Layer):
             that are `False` go to no expert. Attention does not read it.
         attention_mask: bool tensor of shape `(batch, tokens, tokens)`, or
             `None`. Which tokens (the second axis) read which (the third).
+        router_condition: Tensor of shape `(batch, C)`, or `None`. A vector of
+            each image that the router of a `MoE` sees beside each token.
         training: bool. Whether to apply dropout, noise and losses.
 
     Input shape:
@@ -130,10 +132,7 @@ class EncoderBlock(keras.layers.Layer):
         self.group_size = group_size
         self.route_per = route_per
         self.attention_norm, self.feed_forward_norm = (
-            keras.layers.LayerNormalization(
-                epsilon=layer_norm_epsilon, dtype=self.dtype_policy, name=name
-            )
-            for name in ("attention_norm", "feed_forward_norm")
+            self._norm(name) for name in ("attention_norm", "feed_forward_norm")
         )
         self._dropout = self._drop_path = None
         if dropout:
@@ -144,6 +143,11 @@ class EncoderBlock(keras.layers.Layer):
             self._drop_path = keras.layers.Dropout(
                 drop_path, noise_shape=(None, 1, 1), dtype=self.dtype_policy
             )
+
+    def _norm(self, name):
+        return keras.layers.LayerNormalization(
+            epsilon=self.layer_norm_epsilon, dtype=self.dtype_policy, name=name
+        )
 
     @property
     def members(self):
@@ -156,6 +160,7 @@ class EncoderBlock(keras.layers.Layer):
         context_shape=None,
         token_mask_shape=None,
         attention_mask_shape=None,
+        router_condition_shape=None,
     ):
         dim = inputs_shape[-1]
         if self.token_mixer is None:
@@ -177,6 +182,9 @@ class EncoderBlock(keras.layers.Layer):
         self.feed_forward_norm.build(inputs_shape)
         shape = (None, self.group_size or inputs_shape[1], dim)
         for layer in self.members:
+            if router_condition_shape is not None:
+                seen = (*shape[:-1], dim + router_condition_shape[-1])
+                layer.build(shape, seen)
             layer_copies.build(layer, shape, self.compute_dtype)
 
     def call(
@@ -185,15 +193,20 @@ class EncoderBlock(keras.layers.Layer):
         context=None,
         token_mask=None,
         attention_mask=None,
+        router_condition=None,
         training=None,
     ):
         x = self.attention_norm(inputs)
         x = self._mixed(x, attention_mask, training)
-        if self._dropout is not None:
-            x = self._dropout(x, training=training)
         inputs = self._join(inputs, x, training)
-        x = self.feed_forward_norm(inputs)
-        x = call_feed_forward(
+        x, seen = self.feed_forward_norm(inputs), None
+        if router_condition is not None:
+            seen = with_condition(x, router_condition)
+        x = self._fed_forward(x, context, token_mask, seen, training)
+        return self._join(inputs, x, training)
+
+    def _fed_forward(self, x, context, token_mask, router_inputs, training):
+        return call_feed_forward(
             self.feed_forward,
             x,
             self.group_size,
@@ -201,8 +214,8 @@ class EncoderBlock(keras.layers.Layer):
             context,
             token_mask,
             training,
+            router_inputs,
         )
-        return self._join(inputs, x, training)
 
     def _join(self, inputs, x, training):
         if self._drop_path is not None:
@@ -212,15 +225,19 @@ class EncoderBlock(keras.layers.Layer):
 
     def _mixed(self, x, attention_mask, training):
         if self.token_mixer is None:
-            return self.attention(
+            x = self.attention(
                 x, x, attention_mask=attention_mask, training=training
             )
-        if attention_mask is not None:
+        elif attention_mask is None:
+            x = self.token_mixer(x)
+        else:
             raise ValueError(
                 "`attention_mask` is for attention, not for a `token_mixer`. "
                 f"Received both: token_mixer={self.token_mixer!r}"
             )
-        return self.token_mixer(x)
+        if self._dropout is not None:
+            x = self._dropout(x, training=training)
+        return x
 
     def compute_output_shape(
         self,
@@ -228,6 +245,7 @@ class EncoderBlock(keras.layers.Layer):
         context_shape=None,
         token_mask_shape=None,
         attention_mask_shape=None,
+        router_condition_shape=None,
     ):
         return tuple(inputs_shape)
 
@@ -247,3 +265,10 @@ class EncoderBlock(keras.layers.Layer):
             "route_per": self.route_per,
             "token_mixer": serialize_part(self.token_mixer),
         }
+
+
+def with_condition(x, condition):
+    """Tokens `(B, N, D)` with a vector `(B, C)` beside: `(B, N, D + C)`."""
+    shape = (*ops.shape(x)[:2], condition.shape[-1])
+    condition = ops.cast(condition[:, None], x.dtype)
+    return ops.concatenate([x, ops.broadcast_to(condition, shape)], axis=-1)

@@ -28,12 +28,12 @@ def as_feed_forward(feed_forward, group_size, route_per):
             f"Received: feed_forward={feed_forward!r}"
         )
     for layer in members:
-        if group_size is not None and not _takes(layer, "mask"):
+        if group_size is not None and not takes(layer, "mask"):
             raise ValueError(
                 "With `group_size`, `feed_forward` must take a mask. "
                 f"Received: feed_forward={layer!r}"
             )
-        if route_per == "image" and not _takes(layer, "router_inputs"):
+        if route_per == "image" and not takes(layer, "router_inputs"):
             raise ValueError(
                 "With `route_per='image'`, `feed_forward` must be a MoE. "
                 f"Received: feed_forward={layer!r}"
@@ -54,6 +54,7 @@ def call_feed_forward(
     context=None,
     mask=None,
     training=None,
+    router_inputs=None,
 ):
     """What the layer makes of tokens `(B, N, D)`, or the layers of members.
 
@@ -64,8 +65,13 @@ def call_feed_forward(
         context: `(B,)` or `(B, N)` ids, or `None`.
         mask: `(B, N)` bool, or `None`.
         training: bool. Keras passes it on to the layers by itself.
+        router_inputs: `(B, N, ...)`, what a router sees, or `None` for `x`.
     """
-    of_tokens = {"context": context, "mask": mask}
+    of_tokens = {
+        "context": context,
+        "mask": mask,
+        "router_inputs": router_inputs,
+    }
     of_tokens = {k: v for k, v in of_tokens.items() if v is not None}
     options = group_size, route_per, training
     layers = members_of(feed_forward)
@@ -93,7 +99,7 @@ def call_feed_forward(
 def _of_member(layer, x, of_tokens, group_size, route_per, training):
     kwargs = dict(of_tokens)
     batch, tokens, dim = ops.shape(x)
-    if not _takes(layer, "mask"):
+    if not takes(layer, "mask"):
         kwargs.pop("mask", None)
     if "context" in kwargs and len(kwargs["context"].shape) == 1:
         context = ops.expand_dims(kwargs["context"], -1)
@@ -104,8 +110,9 @@ def _of_member(layer, x, of_tokens, group_size, route_per, training):
                 "`token_mask` does not go with `route_per='image'`, where "
                 "the mean is over all tokens. Received both."
             )
-        mean = ops.mean(x, axis=1, keepdims=True)
-        kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(x))
+        seen = kwargs.get("router_inputs", x)
+        mean = ops.mean(seen, axis=1, keepdims=True)
+        kwargs["router_inputs"] = ops.broadcast_to(mean, ops.shape(seen))
     if group_size in (None, tokens) or not groups_count(layer, training):
         return layer(x, **kwargs)
     x, is_token = to_groups(x, group_size)
@@ -115,6 +122,6 @@ def _of_member(layer, x, of_tokens, group_size, route_per, training):
     return from_groups(layer(x, **kwargs), (batch, tokens, dim))
 
 
-def _takes(layer, argument):
+def takes(layer, argument):
     """Whether the class of the layer takes this argument in a call."""
     return argument in inspect.signature(type(layer).call).parameters

@@ -109,7 +109,7 @@ class PatchEmbedding(keras.layers.Layer):
             )
 
     def build(self, input_shape):
-        height, width, channels = self._image_size(input_shape)
+        height, width, channels = self.image_size(input_shape)
         self.grid = grid_of((height, width), self.patch_size)
         patch = self.patch_size[0] * self.patch_size[1] * channels
         self.projection.build((*input_shape[:1], None, patch))
@@ -129,7 +129,8 @@ class PatchEmbedding(keras.layers.Layer):
                 initializer=keras.initializers.RandomNormal(stddev=0.02),
             )
 
-    def _image_size(self, input_shape):
+    def image_size(self, input_shape):
+        """Height, width and channels of images of a shape."""
         if len(input_shape) != 4 or None in input_shape[1:]:
             raise ValueError(
                 "Images must be of a shape of rank 4 that is static but for "
@@ -206,7 +207,7 @@ class PatchEmbedding(keras.layers.Layer):
         self.positions.assign(np.concatenate(parts)[None])
 
     def compute_output_shape(self, input_shape):
-        height, width, _ = self._image_size(input_shape)
+        height, width, _ = self.image_size(input_shape)
         rows, columns = grid_of((height, width), self.patch_size)
         tokens = rows * columns + int(self.use_class_token)
         return (input_shape[0], tokens, self.hidden_dim)

@@ -5,30 +5,18 @@ from keras_moe.moe.model_config import made_again
 from keras_moe.moe.model_config import settings_of
 from keras_moe.vision.layers.attention import VisionMLP
 from keras_moe.vision.models.presets import Presets
+from keras_moe.vision.models.presets import save_task
+from keras_moe.vision.models.presets import saved_task
 
 
-class ImageBackbone(Presets, keras.Model):
-    """Base of all vision backbones, from images to tokens or a feature map.
-
-    What a subclass offers to a classifier, it says in attributes:
-
-    - `use_class_token`: whether the first of the tokens is a class token.
-    - `ensemble_size`: how many outputs there are for each image, if several.
-    - `pooled_norm_epsilon`: epsilon of a layer norm of the mean of a feature
-      map, or `None` for none.
-    - `pooling_arguments`: dict of arguments of
-      `keras_moe.layers.AttentionPooling`, or `None` if that is not for it.
+class BlockModel(Presets, keras.Model):
+    """Base of functional models of numbered blocks, made of flat arguments.
 
     Args:
         arguments: dict. The arguments of the subclass's constructor, which are
             saved, with `dtype` a dtype policy and `data_format` a string.
         inputs, outputs, name, trainable: As for `keras.Model`.
     """
-
-    use_class_token = False
-    ensemble_size = 1
-    pooled_norm_epsilon = None
-    pooling_arguments = None
 
     def __init__(self, arguments, inputs, outputs, *, name, trainable=True):
         super().__init__(
@@ -70,6 +58,86 @@ class ImageBackbone(Presets, keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         return made_again(cls, *deserialized(config, custom_objects))
+
+
+class ImageBackbone(BlockModel):
+    """Base of the backbones of classifiers, to tokens or a feature map.
+
+    What a subclass offers to a classifier, it says in attributes:
+
+    - `use_class_token`: whether the first of the tokens is a class token.
+    - `ensemble_size`: how many outputs there are for each image, if several.
+    - `pooled_norm_epsilon`: epsilon of a layer norm of the mean of a feature
+      map, or `None` for none.
+    - `pooling_arguments`: dict of arguments of
+      `keras_moe.layers.AttentionPooling`, or `None` if that is not for it.
+    """
+
+    use_class_token = False
+    ensemble_size = 1
+    pooled_norm_epsilon = None
+    pooling_arguments = None
+
+
+class BackboneTask(Presets):
+    """Mixin of models on a backbone, which is their first argument.
+
+    A subclass has `backbone_class`, and the backbone's `presets`.
+    """
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """A model from a folder, or a new one on a preset's backbone.
+
+        Args:
+            preset: str or path. A folder that `save_to_preset` wrote, of such a
+                model or a backbone, or the name of a backbone's preset.
+            load_weights: bool. Whether to read the weights of the folder.
+                Defaults to `True`.
+            **kwargs: Arguments of the constructor; where the preset is a
+                backbone, at least those that have no default, such as
+                `num_classes`. With a `num_classes`, the head of a saved
+                classifier is a new one.
+
+        Raises:
+            ValueError: If there is no such preset, or it is of another class.
+        """
+        for backbone_class in subclasses_of(cls.backbone_class):
+            if str(preset) in backbone_class.presets:
+                return cls(backbone_class.from_preset(preset), **kwargs)
+        model = saved_task(preset, cls, load_weights, kwargs)
+        if model is not None:
+            return model
+        if issubclass(cls.saved_class(preset), BlockModel):
+            backbone = cls.backbone_class.from_preset(preset, load_weights)
+            return cls(backbone, **kwargs)
+        return super().from_preset(preset, load_weights, **kwargs)
+
+    def save_to_preset(self, folder):
+        """Writes the configuration and the weights to a folder.
+
+        The backbone has files of its own, as keras-hub writes them: the folder
+        is a preset of it too.
+
+        Args:
+            folder: str or path. It is made if it is not there.
+        """
+        save_task(self, folder)
+
+    def check_backbone(self, backbone):
+        if not isinstance(backbone, self.backbone_class):
+            raise ValueError(
+                f"`backbone` must be a {self.backbone_class.__name__}. "
+                f"Received: backbone={backbone!r}"
+            )
+
+
+def subclasses_of(backbone_class):
+    """The class, its subclasses and theirs."""
+    found = [backbone_class]
+    for subclass in backbone_class.__subclasses__():
+        found += subclasses_of(subclass)
+    return found
 
 
 def lists_of(arguments):

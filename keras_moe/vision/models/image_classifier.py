@@ -16,12 +16,10 @@ from keras_moe.vision.models.classifier_graph import raw_images
 from keras_moe.vision.models.cond_conv_presets import COND_CONV
 from keras_moe.vision.models.dense_presets import CONVNEXT
 from keras_moe.vision.models.dense_presets import MIXER
+from keras_moe.vision.models.image_backbone import BackboneTask
 from keras_moe.vision.models.image_backbone import ImageBackbone
 from keras_moe.vision.models.image_backbone import as_dtype
 from keras_moe.vision.models.image_backbone import frozen_parts
-from keras_moe.vision.models.presets import Presets
-from keras_moe.vision.models.presets import save_task
-from keras_moe.vision.models.presets import saved_task
 from keras_moe.vision.models.swin_presets import SWIN_MOE
 from keras_moe.vision.models.vision_presets import SOFT_MOE
 from keras_moe.vision.models.vision_presets import VMOE
@@ -29,7 +27,7 @@ from keras_moe.vision.models.vmoe_backbone import VMoEBackbone
 
 
 @keras.saving.register_keras_serializable("keras_moe")
-class MoEImageClassifier(Presets, keras.Model):
+class MoEImageClassifier(BackboneTask, keras.Model):
     """Classifies images by the tokens or the feature map of a backbone.
 
     ```
@@ -119,11 +117,7 @@ class MoEImageClassifier(Presets, keras.Model):
         name=None,
         trainable=True,
     ):
-        if not isinstance(backbone, self.backbone_class):
-            raise ValueError(
-                f"`backbone` must be a {self.backbone_class.__name__}. "
-                f"Received: backbone={backbone!r}"
-            )
+        self.check_backbone(backbone)
         check_int("num_classes", num_classes, 1)
         check_rate("dropout", dropout)
         if pooling is None:
@@ -187,44 +181,6 @@ class MoEImageClassifier(Presets, keras.Model):
     def activation(self):
         return self._arguments()["activation"]
 
-    @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """A classifier from a folder, or a new one on a preset's backbone.
-
-        Args:
-            preset: str or path. A folder that `save_to_preset` wrote, of a
-                classifier or a backbone, or the name of a backbone's preset.
-            load_weights: bool. Whether to read the weights of the folder.
-                Defaults to `True`.
-            **kwargs: Arguments of the constructor; `num_classes` at least where
-                the preset is a backbone. With a `num_classes`, the head of a
-                saved classifier is a new one.
-
-        Raises:
-            ValueError: If there is no such preset, or it is of another class.
-        """
-        for backbone_class in subclasses_of(cls.backbone_class):
-            if str(preset) in backbone_class.presets:
-                return cls(backbone_class.from_preset(preset), **kwargs)
-        model = saved_task(preset, cls, load_weights, kwargs)
-        if model is not None:
-            return model
-        if issubclass(cls.saved_class(preset), ImageBackbone):
-            backbone = cls.backbone_class.from_preset(preset, load_weights)
-            return cls(backbone, **kwargs)
-        return super().from_preset(preset, load_weights, **kwargs)
-
-    def save_to_preset(self, folder):
-        """Writes the configuration and the weights to a folder.
-
-        The backbone has files of its own, as keras-hub writes them: the folder
-        is a preset of it too.
-
-        Args:
-            folder: str or path. It is made if it is not there.
-        """
-        save_task(self, folder)
-
     def get_config(self):
         return {
             "name": self.name,
@@ -266,11 +222,3 @@ class VMoEImageClassifier(MoEImageClassifier):
 
     backbone_class = VMoEBackbone
     presets = VMOE
-
-
-def subclasses_of(backbone_class):
-    """The class, its subclasses and theirs."""
-    found = [backbone_class]
-    for subclass in backbone_class.__subclasses__():
-        found += subclasses_of(subclass)
-    return found

@@ -6,8 +6,8 @@ import keras
 
 from keras_moe.moe.part_arguments import default_name
 from keras_moe.vision.models.image_backbone import ImageBackbone
+from keras_moe.vision.models.image_backbone import subclasses_of
 from keras_moe.vision.models.image_classifier import MoEImageClassifier
-from keras_moe.vision.models.image_classifier import subclasses_of
 
 
 @functools.cache

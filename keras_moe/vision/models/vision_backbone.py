@@ -106,7 +106,9 @@ def check_encoder(a):
         )
 
 
-def encoder_block(a, i, feed_forward, dtype, **options):
+def encoder_block(
+    a, i, feed_forward, dtype, block_class=EncoderBlock, **options
+):
     """Block `i` of a model with the arguments `a`; `None` is a dense one."""
     if feed_forward is None:
         feed_forward = VisionMLP(
@@ -116,7 +118,7 @@ def encoder_block(a, i, feed_forward, dtype, **options):
             dtype=dtype,
             name="mlp",
         )
-    return EncoderBlock(
+    return block_class(
         a["num_heads"],
         feed_forward,
         qk_norm=a["qk_norm"],

@@ -92,3 +92,39 @@ SOFT_MOE = dict(
         ("h", 14, 256, 1),
     )
 )
+
+
+def _dit_moe(size, num_experts, hidden_dim, num_layers, num_heads):
+    return f"dit_moe_{size}2_e{num_experts}", _preset(
+        f"DiT-MoE-{size.upper()}/2, 2 of {num_experts} experts and 2 shared "
+        "ones in each block, for the latents of 256 x 256 images of the "
+        "classes of ImageNet (Fei et al., 2024).",
+        (hidden_dim, 4 * hidden_dim, num_layers, num_heads),
+        2,
+        image_shape=(32, 32, 4),
+        num_classes=1000,
+        num_experts=num_experts,
+        group_size=None,
+        learn_sigma=True,
+    )
+
+
+DIT_MOE = dict(
+    _dit_moe(*arguments)
+    for arguments in (
+        ("s", 8, 384, 12, 6),
+        ("b", 8, 768, 12, 12),
+        ("xl", 8, 1152, 28, 16),
+        ("g", 16, 1408, 40, 16),
+    )
+)
+M3VIT = {
+    "m3vit_s16_e16": _preset(
+        "M3ViT on DeiT-S/16, 4 of 16 experts in every second block (Liang et "
+        "al., 2022). Needs `tasks`.",
+        _SIZES["s"],
+        16,
+        num_experts=16,
+        top_k=4,
+    ),
+}

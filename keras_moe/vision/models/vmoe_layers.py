@@ -2,12 +2,12 @@
 
 import math
 
+from keras_moe import experts as experts_lib
 from keras_moe import losses as losses_lib
 from keras_moe import routers
 from keras_moe.checks import check_at_least
 from keras_moe.checks import check_int
 from keras_moe.dispatch.capacity import Capacity
-from keras_moe.experts.mlp_experts import MLPExperts
 from keras_moe.losses.importance_loss import ImportanceLoss
 from keras_moe.losses.load_balancing_loss import LoadBalancingLoss
 from keras_moe.losses.load_loss import LoadLoss
@@ -42,6 +42,9 @@ _FIXED = {
     "loss_ddof": 0,
     "use_output_bias": True,
     "ensemble_size": 1,
+    "experts": "mlp",
+    "shared_mlp_dim": None,
+    "assignments": "first",
 }
 
 
@@ -151,7 +154,11 @@ def _moe(a, name):
     router = _router(a, per)
     shared = None
     if a["num_shared_experts"]:
-        shared = _experts(a, a["num_shared_experts"], "shared_experts")
+        shared = _experts(
+            {**a, "mlp_dim": a["shared_mlp_dim"] or a["mlp_dim"]},
+            a["num_shared_experts"],
+            "shared_experts",
+        )
     capacity = None
     if not isinstance(router, ExpertChoiceRouter):
         capacity = Capacity(
@@ -197,14 +204,18 @@ def _router(a, per):
 
 
 def _experts(a, number, name):
-    return MLPExperts(
-        number,
-        a["mlp_dim"],
+    options = {}
+    if a["experts"] == "mlp":
+        options["use_output_bias"] = a["use_output_bias"]
+    return experts_lib.get(
+        a["experts"],
+        num_experts=number,
+        intermediate_dim=a["mlp_dim"],
         activation=a["activation"],
-        use_output_bias=a["use_output_bias"],
         dropout=a["expert_dropout"],
         dtype=a["dtype"],
         name=name,
+        **options,
     )
 
 
@@ -222,5 +233,7 @@ def _losses(a, router, per):
         yield LoadLoss(a["load_loss_weight"], ddof=a["loss_ddof"], per=per)
     if a["load_balancing_loss_weight"]:
         yield LoadBalancingLoss(
-            a["load_balancing_loss_weight"], per=per, assignments="first"
+            a["load_balancing_loss_weight"],
+            per=per,
+            assignments=a["assignments"],
         )

@@ -91,12 +91,14 @@ class EnsembleTest(TestCase):
     @parameterized.parameters("token", "gap", "map")
     def test_classifier(self, pooling):
         backbone = randomize(ensemble())
-        model = randomize(MoEImageClassifier(backbone, 3, pooling))
+        model = randomize(MoEImageClassifier(backbone, 3, pooling=pooling))
         randomize(backbone)
         outputs = ops.convert_to_numpy(model(IMAGES))
         self.assertEqual(model.output_shape, (None, 2, 3))
         for member in range(2):
-            own = MoEImageClassifier(alone(backbone, member), 3, pooling)
+            own = MoEImageClassifier(
+                alone(backbone, member), 3, pooling=pooling
+            )
             for layer in ("predictions", "pooling"):
                 if layer == "predictions" or pooling == "map":
                     own.get_layer(layer).set_weights(

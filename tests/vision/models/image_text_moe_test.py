@@ -88,6 +88,14 @@ class TowerTest(TestCase):
             outputs["texts"][:1], vector / np.linalg.norm(vector)
         )
 
+    def test_same_on_all_backends(self):
+        outputs = numpy_of(randomize(image_text())(BOTH))
+        for name, wanted in (
+            ("images", [0.22541079, -0.1848707, -0.04462913, -0.27379525]),
+            ("texts", [-0.25712186, 0.17883186, 0.62465984, -0.21997814]),
+        ):
+            self.assert_relative(outputs[name][0, :4], wanted)
+
     def test_padding_is_not_read(self):
         model = randomize(image_text())
         wanted = numpy_of(model(BOTH))

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_moe.models import DiTMoEBackbone
 from keras_moe.models import SoftMoEBackbone
 from keras_moe.models import VMoEBackbone
 
@@ -25,6 +26,10 @@ def v_moe(**kwargs):
 
 def soft_moe(**kwargs):
     return SoftMoEBackbone(**{**SIZES, "slots_per_expert": 2, **kwargs})
+
+
+def dit_moe(**kwargs):
+    return DiTMoEBackbone(**{**SIZES, "num_classes": 3, **kwargs})
 
 
 def randomize(model, seed=1):
