@@ -70,15 +70,13 @@ class OriginalLoad:
 
 
 class Outputs(WithLosses):
-    """A model whose outputs and losses are by name."""
+    """A model that is called with a dict."""
 
     def __call__(self, inputs):
-        outputs = super().__call__(inputs["x"])
-        return {**outputs.pop("y"), **outputs}
+        return super().__call__(inputs["x"])
 
     def stateless_call(self, weights, state, inputs):
-        outputs, state = super().stateless_call(weights, state, inputs["x"])
-        return {**outputs.pop("y"), **outputs}, state
+        return super().stateless_call(weights, state, inputs["x"])
 
 
 class M3ViTCasesTest(TestCase):
