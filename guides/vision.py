@@ -35,7 +35,13 @@ def make_data():
     images = (digits.images[..., None] / 8 - 1).astype("float32")
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order], digits.target[order]
-    return (images[:1408], labels[:1408]), (images[1408:], labels[1408:])
+    # Whole batches of 64: a smaller one would be compiled again.
+    train, test = slice(1408), slice(1408, 1792)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def predict(model, images):
+    return model.predict(images, batch_size=64, verbose=0)
 
 
 # ## The model
@@ -82,8 +88,7 @@ def train(model, images, labels):
 
 
 def accuracy(model, images, labels):
-    predicted = model.predict(images, batch_size=len(images), verbose=0)
-    return (predicted.argmax(-1) == labels).mean()
+    return (predict(model, images).argmax(-1) == labels).mean()
 
 
 # ## Which patches go to which expert
@@ -95,7 +100,7 @@ def accuracy(model, images, labels):
 def routing(backbone, images):
     before = keras.Model(backbone.input, backbone.get_layer("block_0").output)
     block = backbone.block(1)
-    x = ops.convert_to_tensor(before.predict(images, verbose=0))
+    x = ops.convert_to_tensor(predict(before, images))
     y = block.attention_norm(x)
     x = block.feed_forward_norm(x + block.attention(y, y))
     experts = block.feed_forward.route(x).expert_indices  # (N * 16, top_k)
@@ -117,10 +122,10 @@ def routing(backbone, images):
 
 
 def of_others(model, images):
-    """How much the outputs of the first image change with its company."""
-    alone = model.predict(images[:1], verbose=0)
-    among = model.predict(images, batch_size=len(images), verbose=0)[:1]
-    return np.abs(alone - among).max()
+    """How much the outputs for an image change with who comes before it."""
+    batch = images[:64]
+    other = np.concatenate([images[64:127], batch[-1:]])
+    return np.abs(predict(model, batch)[-1] - predict(model, other)[-1]).max()
 
 
 def with_capacity(model, factor):
@@ -166,8 +171,8 @@ def main():
     print("first choice of each patch of a", test_labels[0])
     print(experts[0, :, :, 0])
 
-    limited = with_capacity(model, 0.5)
-    changes = [of_others(x, test_images[:64]) for x in (model, limited)]
+    limited = with_capacity(model, 1.0)
+    changes = [of_others(x, test_images) for x in (model, limited)]
     print(f"changed by the rest of the batch: {changes[0]:.1e}")
     print(f"... with a capacity in inference: {changes[1]:.1e}")
 
@@ -182,10 +187,8 @@ def main():
         path = os.path.join(folder, "backbone")
         model.backbone.save_to_preset(path)
         small, large = for_larger_images(path, (16, 16, 1))
-    x = test_images[:8]
-    difference = np.abs(
-        model.predict(x, verbose=0) - again.predict(x, verbose=0)
-    ).max()
+    x = test_images[:64]
+    difference = np.abs(predict(model, x) - predict(again, x)).max()
     print(f"largest difference after loading: {difference:.1e}")
     print("tokens of the larger images:", large.output.shape[1])
     return right, experts, changes, difference, small, large

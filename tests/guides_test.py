@@ -102,7 +102,7 @@ class GuidesTest(unittest.TestCase):
         module, _ = load("vision")
         accuracy, experts, changes, difference, small, large = module.main()
         self.assertGreater(accuracy, 0.8)  # by chance: 0.1
-        self.assertEqual(experts.shape, (389, 4, 4, 2))
+        self.assertEqual(experts.shape, (384, 4, 4, 2))
         self.assertEqual(set(experts.ravel()), {0, 1, 2, 3})
         alone, limited = changes
         self.assertLess(alone, 1e-5)

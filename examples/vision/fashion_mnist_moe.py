@@ -38,11 +38,11 @@ args = image_options.parse(
     "Trains a vision transformer with experts, or its dense twin, on the "
     "articles of clothing of Fashion-MNIST.",
     "fashion_mnist",
-    epochs=20,
+    epochs=16,
     learning_rate=3e-3,
-    hidden_dim=64,
+    hidden_dim=96,
     num_layers=2,
-    patch_size=4,
+    patch_size=7,
     shift=1,
     validation=5000,
 )
