@@ -25,7 +25,7 @@ MORE = {
 }
 LOOK_AHEAD = (
     *("BASERouter", "ExpertChoiceRouter", "RandomRouter", "SinkhornRouter"),
-    "SoftRouter",
+    *("SoftRouter", "SpheroRouter"),
 )
 
 
