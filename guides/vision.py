@@ -137,28 +137,6 @@ def with_capacity(model, factor):
     return limited
 
 
-# ## Larger images
-#
-# The positions are learned, one for each patch; for another size
-# `assign_positions_of` resizes them, and all other weights fit as they are.
-# Train on from there.
-
-
-def for_larger_images(preset, image_shape):
-    small = keras_moe.models.VMoEBackbone.from_preset(preset)
-    large = keras_moe.models.VMoEBackbone.from_preset(
-        preset, load_weights=False, image_shape=image_shape
-    )
-    for layer in small.layers:
-        if isinstance(layer, keras_moe.layers.PatchEmbedding):
-            embedding = large.get_layer(layer.name)
-            embedding.projection.set_weights(layer.projection.get_weights())
-            embedding.assign_positions_of(layer)
-        else:
-            large.get_layer(layer.name).set_weights(layer.get_weights())
-    return small, large
-
-
 def main():
     keras.utils.set_random_seed(0)
     (images, labels), (test_images, test_labels) = make_data()
@@ -184,12 +162,16 @@ def main():
         path = os.path.join(folder, "digits")
         model.save_to_preset(path)
         again = keras_moe.models.MoEImageClassifier.from_preset(path)
-        path = os.path.join(folder, "backbone")
-        model.backbone.save_to_preset(path)
-        small, large = for_larger_images(path, (16, 16, 1))
     x = test_images[:64]
     difference = np.abs(predict(model, x) - predict(again, x)).max()
     print(f"largest difference after loading: {difference:.1e}")
+
+    # ## Larger images
+    #
+    # The positions are learned, one for each patch: for another size they are
+    # resized, and all other weights fit as they are. Train on from there.
+    small = model.backbone
+    large = keras_moe.conversion.resize_positions(small, (16, 16, 1))
     print("tokens of the larger images:", large.output.shape[1])
     return right, experts, changes, difference, small, large
 
