@@ -22,6 +22,7 @@ from benchmarks import multi_gate
 from benchmarks import rows
 from benchmarks import tables
 from benchmarks import vision
+from benchmarks import vision_step
 from benchmarks.shapes import Shape
 from tests.test_case import TestCase
 
@@ -57,6 +58,17 @@ class BenchmarksTest(TestCase):
         figures = convolution.compare((4, 2, 2, 3, 2, 2), self.arguments)
         for kind in ("forward", "gradients"):
             self.assertEqual(set(figures[kind]), {"dense", "CondConv2D"})
+
+    def test_vision_step(self):
+        self.arguments.batch = 2
+        size = {
+            **vision_step.SIZE,
+            **{"image_shape": (8, 8, 3), "patch_size": 4, "num_heads": 2},
+            **{"num_layers": 1, "hidden_dim": 8},
+        }
+        figures = vision_step.compare(self.arguments, size)
+        self.assertEqual(set(figures), set(vision_step.KINDS))
+        self.assertIn("Soft MoE", _printed(vision_step.report, figures))
 
     def test_vision(self):
         """Seeds are one row; other settings are another."""
