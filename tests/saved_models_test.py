@@ -135,10 +135,11 @@ class SavedModelsTest(TestCase):
         path = os.path.join(self.get_temp_dir(), "again.keras")
         model = load(FOLDER / f"{name}.keras")
         model.save(path)
-        # Keras names shared objects by their addresses, which others may have
-        # by now if the objects are gone.
-        alive = {id(x) for x in gc.get_objects()}
-        self.assertContainsSubset(shared_ids(path), alive)
+        if keras.config.backend() == "torch":  # others have many more objects
+            # Keras names shared objects by their addresses, which others may
+            # have by now if the objects are gone.
+            alive = {id(x) for x in gc.get_objects()}
+            self.assertContainsSubset(shared_ids(path), alive)
         model = load(path)
         self.check(model, arrays)
         raw = tree(arrays, "raw")
