@@ -181,7 +181,7 @@ def main():
 # On Fashion-MNIST (55,000 images to train), with all feed-forwards routed to 2
 # of 8 experts, and the same products a token, steps and settings as its twin,
 # V-MoE-tiny was ahead of the dense twin by 1.2 points on the test images, and
-# Soft MoE behind it by 0.5 (`benchmarks/README.md`; one seed: a hint, no proof).
+# Soft MoE behind it by 0.5 (`benchmarks/README.md`; one seed, no proof).
 # It costs time: small layers are where sparse ones are slowest.
 
 if __name__ == "__main__":
