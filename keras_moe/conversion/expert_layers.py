@@ -63,13 +63,15 @@ def moe_from(place, num_experts, options, recipe, rng, check):
         )
     with name_scope_of(place.owner):
         moe.build((None, None, place.input_dim))
-    if check and recipe.intermediate_dim is None:
+    compares = check and recipe.intermediate_dim is None
+    if compares:
         copies = expert_weights(
             weights, num_experts, Recipe(None, recipe.sampling, 0, 0), rng
         )
         _assign(moe, copies)
         _warn_if_different(moe, place)
-    _assign(moe, expert_weights(weights, num_experts, recipe, rng))
+    if not (compares and recipe.gives_copies()):
+        _assign(moe, expert_weights(weights, num_experts, recipe, rng))
     moe.trainable = place.up.trainable
     return moe
 

@@ -263,6 +263,20 @@ class UpcycleTest(TestCase):
             activations, [keras.activations.gelu, keras.activations.silu]
         )
 
+    @parameterized.parameters(
+        [kl.ReLU(6.0)],
+        [kl.ReLU(negative_slope=0.2)],
+        [kl.Activation("relu6")],
+        [kl.Activation("softplus")],
+    )
+    def test_activations_with_a_limit(self, activation):
+        """Also where two of them differ far from zero only."""
+        inputs = keras.Input((3,))
+        x = activation.from_config(activation.get_config())(kl.Dense(8)(inputs))
+        dense = keras.Model(inputs, kl.Dense(3)(x))
+        model = upcycle(dense, 2, layers="all")
+        self.assert_same(model, dense, 50 * TOKENS[0, :, :3])
+
     def test_pairs_of_other_widths(self):
         """Only where there are no better ones, and never at the end."""
         x = inputs = keras.Input((6,))
