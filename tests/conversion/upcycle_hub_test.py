@@ -1,8 +1,4 @@
-"""Encoders of keras-hub, where it is installed.
-
-It is no part of what the tests install: it brings TensorFlow for every backend,
-and its import alone takes ten seconds.
-"""
+"""Encoders of keras-hub, where it is installed."""
 
 import importlib.util
 import os

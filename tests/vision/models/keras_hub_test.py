@@ -4,6 +4,7 @@ What keras-hub's routines do is not public: they are run as they are, in a
 process of their own, since registering changes what Keras loads.
 """
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -15,16 +16,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 
-try:
-    from importlib import metadata
-
-    metadata.version("keras-hub")
-    HAS_HUB = True
-except metadata.PackageNotFoundError:
-    HAS_HUB = False
+MISSING = [
+    name
+    for name in ("keras_hub", "grain", "tensorflow")
+    if importlib.util.find_spec(name) is None
+]
 
 
-@pytest.mark.skipif(not HAS_HUB, reason="keras-hub is not installed.")
+@pytest.mark.skipif(
+    bool(MISSING), reason=f"keras-hub's routines import {', '.join(MISSING)}."
+)
 class KerasHubTest(unittest.TestCase):
     def test_routines_of_keras_hub(self):
         done = subprocess.run(
